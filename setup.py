@@ -1,0 +1,62 @@
+"""All of the package's metadata. pyproject.toml configures tools only."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+# decord 0.6.0, its last release, has wheels for these two platforms only and no source archive.
+HAS_DECORD_WHEEL = "(sys_platform == 'linux' and platform_machine == 'x86_64') or sys_platform == 'win32'"
+
+CORE = [
+    "torch>=2.6",
+    "torchvision>=0.21",
+    "transformers>=5.23,<6",
+    "safetensors>=0.8",
+    "huggingface_hub>=1.31,<3",
+    "numpy>=1.26",
+    "pillow>=10.1",
+    "av>=14.0",
+    "tqdm>=4.66",
+    f"decord>=0.6.0; {HAS_DECORD_WHEEL}",
+]
+
+EXTRAS = {
+    "train": ["accelerate>=1.1", "datasets>=4.0", "peft>=0.18"],
+    "eval": ["datasets>=4.0"],
+    "search": ["datasets>=4.0", "faiss-cpu>=1.9"],
+    "demo": ["gradio>=5.0"],
+    "quickstart": ["scikit-learn>=1.4"],
+    "test": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.15"],
+}
+# The tests cover every part that needs no display; ruff's floor is the version whose formatting the code follows.
+EXTRAS["test"] += sorted({package for extra in ("train", "eval", "search", "quickstart") for package in EXTRAS[extra]})
+EXTRAS["all"] = sorted({package for packages in EXTRAS.values() for package in packages})
+
+setup(
+    name="bt_adapter_hf",
+    version="0.1.0.dev0",
+    description="Give an image-language model video, with a small trained branch and its image ability kept exactly",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["video", "vision-language", "adapter", "retrieval", "transformers", "CLIP"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    package_data={"bt_adapter_hf": ["assets/**/*"]},
+    include_package_data=False,
+    python_requires=">=3.11",
+    install_requires=CORE,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["bt-adapter = bt_adapter_hf.cli.main:main"]},
+)

@@ -1,0 +1,15 @@
+"""Trained files shipped with the package."""
+
+from importlib.resources import files
+from pathlib import Path
+
+
+def default_model_path() -> Path:
+    """Folder of the moving-digits model, for `AutoModel.from_pretrained`. Raises `FileNotFoundError` when absent."""
+    path = Path(str(files(__package__))) / "moving-digits"
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(
+            f"the model shipped with bt_adapter_hf is not at '{path}': the installation is incomplete. Reinstall the "
+            "package, or name a model with --model."
+        )
+    return path

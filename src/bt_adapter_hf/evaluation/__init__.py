@@ -1,0 +1,1 @@
+"""Retrieval and recognition metrics, and the temporal controls that keep them honest."""

@@ -1,0 +1,929 @@
+"""BT-Adapter: a temporal branch beside a frozen image encoder (CVPR 2024), and the text-video dual encoder.
+
+Letters in shape comments: B videos, T frames, N patches, D width, K branch layers, C the number of CLS tokens of the
+backbone (1, or 0 for SigLIP), L backbone layers.
+"""
+
+import difflib
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModel,
+    CLIPTextModel,
+    CLIPVisionModel,
+    PreTrainedModel,
+    SiglipVisionModel,
+    initialization as init,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.blip_2.modeling_blip_2 import Blip2EncoderLayer, Blip2VisionModel
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+from transformers.models.instructblip.modeling_instructblip import InstructBlipEncoderLayer, InstructBlipVisionModel
+from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
+from transformers.utils import ModelOutput, logging
+
+from .compat_bt_adapter import (
+    BaseModelOutputWithPooling,
+    WeightRenaming,
+    can_return_tuple,
+    register_checkpoint_conversion_mapping,
+)
+from .configuration_bt_adapter import BTAdapterConfig, BTAdapterVisionConfig
+
+
+logger = logging.get_logger(__name__)
+
+
+class BackboneFamily(NamedTuple):
+    """What the branch needs to know of a native vision model; all families name their parts alike."""
+
+    model_class: type[PreTrainedModel]
+    layer_class: type[nn.Module]
+    num_cls: int  # CLS tokens in front of the patches
+    norm_all: bool  # whether `last_hidden_state` is after the final norm, or only the pooled CLS is
+
+
+BACKBONES = {
+    "clip_vision_model": BackboneFamily(CLIPVisionModel, CLIPEncoderLayer, 1, False),
+    "siglip_vision_model": BackboneFamily(SiglipVisionModel, SiglipEncoderLayer, 0, True),
+    "instructblip_vision_model": BackboneFamily(InstructBlipVisionModel, InstructBlipEncoderLayer, 1, True),
+    "blip_2_vision_model": BackboneFamily(Blip2VisionModel, Blip2EncoderLayer, 1, True),
+}
+
+
+@dataclass
+class BTAdapterVisionOutput(BaseModelOutputWithPooling):
+    """Output of the tower when the states of the branch are asked for (`output_branch_states=True`).
+
+    Args:
+        last_hidden_state (`torch.Tensor` of shape `(B, C+N, D)`, *optional*):
+            Fused tokens; absent when patches are masked, for they have no place for the dropped ones.
+        pooler_output (`torch.Tensor` of shape `(B, D)`): Pooled video feature, before any projection.
+        backbone_state (`torch.Tensor` of shape `(B, T, C+N, D)`): Output of the last backbone layer, per frame.
+        branch_patches (`torch.Tensor` of shape `(B, T, M, D)`): Final branch patches; M of them are kept.
+        branch_cls (`torch.Tensor` of shape `(B, 1, D)`, *optional*): Final video CLS.
+        branch_index (`torch.LongTensor` of shape `(B, T, M)`, *optional*):
+            Where each branch patch comes from, as `frame * N + patch`; absent when all patches stay in their places.
+    """
+
+    backbone_state: torch.Tensor | None = None
+    branch_patches: torch.Tensor | None = None
+    branch_cls: torch.Tensor | None = None
+    branch_index: torch.Tensor | None = None
+
+
+@dataclass
+class BTAdapterOutput(ModelOutput):
+    """Output of the dual encoder.
+
+    Args:
+        loss (`torch.Tensor` of shape `()`, *optional*): Contrastive loss, returned with `return_loss=True`.
+        logits_per_video (`torch.Tensor` of shape `(videos, texts)`): Scaled cosine similarities.
+        logits_per_text (`torch.Tensor` of shape `(texts, videos)`): The same, transposed.
+        text_embeds (`torch.Tensor` of shape `(texts, P)`): Unit-length text features.
+        video_embeds (`torch.Tensor` of shape `(videos, P)`): Unit-length video features.
+        text_model_output (`BaseModelOutputWithPooling`): Output of the text tower.
+        vision_model_output (`BaseModelOutputWithPooling`): Output of the video tower.
+    """
+
+    loss: torch.Tensor | None = None
+    logits_per_video: torch.Tensor | None = None
+    logits_per_text: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    video_embeds: torch.Tensor | None = None
+    text_model_output: BaseModelOutputWithPooling | None = None
+    vision_model_output: BaseModelOutputWithPooling | None = None
+
+    def to_tuple(self) -> tuple:
+        return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in self.values())
+
+
+class BTAdapterDropPath(nn.Module):
+    """Stochastic depth: zeroes whole rows (dim 0) in training and scales the kept ones."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.rate == 0.0 or not self.training:
+            return hidden_states
+        shape = (hidden_states.shape[0],) + (1,) * (hidden_states.ndim - 1)
+        keep = hidden_states.new_empty(shape).bernoulli_(1 - self.rate)
+        return hidden_states * keep / (1 - self.rate)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.4f}"
+
+
+class BTAdapterZeroLinear(nn.Linear):
+    """The projection W_t of paper Eq. 2: zero at initialisation, so that a fresh temporal block adds nothing.
+
+    A class of its own because initialisation visits leaves only (a module without parameters is skipped).
+    """
+
+
+class BTAdapterTemporalBlock(nn.Module):
+    """Self-attention of each patch over the frames, behind a zero-initialised projection (paper Eq. 2)."""
+
+    def __init__(self, config: BTAdapterVisionConfig, layer: nn.Module, drop_path_rate: float):
+        super().__init__()
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.temporal_layer_norm_eps)
+        self.attn = layer.self_attn
+        self.drop_path = BTAdapterDropPath(drop_path_rate)
+        self.proj = BTAdapterZeroLinear(config.hidden_size, config.hidden_size)
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """(B, T, N, D) -> (B, T, N, D)"""
+        B, T, N, D = patches.shape
+        x = self.norm(patches.transpose(1, 2).reshape(B * N, T, D))
+        x = self.proj(self.drop_path(self.attn(hidden_states=x)[0]))
+        return patches + x.view(B, N, T, D).transpose(1, 2)
+
+
+class BTAdapterSpatialBlock(nn.Module):
+    """A layer of the backbone's own kind on each frame; the frames share one video CLS (paper Eq. 1).
+
+    Every frame attends together with a copy of the video CLS; the updates of the copies are averaged over the frames.
+    """
+
+    def __init__(self, config: BTAdapterVisionConfig, layer: nn.Module, drop_path_rate: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.spatial_layer_norm_eps)
+        self.attn = layer.self_attn
+        self.drop_path = BTAdapterDropPath(drop_path_rate)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.spatial_layer_norm_eps)
+        self.mlp = layer.mlp
+
+    def forward(
+        self, patches: torch.Tensor, video_cls: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, T, N, D), (B, 1, D) or None -> the same shapes"""
+        B, T, N, D = patches.shape
+        x = self.norm1(patches)
+        if video_cls is not None:
+            x = torch.cat([self.norm1(video_cls)[:, None].expand(B, T, 1, D), x], dim=2)  # (B, T, 1+N, D)
+        x = self.drop_path(self.attn(hidden_states=x.flatten(0, 1))[0]).view(B, T, -1, D)
+        patches = patches + x[:, :, -N:]
+        patches = patches + self.mlp(self.norm2(patches))
+        if video_cls is not None:
+            video_cls = video_cls + x[:, :, 0].mean(dim=1, keepdim=True)
+            video_cls = video_cls + self.mlp(self.norm2(video_cls))
+        return patches, video_cls
+
+
+class BTAdapterLayer(GradientCheckpointingLayer):
+    """One branch layer: divided space-time attention, time first."""
+
+    def __init__(self, config: BTAdapterVisionConfig, drop_path_rate: float):
+        super().__init__()
+        layer_class = BACKBONES[config.backbone.model_type].layer_class
+        # Two native layers lend their parts. The layer class itself must not appear in the branch: transformers records
+        # hidden states by hooks on every instance of it.
+        self.temporal = BTAdapterTemporalBlock(config, layer_class(config.backbone), drop_path_rate)
+        self.spatial = BTAdapterSpatialBlock(config, layer_class(config.backbone), drop_path_rate)
+
+    def forward(
+        self, patches: torch.Tensor, video_cls: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, T, N, D), (B, 1, D) or None -> the same shapes"""
+        return self.spatial(self.temporal(patches), video_cls)
+
+
+class BTAdapterBranch(nn.Module):
+    """The branch: K layers, each fed by one backbone layer, and the gates that join branch and backbone."""
+
+    def __init__(self, config: BTAdapterVisionConfig):
+        super().__init__()
+        self.config = config
+        self.num_cls = BACKBONES[config.backbone.model_type].num_cls
+        D, K = config.hidden_size, config.num_adapter_layers
+        if self.num_cls:
+            self.video_cls = nn.Parameter(torch.zeros(D))
+        self.time_embedding = nn.Embedding(config.max_frames, D)
+        # A gate exists only where it is used: a parameter without gradient is an error under DDP.
+        self.fusion_gate = nn.Parameter(torch.zeros(D)) if config.fusion == "gate" and K > 1 else None
+        self.output_gate = nn.Parameter(torch.zeros(D)) if config.output_fusion == "gate" else None
+        rates = [config.drop_path_rate * j / max(K - 1, 1) for j in range(K)]
+        self.layers = nn.ModuleList([BTAdapterLayer(config, rate) for rate in rates])
+
+    def forward(
+        self,
+        states: list[torch.Tensor],
+        final_state: torch.Tensor,
+        position: torch.Tensor,
+        bool_masked_pos: torch.Tensor | None = None,
+        to_fuse: dict[int, tuple[torch.Tensor, int]] | None = None,
+    ) -> "BTAdapterBranchOutput":
+        """
+        Args:
+            states: K backbone states of shape (B, T, C+N, D), one per branch layer.
+            final_state: (B, T, C+N, D), the output of the last backbone layer.
+            position: (C+N, D), the spatial position embeddings of the backbone.
+            bool_masked_pos: bool (B, N) or (B, T*N), True = dropped; see [`BTAdapterVisionModel.forward`].
+            to_fuse: {key: (backbone state (B, T, C+N, D), branch layer)}, the states to fuse with branch outputs.
+        """
+        config = self.config
+        T = states[0].shape[1]
+        window = T
+        if config.temporal_window == "released":
+            if T > 64:
+                states = [self._average_pairs(x) for x in states]
+            elif T < 2:
+                raise ValueError('temporal_window="released" needs at least two frames; use temporal_window="full".')
+            window = T // 2
+        index = self._token_index(states[0], window, bool_masked_pos)
+
+        outputs = []
+        patches = video_cls = None
+        for j, (layer, x) in enumerate(zip(self.layers, states)):
+            x_patches = self._take(x, index)
+            if j == 0:
+                patches = self._add_positions(x_patches, x.shape[1], position, index)
+                video_cls = self._first_cls(x, position)
+            else:
+                patches = self._join(self.fusion_gate, config.fusion_gate_scale, x_patches, patches)
+                if self.num_cls and config.video_cls == "average":
+                    frame_cls = x[:, :, 0].mean(dim=1, keepdim=True)
+                    video_cls = self._join(self.fusion_gate, config.fusion_gate_scale, frame_cls, video_cls)
+            patches, video_cls = layer(patches, video_cls)
+            outputs.append((patches, video_cls))
+
+        # Paper Eq. 5: the video CLS (B, 1, D) joins the CLS of each frame (B, T, D). Without a CLS the patches are joined.
+        if self.num_cls:
+            joined = self._join(self.output_gate, config.output_gate_scale, final_state[:, :, 0], video_cls)
+        else:
+            final_patches = self._take(final_state, index)
+            joined = self._join(self.output_gate, config.output_gate_scale, final_patches, patches)
+        fused = {key: self._fuse(x, *outputs[j]) for key, (x, j) in (to_fuse or {}).items()}
+        return BTAdapterBranchOutput(patches, video_cls, index, joined, fused)
+
+    def _average_pairs(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, C+N, D) -> (B, T/2, C+N, D), as released above 64 frames."""
+        if x.shape[1] % 2:
+            raise ValueError(
+                f'temporal_window="released" averages pairs of frames above 64 and got {x.shape[1]} frames: pass an even '
+                'number, or use temporal_window="full".'
+            )
+        return x.unflatten(1, (-1, 2)).mean(dim=2)
+
+    def _token_index(
+        self, x: torch.Tensor, window: int, bool_masked_pos: torch.Tensor | None
+    ) -> torch.LongTensor | None:
+        """Which backbone patch stands where in the branch, as `frame * N + patch`: (B, T', M); None = all in place.
+
+        The kept tokens are listed patch by patch (all frames of the first patch, all frames of the second, ...), and the
+        list is cut into temporal sequences of `window` tokens. With whole tubes and a window of T that is one patch over
+        all frames; the two released variants differ from it in this list only.
+        """
+        B, T, S, _ = x.shape
+        N = S - self.num_cls
+        if bool_masked_pos is None and window == T:
+            return None
+        if bool_masked_pos is None:
+            keep = torch.ones(B, N * T, dtype=torch.bool, device=x.device)
+        else:
+            keep = self._kept_tokens(bool_masked_pos.to(x.device, torch.bool), B, T, N)
+        counts = keep.sum(dim=1)
+        count = int(counts[0])
+        if count == 0 or (counts != count).any() or count % window:
+            raise ValueError(
+                f"After masking, {sorted(set(counts.tolist()))} of {N * T} tokens are left per video; every video must keep "
+                f"the same number, more than 0 and divisible by the temporal window of {window} frames."
+            )
+        listed = keep.nonzero()[:, 1].view(B, -1)  # patch * T + frame
+        listed = listed % T * N + listed // T  # frame * N + patch
+        return listed.view(B, -1, window).transpose(1, 2)
+
+    def _kept_tokens(self, masked: torch.Tensor, B: int, T: int, N: int) -> torch.Tensor:
+        """bool (B, N) or frame-major (B, T*N), True = dropped -> bool (B, N*T), patch-major, True = kept"""
+        if masked.shape not in ((B, N), (B, T * N)):
+            raise ValueError(
+                f"bool_masked_pos has shape {tuple(masked.shape)}; expected {(B, N)} (patches dropped from all frames) or "
+                f"{(B, T * N)} (frame by frame)."
+            )
+        frames = masked.view(B, -1, N).expand(B, T, N)
+        if self.config.mask_order == "released":
+            # The defect of the released code: the frame-major vector indexes the patch-major list as it is.
+            return ~frames.flatten(1)
+        if (frames != frames[:, :1]).any():
+            raise ValueError(
+                'bool_masked_pos drops other patches in other frames; mask_order="tube" needs the same ones in all frames.'
+            )
+        return ~frames.transpose(1, 2).flatten(1)
+
+    def _take(self, x: torch.Tensor, index: torch.LongTensor | None) -> torch.Tensor:
+        """Patches of (B, T, C+N, D) in branch layout: (B, T', M, D). Dropped tokens are not touched."""
+        if index is None:
+            return x[:, :, self.num_cls :]
+        B, T, S, D = x.shape
+        N = S - self.num_cls
+        rows = index // N * S + self.num_cls + index % N
+        rows = rows + torch.arange(B, device=x.device).view(B, 1, 1) * (T * S)
+        return x.reshape(-1, D).index_select(0, rows.flatten()).view(*rows.shape, D)
+
+    def _add_positions(
+        self, patches: torch.Tensor, T: int, position: torch.Tensor, index: torch.LongTensor | None
+    ) -> torch.Tensor:
+        """Spatial and time embeddings of each patch's own place and frame (paper Eq. 3)."""
+        position, time = position[self.num_cls :], self._time_embeddings(T)
+        if index is None:
+            return patches + position + time[:, None]
+        return patches + position[index % len(position)] + time[index // len(position)]
+
+    def _time_embeddings(self, T: int) -> torch.Tensor:
+        """(T, D). Longer videos than the table: linear interpolation, first on first and last on last row."""
+        rows = self.time_embedding(torch.arange(min(T, self.config.max_frames), device=self.time_embedding.weight.device))
+        if T <= self.config.max_frames:
+            return rows
+        return nn.functional.interpolate(rows.t()[None], size=T, mode="linear", align_corners=True)[0].t()
+
+    def _first_cls(self, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor | None:
+        if not self.num_cls:
+            return None
+        if self.config.video_cls == "token":
+            return self.video_cls.expand(x.shape[0], 1, -1)
+        return (x[:, :, 0].mean(dim=1, keepdim=True) + self.video_cls + position[0]) / 2
+
+    def _join(
+        self, gate: torch.Tensor | None, scale: float, backbone: torch.Tensor, branch: torch.Tensor
+    ) -> torch.Tensor:
+        """Gate per channel (paper Eq. 4 and 5), or a plain sum where the config has no gate."""
+        if gate is None:
+            return backbone + branch
+        weight = torch.sigmoid(scale * gate)
+        if self.config.gate_on == "branch":
+            return torch.lerp(*torch.broadcast_tensors(backbone, branch, weight))
+        return torch.lerp(*torch.broadcast_tensors(branch, backbone, weight))
+
+    def _fuse(self, x: torch.Tensor, patches: torch.Tensor, video_cls: torch.Tensor | None) -> torch.Tensor:
+        """Backbone state (B, T, C+N, D) and branch output (all patches) -> one set of tokens (B, C+N, D), CLS first."""
+        B, _, S, D = x.shape
+        N = S - self.num_cls
+        if patches.shape[2] == N:
+            tokens = patches.mean(dim=1)
+        else:  # the released window folds frames into the patch axis; unfold them
+            tokens = patches.transpose(1, 2).reshape(B, N, -1, D).mean(dim=2)
+        if video_cls is not None:
+            tokens = torch.cat([video_cls, tokens], dim=1)
+        x = x.mean(dim=1)
+        if self.config.token_fusion == "gate":
+            return self._join(self.output_gate, self.config.output_gate_scale, x, tokens)
+        return (x + tokens) / 2
+
+
+class BTAdapterBranchOutput(NamedTuple):
+    """What the branch returns for videos of one length."""
+
+    patches: torch.Tensor  # (B, T', M, D)
+    video_cls: torch.Tensor | None  # (B, 1, D)
+    index: torch.LongTensor | None  # (B, T', M)
+    joined: torch.Tensor  # (B, T, D) with a CLS, (B, T', M, D) without: joined with the backbone, to be pooled
+    fused: dict[int, torch.Tensor]  # (B, C+N, D) each
+
+
+class BTAdapterPreTrainedModel(PreTrainedModel):
+    """Weight initialisation, strict loading and the flags that transformers reads."""
+
+    config: BTAdapterConfig
+    base_model_prefix = "bt_adapter_model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "video", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _no_split_modules = [
+        "BTAdapterLayer",
+        "CLIPEncoderLayer",
+        "SiglipEncoderLayer",
+        "InstructBlipEncoderLayer",
+        "Blip2EncoderLayer",
+        "CLIPVisionEmbeddings",
+        "CLIPTextEmbeddings",
+        "SiglipVisionEmbeddings",
+        "InstructBlipVisionEmbeddings",
+        "Blip2VisionEmbeddings",
+        "SiglipMultiheadAttentionPoolingHead",
+    ]
+    # Modules that a checkpoint of a bare backbone lacks; they are new then, each as a whole.
+    _new_modules: tuple[str, ...] = ("bt_adapter",)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        if isinstance(module, BTAdapterZeroLinear):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, BTAdapterBranch):
+            # The branch is visited after the backbone, so a loaded backbone is there to start from.
+            self._init_branch(module)
+        elif isinstance(module, BTAdapterModel):
+            factor = module.config.initializer_factor
+            init.normal_(module.text_projection.weight, std=module.config.text_config.hidden_size**-0.5 * factor)
+            init.normal_(module.visual_projection.weight, std=module.config.vision_config.hidden_size**-0.5 * factor)
+            init.constant_(module.logit_scale, module.config.logit_scale_init_value)
+        else:
+            super()._init_weights(module)
+
+    def _init_branch(self, branch: BTAdapterBranch):
+        """Initialisation as released: spatial blocks from the backbone, temporal attention as fresh `nn.Linear`."""
+        for parameter in (branch.video_cls if branch.num_cls else None, branch.fusion_gate, branch.output_gate):
+            if parameter is not None:
+                init.zeros_(parameter)
+        init.normal_(branch.time_embedding.weight, std=branch.config.time_embedding_init_std)
+        for layer, number in zip(branch.layers, branch.config.adapter_layers):
+            for linear in layer.temporal.attn.modules():
+                if isinstance(linear, nn.Linear):
+                    init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
+                    if linear.bias is not None:
+                        bound = linear.in_features**-0.5
+                        init.uniform_(linear.bias, -bound, bound)
+            source = self.vision_model.encoder.layers[number]
+            spatial = layer.spatial
+            for target, origin in (
+                (spatial.norm1, source.layer_norm1),
+                (spatial.attn, source.self_attn),
+                (spatial.norm2, source.layer_norm2),
+                (spatial.mlp, source.mlp),
+            ):
+                for (_, p), (_, q) in zip(target.named_parameters(), origin.named_parameters(), strict=True):
+                    init.copy_(p, q)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
+        """As in transformers, but strict: a weight is never silently random or dropped.
+
+        A checkpoint without a branch (CLIPModel, a bare vision model) gives a fresh, warm-started branch and says so in
+        the log. Anything else that is missing, unexpected or of another shape is an error with counts and nearest names.
+
+        Raises:
+            ValueError: if the checkpoint does not fill the model, or holds weights that the model has no place for.
+        """
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        model._check_loading(info, pretrained_model_name_or_path)
+        model.freeze_backbone()  # loading replaces parameters, and new ones learn
+        return (model, info) if output_loading_info else model
+
+    def _check_loading(self, info: dict, source: str):
+        missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
+        fresh = []
+        for name in self._new_modules:
+            prefixes = {f"{path}." for path, _ in self.named_modules() if path.split(".")[-1] == name}
+            for prefix in prefixes:
+                keys = {key for key in self.state_dict() if key.startswith(prefix)}
+                if keys and keys <= missing:
+                    missing -= keys
+                    fresh.append(f"{prefix[:-1]} ({len(keys)} tensors)")
+        problems = []
+        for title, keys, others in (
+            ("missing from the checkpoint", missing, unexpected),
+            ("in the checkpoint without a place in the model", unexpected, missing),
+        ):
+            if keys:
+                examples = []
+                for key in sorted(keys)[:5]:
+                    near = difflib.get_close_matches(key, others or self.state_dict().keys(), n=1)
+                    examples.append(f"  {key}" + (f" (nearest: {near[0]})" if near else ""))
+                more = f"\n  and {len(keys) - 5} more" if len(keys) > 5 else ""
+                problems.append(f"{len(keys)} tensors {title}:\n" + "\n".join(examples) + more)
+        if info["mismatched_keys"]:
+            shown = [f"  {k}: {tuple(a)} in the checkpoint, {tuple(b)} in the model" for k, a, b in info["mismatched_keys"]]
+            problems.append(f"{len(shown)} tensors of another shape:\n" + "\n".join(sorted(shown)[:5]))
+        if problems:
+            raise ValueError(
+                f"{source} does not fit {type(self).__name__}:\n" + "\n".join(problems) + "\nIs it a checkpoint of this "
+                "model, or of its backbone? Check adapter_layers and the sizes in its config.json."
+            )
+        if fresh:
+            logger.warning(f"{source} holds no {', '.join(fresh)}: newly initialised.")
+
+    def freeze_backbone(self):
+        """Takes the image backbone out of training. It is frozen from the start; `requires_grad_(True)` frees it."""
+        for module in self.modules():
+            if isinstance(module, BTAdapterVisionModel):
+                module.vision_model.requires_grad_(False)
+
+
+class BTAdapterVisionModel(BTAdapterPreTrainedModel):
+    """The tower: a native image model, untouched and frozen, with the branch beside it.
+
+    Images (4-D `pixel_values`) take the native path and give the native model's output, bit for bit. Videos (5-D) give
+    one set of `C+N` tokens, whatever the number of frames.
+    """
+
+    config: BTAdapterVisionConfig
+    input_modalities = ("image", "video")
+    _input_embed_layer = "patch_embedding"
+    _can_record_outputs = {}  # hidden states are fused by hand; recording would return those of single frames
+    _keys_to_ignore_on_load_unexpected = [
+        r"^text_model\.",
+        r"^text_projection\.",
+        r"^visual_projection\.",
+        r"^mbta_head\.",
+        r"^logit_(scale|bias)$",
+        r"position_ids$",
+    ]
+
+    def __init__(self, config: BTAdapterVisionConfig, backbone: PreTrainedModel | None = None):
+        super().__init__(config)
+        config.validate()
+        self.family = BACKBONES[config.backbone.model_type]
+        if backbone is None:
+            backbone = self.family.model_class._from_config(config.backbone)
+        self.vision_model = backbone
+        self.bt_adapter = BTAdapterBranch(config)
+        self.post_init()
+        self.freeze_backbone()
+
+    @classmethod
+    def from_backbone(cls, backbone: PreTrainedModel, num_adapter_layers: int = 4, **config_fields):
+        """Puts a fresh, warm-started branch beside a vision model in memory, which is used as it is, not copied.
+
+        Args:
+            backbone: CLIPVisionModel, SiglipVisionModel, InstructBlipVisionModel or Blip2VisionModel.
+            num_adapter_layers: the branch is fed by the last so many layers; `adapter_layers` takes precedence.
+            config_fields: further fields of [`BTAdapterVisionConfig`].
+
+        Raises:
+            ValueError: if the model is of another kind.
+        """
+        if getattr(backbone.config, "model_type", None) not in BACKBONES or not hasattr(backbone, "encoder"):
+            raise ValueError(
+                f"{type(backbone).__name__} is not a vision model that takes a BT-Adapter; pass a "
+                + ", ".join(family.model_class.__name__ for family in BACKBONES.values())
+                + " (for a CLIPModel or LLaVA its vision model)."
+            )
+        depth = backbone.config.num_hidden_layers
+        if "adapter_layers" not in config_fields:
+            if not 1 <= num_adapter_layers <= depth:
+                raise ValueError(f"num_adapter_layers={num_adapter_layers} must be between 1 and {depth}.")
+            config_fields["adapter_layers"] = list(range(depth - num_adapter_layers, depth))
+        config = BTAdapterVisionConfig(backbone=backbone.config, **config_fields)
+        config._attn_implementation = backbone.config._attn_implementation
+        for module in backbone.modules():
+            module._is_hf_initialized = True
+        model = cls(config, backbone)
+        model.bt_adapter.to(device=backbone.device, dtype=backbone.dtype)
+        return model.train(backbone.training)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vision_model.get_input_embeddings()
+
+    def backbone_is_frozen(self) -> bool:
+        return not any(p.requires_grad for p in self.vision_model.parameters())
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if self.backbone_is_frozen():
+            self.vision_model.eval()  # no dropout and no activation checkpointing where nothing is learned
+        return self
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor,
+        frame_mask: torch.Tensor | None = None,
+        bool_masked_pos: torch.BoolTensor | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
+        output_attentions: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        output_branch_states: bool = False,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        r"""
+        Args:
+            pixel_values: images (B, 3, H, W), which take the native path, or videos (B, T, 3, H, W) with T >= 1.
+            frame_mask: (B, T), nonzero = a real frame, for videos of unequal length in one batch. Each video gives what
+                it would give alone.
+            bool_masked_pos: bool, True = the patch is dropped from the branch: (B, N), from all frames (a tube, paper
+                section 3.3), or (B, T*N), frame by frame. Every video drops equally many. The backbone sees all patches.
+            output_hidden_states: all (`True`), or those of some indices into the tuple of L+1 entries; the others are
+                `None`. For videos, entry l is the mean over the frames of the backbone's, fused with the branch from the
+                first adapter layer on.
+            output_attentions: return the backbone's attentions, per frame.
+            interpolate_pos_encoding: as in the native model, for images of another size.
+            output_branch_states: return [`BTAdapterVisionOutput`] with the states of the branch.
+
+        Returns:
+            `last_hidden_state` (B, C+N, D) and `pooler_output` (B, D); for images the native model's output.
+
+        Raises:
+            ValueError: if shapes do not fit each other or the backbone.
+        """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if pixel_values.ndim == 4:
+            if frame_mask is not None or bool_masked_pos is not None or output_branch_states:
+                raise ValueError(
+                    "frame_mask, bool_masked_pos and output_branch_states are for videos (B, T, 3, H, W); pixel_values of "
+                    f"shape {tuple(pixel_values.shape)} are images. Use pixel_values[:, None] for videos of one frame."
+                )
+            return self.vision_model(
+                pixel_values,
+                output_hidden_states=output_hidden_states,
+                output_attentions=output_attentions,
+                interpolate_pos_encoding=interpolate_pos_encoding,
+                return_dict=True,
+                **kwargs,
+            )
+        self._check_video(pixel_values, frame_mask)
+
+        B, T = pixel_values.shape[:2]
+        selected = self._select(output_hidden_states)
+        if frame_mask is None:
+            frames, lengths = pixel_values.flatten(0, 1), [T] * B
+        else:
+            frame_mask = frame_mask.to(pixel_values.device, torch.bool)
+            frames, lengths = pixel_values[frame_mask], frame_mask.sum(dim=1).tolist()
+        states, attentions = self._run_backbone(
+            frames, selected, output_attentions=output_attentions, interpolate_pos_encoding=interpolate_pos_encoding
+        )
+        position = self._position_embeddings(frames, interpolate_pos_encoding)
+
+        # Videos of one length go through the branch together, so that no padding exists there.
+        rows_of = defaultdict(list)
+        for row, length in enumerate(lengths):
+            rows_of[length].append(row)
+        if bool_masked_pos is not None and len(rows_of) > 1:
+            raise ValueError("bool_masked_pos needs videos of one length; frame_mask gives several: " f"{sorted(rows_of)}.")
+        starts = [sum(lengths[:row]) for row in range(B)]
+        results = []
+        for length, rows in rows_of.items():
+            if len(rows_of) == 1:
+                group = {n: x.unflatten(0, (B, length)) for n, x in states.items()}
+            else:
+                group = {
+                    n: torch.stack([x[starts[row] : starts[row] + length] for row in rows]) for n, x in states.items()
+                }
+            results.append(self._run_branch(group, position, bool_masked_pos, selected, output_branch_states))
+        output = results[0] if len(results) == 1 else self._regroup(results, list(rows_of.values()))
+        output.attentions = attentions
+        return output
+
+    def _check_video(self, pixel_values: torch.Tensor, frame_mask: torch.Tensor | None):
+        shape, channels = tuple(pixel_values.shape), self.config.num_channels
+        if pixel_values.ndim != 5 or shape[2] != channels or 0 in shape:
+            raise ValueError(
+                f"pixel_values has shape {shape}; expected images (B, {channels}, H, W) or videos (B, T, {channels}, H, W) "
+                "with at least one frame."
+            )
+        if frame_mask is not None:
+            if tuple(frame_mask.shape) != shape[:2]:
+                raise ValueError(f"frame_mask has shape {tuple(frame_mask.shape)}; the videos have (B, T) = {shape[:2]}.")
+            if not frame_mask.any(dim=1).all():
+                raise ValueError("frame_mask leaves a video without any frame; every row needs at least one.")
+
+    def _select(self, output_hidden_states: bool | int | list[int] | None) -> set[int]:
+        """Indices into the tuple of L+1 hidden states, counted from 0."""
+        L = self.config.num_hidden_layers
+        if output_hidden_states is None or isinstance(output_hidden_states, bool):
+            return set(range(L + 1)) if output_hidden_states else set()
+        wanted = [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states
+        return {n % (L + 1) for n in wanted if -(L + 1) <= n <= L}  # others select nothing, as in transformers
+
+    def _run_backbone(
+        self, frames: torch.Tensor, selected: set[int], output_attentions: bool | None, **kwargs
+    ) -> tuple[dict[int, torch.Tensor], tuple[torch.Tensor, ...] | None]:
+        """Frames (F, 3, H, W) -> hidden states {index: (F, C+N, D)} that the branch and the caller need, attentions."""
+        needed = selected | {layer + 1 for layer in self.config.adapter_layers} | {self.config.num_hidden_layers}
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.backbone_is_frozen()):
+            chunks = [
+                self.vision_model(
+                    chunk,
+                    output_hidden_states=sorted(needed),
+                    output_attentions=output_attentions,
+                    return_dict=True,
+                    **kwargs,
+                )
+                for chunk in frames.split(self.config.frames_per_chunk)
+            ]
+        states = {n: _cat([chunk.hidden_states[n] for chunk in chunks]) for n in sorted(needed)}
+        attentions = None
+        if output_attentions:
+            attentions = tuple(_cat(list(layer)) for layer in zip(*(chunk.attentions for chunk in chunks)))
+        return states, attentions
+
+    def _position_embeddings(self, frames: torch.Tensor, interpolate_pos_encoding: bool) -> torch.Tensor:
+        """Spatial position embeddings of the backbone, (C+N, D), frozen."""
+        embeddings = self.vision_model.embeddings
+        if interpolate_pos_encoding:
+            H, W = frames.shape[-2:]
+            count = self.family.num_cls + (H // self.config.patch_size) * (W // self.config.patch_size)
+            like = frames.new_empty(1, count, self.config.hidden_size)
+            return embeddings.interpolate_pos_encoding(like, H, W)[0]
+        table = embeddings.position_embedding  # a parameter (1, C+N, D) in the EVA towers
+        return table[0] if isinstance(table, nn.Parameter) else table(embeddings.position_ids)[0]
+
+    def _run_branch(
+        self,
+        states: dict[int, torch.Tensor],
+        position: torch.Tensor,
+        bool_masked_pos: torch.Tensor | None,
+        selected: set[int],
+        output_branch_states: bool,
+    ) -> BaseModelOutputWithPooling:
+        """Videos of one length. `states` are {index: (B, T, C+N, D)}."""
+        L, layers = self.config.num_hidden_layers, self.config.adapter_layers
+        to_fuse = {}
+        if bool_masked_pos is None:
+            # Entry n is the output of backbone layer n-1, fused with the latest branch layer fed by then.
+            fed_by = {n: sum(layer < n for layer in layers) - 1 for n in selected | {L}}
+            to_fuse = {n: (states[n], j) for n, j in fed_by.items() if j >= 0}
+        branch = self.bt_adapter([states[i + 1] for i in layers], states[L], position, bool_masked_pos, to_fuse)
+
+        last_hidden_state = hidden_states = None
+        if bool_masked_pos is None:
+            fused = {n: branch.fused[n] if n in branch.fused else states[n].mean(dim=1) for n in selected | {L}}
+            last_hidden_state = self._place_cls(
+                self.vision_model.post_layernorm(fused[L]) if self.family.norm_all else fused[L]
+            )
+            if selected:
+                hidden_states = tuple(self._place_cls(fused[n]) if n in selected else None for n in range(L + 1))
+        output = {
+            "last_hidden_state": last_hidden_state,
+            "pooler_output": self._pool(branch.joined),
+            "hidden_states": hidden_states,
+        }
+        if not output_branch_states:
+            return BaseModelOutputWithPooling(**output)
+        return BTAdapterVisionOutput(
+            **output,
+            backbone_state=states[L],
+            branch_patches=branch.patches,
+            branch_cls=branch.video_cls,
+            branch_index=branch.index,
+        )
+
+    def _pool(self, joined: torch.Tensor) -> torch.Tensor | None:
+        """(B, T, D) per-frame CLS, or (B, T, M, D) patches without CLS -> (B, D). Paper Eq. 5 up to the projection."""
+        if self.config.pooling_order == "mean_then_norm":
+            joined = joined.mean(dim=1, keepdim=True)
+        joined = self.vision_model.post_layernorm(joined)
+        if joined.ndim == 4:
+            head = getattr(self.vision_model, "head", None)
+            if head is None:
+                return None
+            joined = head(joined.flatten(0, 1)).unflatten(0, joined.shape[:2])
+        return joined.mean(dim=1)
+
+    def _place_cls(self, tokens: torch.Tensor) -> torch.Tensor:
+        if self.config.cls_position == "last" and self.family.num_cls:
+            return torch.cat([tokens[:, 1:], tokens[:, :1]], dim=1)
+        return tokens
+
+    def _regroup(self, results: list[ModelOutput], rows: list[list[int]]) -> ModelOutput:
+        """Puts the outputs of videos of several lengths back into the order of the batch."""
+        order = torch.tensor([row for group in rows for row in group]).argsort()
+
+        def merge(parts: list):
+            if parts[0] is None:
+                return None
+            if isinstance(parts[0], tuple):
+                return tuple(merge(list(entries)) for entries in zip(*parts))
+            return torch.cat(parts)[order.to(parts[0].device)]
+
+        if isinstance(results[0], BTAdapterVisionOutput):
+            raise ValueError("output_branch_states needs videos of one length; run unequal videos in groups.")
+        return BaseModelOutputWithPooling(
+            last_hidden_state=merge([r.last_hidden_state for r in results]),
+            pooler_output=merge([r.pooler_output for r in results]),
+            hidden_states=merge([r.hidden_states for r in results]),
+        )
+
+
+class BTAdapterModel(BTAdapterPreTrainedModel):
+    """The dual encoder: CLIP's text tower and projections around the video tower, for search and zero-shot labels."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^mbta_head\.", r"position_ids$"]
+
+    def __init__(self, config: BTAdapterConfig):
+        super().__init__(config)
+        config.validate()
+        self.text_model = CLIPTextModel._from_config(config.text_config)
+        self.vision_model = BTAdapterVisionModel._from_config(config.vision_config)
+        self.visual_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
+        self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.get_input_embeddings()
+
+    @can_return_tuple
+    def get_text_features(
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """input_ids (B, length) -> output of the text tower with `pooler_output` (B, P) projected, not normalised.
+
+        Raises:
+            ValueError: if the text is longer than the tower's positions.
+        """
+        limit = self.config.text_config.max_position_embeddings
+        if input_ids.shape[-1] > limit:
+            raise ValueError(
+                f"The texts are {input_ids.shape[-1]} tokens long and the text tower takes {limit}: tokenize with "
+                f"truncation=True, max_length={limit}."
+            )
+        output = self.text_model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
+        output.pooler_output = self.text_projection(output.pooler_output)
+        return output
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> BaseModelOutputWithPooling:
+        """Images (B, 3, H, W) -> the native CLIP's output with `pooler_output` (B, P) projected, not normalised."""
+        if pixel_values.ndim != 4:
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}; expected images (B, 3, H, W). For videos call "
+                "get_video_features."
+            )
+        output = self.vision_model(pixel_values, return_dict=True, **kwargs)
+        output.pooler_output = self.visual_projection(output.pooler_output)
+        return output
+
+    @can_return_tuple
+    def get_video_features(
+        self, pixel_values_videos: torch.FloatTensor, frame_mask: torch.Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """Videos (B, T, 3, H, W) and frame_mask (B, T) -> output of the tower, `pooler_output` (B, P) projected.
+
+        The features are not normalised (paper Eq. 5). Further arguments go to [`BTAdapterVisionModel.forward`].
+        """
+        if pixel_values_videos.ndim != 5:
+            raise ValueError(
+                f"pixel_values_videos has shape {tuple(pixel_values_videos.shape)}; expected (B, T, 3, H, W). For images "
+                "call get_image_features."
+            )
+        kwargs.pop("video_metadata", None)  # `**processor(..., return_metadata=True)` brings it along
+        output = self.vision_model(pixel_values_videos, frame_mask=frame_mask, return_dict=True, **kwargs)
+        output.pooler_output = self.visual_projection(output.pooler_output)
+        return output
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        pixel_values_videos: torch.FloatTensor,
+        attention_mask: torch.Tensor | None = None,
+        frame_mask: torch.Tensor | None = None,
+        return_loss: bool | None = None,
+        **kwargs,
+    ) -> BTAdapterOutput:
+        """
+        Args:
+            input_ids: (texts, length).
+            pixel_values_videos: (videos, T, 3, H, W).
+            attention_mask: (texts, length).
+            frame_mask: (videos, T), nonzero = a real frame.
+            return_loss: also compute the symmetric contrastive loss of CLIP; text i belongs to video i.
+        """
+        vision_output = self.get_video_features(pixel_values_videos, frame_mask=frame_mask, **kwargs)
+        text_output = self.get_text_features(input_ids, attention_mask=attention_mask)
+        video_embeds = nn.functional.normalize(vision_output.pooler_output, dim=-1)
+        text_embeds = nn.functional.normalize(text_output.pooler_output, dim=-1).to(video_embeds.device)
+        logits_per_text = text_embeds @ video_embeds.t() * self.logit_scale.exp().to(video_embeds.device)
+        loss = None
+        if return_loss:
+            if logits_per_text.shape[0] != logits_per_text.shape[1]:
+                raise ValueError(
+                    f"The loss pairs text i with video i; found {logits_per_text.shape[0]} texts and "
+                    f"{logits_per_text.shape[1]} videos."
+                )
+            target = torch.arange(len(logits_per_text), device=logits_per_text.device)
+            loss = nn.functional.cross_entropy(logits_per_text, target)
+            loss = (loss + nn.functional.cross_entropy(logits_per_text.t(), target)) / 2
+        return BTAdapterOutput(
+            loss=loss,
+            logits_per_video=logits_per_text.t(),
+            logits_per_text=logits_per_text,
+            text_embeds=text_embeds,
+            video_embeds=video_embeds,
+            text_model_output=text_output,
+            vision_model_output=vision_output,
+        )
+
+
+def _cat(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+# Two renamings make every checkpoint route work, in both directions, wherever the tower stands in a larger model: hub
+# names nest the native model once more (`vision_model.vision_model.*`), newer ones are flat (`embeddings.*`).
+register_checkpoint_conversion_mapping(
+    "BTAdapterVisionModel",
+    [
+        WeightRenaming(r"^vision_model\.(vision_model|bt_adapter)\.", r"\1."),
+        WeightRenaming(r"^(embeddings|encoder|pre_layrnorm|post_layernorm|head)\.", r"vision_model.\1."),
+    ],
+    overwrite=True,
+)
+
+AutoModel.register(BTAdapterVisionConfig, BTAdapterVisionModel, exist_ok=True)
+AutoModel.register(BTAdapterConfig, BTAdapterModel, exist_ok=True)

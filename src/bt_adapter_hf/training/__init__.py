@@ -1,0 +1,1 @@
+"""Training with `transformers.Trainer`: arguments and trainer for pretraining the branch."""
