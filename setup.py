@@ -1,9 +1,13 @@
 """All of the package's metadata. pyproject.toml configures tools only."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "src/bt_adapter_hf/__init__.py").read_text(), re.MULTILINE)[1]
 
 # decord 0.6.0, its last release, has wheels for these two platforms only and no source archive.
 HAS_DECORD_WHEEL = "(sys_platform == 'linux' and platform_machine == 'x86_64') or sys_platform == 'win32'"
@@ -35,9 +39,9 @@ EXTRAS["all"] = sorted({package for packages in EXTRAS.values() for package in p
 
 setup(
     name="bt_adapter_hf",
-    version="0.1.0.dev0",
+    version=VERSION,
     description="Give an image-language model video, with a small trained branch and its image ability kept exactly",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],

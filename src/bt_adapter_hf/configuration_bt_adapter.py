@@ -210,6 +210,8 @@ class BTAdapterConfig(PreTrainedConfig):
             Config of the video tower; the config of a native CLIP vision model is wrapped into one.
         projection_dim (`int`, *optional*, defaults to 512):
             Width of the joint text-video space.
+        visual_projection_bias (`bool`, *optional*, defaults to `False`):
+            Whether the projection of the video features has a bias (EVA-CLIP's has, CLIP's has not).
         logit_scale_init_value (`float`, *optional*, defaults to 2.6592):
             Initial logarithm of the factor on the cosine similarities, as in CLIP.
         mask_ratio (`float`, *optional*, defaults to 0.7):
@@ -243,6 +245,7 @@ class BTAdapterConfig(PreTrainedConfig):
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None
     projection_dim: int = 512
+    visual_projection_bias: bool = False
     logit_scale_init_value: float | int = 2.6592
     mask_ratio: float | int = 0.7
     temperature: float = 0.01

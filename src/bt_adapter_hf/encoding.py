@@ -3,27 +3,26 @@
 import glob
 import hashlib
 import json
+import math
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from transformers import AutoConfig, BatchFeature
 
+from .assets import default_model_path
 from .modeling_bt_adapter import BTAdapterModel
 from .processing_bt_adapter import BTAdapterProcessor
 from .video_io import VideoError
 
 
-VIDEO_EXTENSIONS = frozenset(
-    ".3gp .avi .flv .gif .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .webm .wmv".split()
-)
+VIDEO_EXTENSIONS = frozenset(".3gp .avi .flv .gif .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .webm .wmv".split())
 
 # Fields of a saved config or processor that do not change what it computes.
 _VOLATILE = frozenset(
@@ -64,6 +63,12 @@ def find_videos(inputs: Sequence[str | os.PathLike]) -> list[str]:
     return list(found)
 
 
+def describe_model(source: str | None, revision: str | None, dtype: str) -> str:
+    """One line for messages."""
+    details = ", ".join(filter(None, (revision and revision[:12], dtype.removeprefix("torch."))))
+    return f"{source or 'moving-digits, the model inside the package'} ({details})"
+
+
 def _is_video(path: str) -> bool:
     return os.path.splitext(path)[1].lower() in VIDEO_EXTENSIONS
 
@@ -81,19 +86,19 @@ class VideoEncoder:
     """A dual encoder with its processor, on one device.
 
     Attributes:
-        source: the Hub id or folder that both were loaded from.
+        source: the Hub id or folder that both were loaded from; None for the model inside the package.
         revision: the commit on the Hub, where there is one.
     """
 
     model: BTAdapterModel
     processor: BTAdapterProcessor
-    source: str
+    source: str | None
     revision: str | None = None
 
     @classmethod
     def from_pretrained(
         cls,
-        source: str | os.PathLike,
+        source: str | os.PathLike | None = None,
         *,
         revision: str | None = None,
         num_frames: int | None = None,
@@ -103,7 +108,8 @@ class VideoEncoder:
         """Load model and processor.
 
         Args:
-            source: Hub id or folder of a `BTAdapterModel` and its processor.
+            source: Hub id or folder of a `BTAdapterModel` and its processor; None for the moving-digits model inside
+                the package.
             revision: branch, tag or commit on the Hub.
             num_frames: frames to sample per video instead of what the saved processor says.
             device: "cpu", "cuda", "cuda:1", "mps"; by default an accelerator where there is one.
@@ -113,25 +119,33 @@ class VideoEncoder:
             ValueError: the source holds a model of another kind (a plain CLIP has no trained branch), or a bad value.
             OSError: there is no model at the source.
         """
-        source = os.fspath(source)
-        config = AutoConfig.from_pretrained(source, revision=revision)
+        name = os.fspath(default_model_path() if source is None else source)
+        if os.path.isdir(name):
+            name = os.path.abspath(name)  # an index outlives the working directory
+        config = AutoConfig.from_pretrained(name, revision=revision)
         if config.model_type != BTAdapterModel.config_class.model_type:
             raise ValueError(
-                f"'{source}' holds a model of type '{config.model_type}'; expected "
+                f"'{name}' holds a model of type '{config.model_type}'; expected "
                 f"'{BTAdapterModel.config_class.model_type}', a dual encoder with a trained branch."
             )
-        processor = BTAdapterProcessor.from_pretrained(source, revision=revision)
+        processor = BTAdapterProcessor.from_pretrained(name, revision=revision)
         if num_frames is not None:
             if num_frames < 1:
                 raise ValueError(f"num_frames={num_frames}: expected at least 1.")
             processor.video_processor.num_frames = num_frames
-        model = BTAdapterModel.from_pretrained(source, revision=revision, dtype=dtype)
+        model = BTAdapterModel.from_pretrained(name, revision=revision, dtype=dtype)
         device = _default_device() if device is None else device
         try:
             model.to(device)
         except (RuntimeError, AssertionError) as error:  # torch's ways to say that there is no such device
             raise ValueError(f"device '{device}' cannot be used: {str(error).splitlines()[0]}") from error
-        return cls(model.eval(), processor, source, getattr(config, "_commit_hash", None))
+        commit = getattr(config, "_commit_hash", None)
+        return cls(model.eval(), processor, None if source is None else name, commit)
+
+    @property
+    def name(self) -> str:
+        """For messages: the source and the dtype."""
+        return describe_model(self.source, self.revision, str(self.model.dtype))
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -170,6 +184,19 @@ class VideoEncoder:
             inputs = self.processor(text=batch, padding=True, return_tensors="pt").to(self.model.device)
             features.append(_unit_rows(self.model.get_text_features(**inputs).pooler_output, batch))
         return np.concatenate(features)
+
+    def label_scores(self, video: np.ndarray, texts: np.ndarray) -> list[tuple[int, float, float]]:
+        """Zero-shot labels, best first: (label's index, probability, cosine).
+
+        Args:
+            video: (P,) unit feature of one video.
+            texts: (labels, P) unit features of the labels.
+        """
+        cosines = texts @ video
+        logits = float(self.model.logit_scale.detach().float().exp()) * cosines.astype(np.float64)
+        weights = np.exp(logits - logits.max())
+        order = np.argsort(-cosines, kind="stable")
+        return [(int(i), float(weights[i] / weights.sum()), float(cosines[i])) for i in order]
 
     def encode_videos(
         self, paths: Sequence[str], batch_size: int = 8, workers: int | None = None
@@ -257,7 +284,10 @@ def _describe(metadata: Any) -> dict[str, Any]:
     """Plain numbers of a video's metadata, for JSON."""
     facts = {name: getattr(metadata, name) for name in ("duration", "fps", "width", "height", "total_num_frames")}
     facts["timestamps"] = [round(float(second), 3) for second in metadata.timestamps]
-    return {name: value.item() if isinstance(value, np.generic) else value for name, value in facts.items()}
+    for name, value in facts.items():
+        value = value.item() if isinstance(value, np.generic) else value
+        facts[name] = None if isinstance(value, float) and not math.isfinite(value) else value
+    return facts
 
 
 def _default_device() -> str:

@@ -338,7 +338,9 @@ class BTAdapterBranch(nn.Module):
 
     def _time_embeddings(self, T: int) -> torch.Tensor:
         """(T, D). Longer videos than the table: linear interpolation, first on first and last on last row."""
-        rows = self.time_embedding(torch.arange(min(T, self.config.max_frames), device=self.time_embedding.weight.device))
+        rows = self.time_embedding(
+            torch.arange(min(T, self.config.max_frames), device=self.time_embedding.weight.device)
+        )
         if T <= self.config.max_frames:
             return rows
         return nn.functional.interpolate(rows.t()[None], size=T, mode="linear", align_corners=True)[0].t()
@@ -495,11 +497,15 @@ class BTAdapterPreTrainedModel(PreTrainedModel):
                 more = f"\n  and {len(keys) - 5} more" if len(keys) > 5 else ""
                 problems.append(f"{len(keys)} tensors {title}:\n" + "\n".join(examples) + more)
         if info["mismatched_keys"]:
-            shown = [f"  {k}: {tuple(a)} in the checkpoint, {tuple(b)} in the model" for k, a, b in info["mismatched_keys"]]
+            shown = [
+                f"  {k}: {tuple(a)} in the checkpoint, {tuple(b)} in the model" for k, a, b in info["mismatched_keys"]
+            ]
             problems.append(f"{len(shown)} tensors of another shape:\n" + "\n".join(sorted(shown)[:5]))
         if problems:
             raise ValueError(
-                f"{source} does not fit {type(self).__name__}:\n" + "\n".join(problems) + "\nIs it a checkpoint of this "
+                f"{source} does not fit {type(self).__name__}:\n"
+                + "\n".join(problems)
+                + "\nIs it a checkpoint of this "
                 "model, or of its backbone? Check adapter_layers and the sizes in its config.json."
             )
         if fresh:
@@ -653,7 +659,9 @@ class BTAdapterVisionModel(BTAdapterPreTrainedModel):
         for row, length in enumerate(lengths):
             rows_of[length].append(row)
         if bool_masked_pos is not None and len(rows_of) > 1:
-            raise ValueError("bool_masked_pos needs videos of one length; frame_mask gives several: " f"{sorted(rows_of)}.")
+            raise ValueError(
+                f"bool_masked_pos needs videos of one length; frame_mask gives several: {sorted(rows_of)}."
+            )
         starts = [sum(lengths[:row]) for row in range(B)]
         results = []
         for length, rows in rows_of.items():
@@ -677,7 +685,9 @@ class BTAdapterVisionModel(BTAdapterPreTrainedModel):
             )
         if frame_mask is not None:
             if tuple(frame_mask.shape) != shape[:2]:
-                raise ValueError(f"frame_mask has shape {tuple(frame_mask.shape)}; the videos have (B, T) = {shape[:2]}.")
+                raise ValueError(
+                    f"frame_mask has shape {tuple(frame_mask.shape)}; the videos have (B, T) = {shape[:2]}."
+                )
             if not frame_mask.any(dim=1).all():
                 raise ValueError("frame_mask leaves a video without any frame; every row needs at least one.")
 
@@ -809,7 +819,9 @@ class BTAdapterModel(BTAdapterPreTrainedModel):
         config.validate()
         self.text_model = CLIPTextModel._from_config(config.text_config)
         self.vision_model = BTAdapterVisionModel._from_config(config.vision_config)
-        self.visual_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
+        self.visual_projection = nn.Linear(
+            config.vision_config.hidden_size, config.projection_dim, bias=config.visual_projection_bias
+        )
         self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
         self.post_init()

@@ -87,7 +87,9 @@ class BTAdapterForPreTraining(BTAdapterModel):
         """
         B = len(input_ids)
         if B != len(pixel_values_videos):
-            raise ValueError(f"Pretraining pairs text i with video i; found {B} texts, {len(pixel_values_videos)} videos.")
+            raise ValueError(
+                f"Pretraining pairs text i with video i; found {B} texts, {len(pixel_values_videos)} videos."
+            )
         if bool_masked_pos is None and self.training and self.config.mask_ratio > 0:
             bool_masked_pos = random_tube_mask(B, self._num_patches(pixel_values_videos), self.config.mask_ratio)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._text_learns()):

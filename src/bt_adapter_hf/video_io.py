@@ -48,6 +48,7 @@ _BACKEND_FIXES = {
     "torchcodec": "Install the torchcodec release that matches your torch and FFmpeg's shared libraries "
     "(`apt-get install ffmpeg`), or use backend='pyav'.",
 }
+_OTHER_BACKEND = "Try backend='pyav', with on_damage='salvage' if the file is damaged."
 _GIF_SIGNATURES = (b"GIF87a", b"GIF89a")
 _CHUNK_BYTES = 1 << 20
 
@@ -505,14 +506,14 @@ def _load_gif(
         if isinstance(error, VideoError):
             raise
         raise VideoDecodeError(f"{source.name} is a GIF that cannot be decoded: {error}.") from error
-    *times, duration = itertools.accumulate(delays, initial=0.0)
+    *times, duration = (end / 100 for end in itertools.accumulate(delays, initial=0))
     return collector.result(len(delays), times, len(delays) / duration, "pil", duration)
 
 
-def _scan_gif(data: bytes) -> tuple[list[float], bool]:
-    """Duration of each complete frame in seconds, and whether the file ends where a GIF may end."""
-    delays: list[float] = []
-    delay = 0.1
+def _scan_gif(data: bytes) -> tuple[list[int], bool]:
+    """Duration of each complete frame in 1/100 s, and whether the file ends where a GIF may end."""
+    delays: list[int] = []
+    delay = 10
 
     def after_sub_blocks(position: int) -> int:
         while size := data[position]:
@@ -532,14 +533,14 @@ def _scan_gif(data: bytes) -> tuple[list[float], bool]:
                 if data[position + 1] == 0xF9:  # graphic control: the delay of the next frame
                     hundredths = data[position + 4] | data[position + 5] << 8
                     # browsers and FFmpeg show a delay below 2/100 s as 1/10 s
-                    delay = hundredths / 100 if hundredths >= 2 else 0.1
+                    delay = hundredths if hundredths >= 2 else 10
                 position = after_sub_blocks(position + 2)
             elif block == 0x2C:  # image
                 position = after_sub_blocks(after_colour_table(position + 10, data[position + 9]) + 1)
                 if position > len(data):
                     return delays, False
                 delays.append(delay)
-                delay = 0.1
+                delay = 10
             else:  # a stray byte between blocks, which PIL skips too
                 position += 1
     except IndexError:
@@ -600,6 +601,7 @@ class _Scan:
     hidden: int  # packets that an edit list hides
     fps: float | None
     times: list[float]  # seconds of each frame from the first one
+    timed: bool  # whether these come from the file; else they are index / fps
     damage: str | None
 
 
@@ -667,8 +669,9 @@ def _scan(source: _Source) -> _Scan:
         if error is None:
             error = _missing_part(source, formats, stream.frames, packets, container, reached)
         fps = _frame_rate(stream)
-        times = _packet_times(shown, float(stream.time_base), fps)
-        return _Scan(formats, stream.codec_context.name, len(shown), hidden, fps, times, error)
+        timed = None not in shown
+        times = _packet_times(shown, float(stream.time_base)) if timed else _even_times(len(shown), fps)
+        return _Scan(formats, stream.codec_context.name, len(shown), hidden, fps, times, timed, error)
 
 
 def _frame_rate(stream: Any) -> float | None:
@@ -676,11 +679,13 @@ def _frame_rate(stream: Any) -> float | None:
     return float(rate) if rate else None
 
 
-def _packet_times(stamps: list[int | None], time_base: float, fps: float | None) -> list[float]:
-    if None in stamps:  # AVI and raw streams
-        return [index / fps if fps else 0.0 for index in range(len(stamps))]
-    stamps = sorted(stamps)
+def _packet_times(stamps: list[int], time_base: float) -> list[float]:
+    stamps = sorted(stamps)  # packets come in decoding order
     return [(stamp - stamps[0]) * time_base for stamp in stamps]
+
+
+def _even_times(count: int, fps: float | None) -> list[float]:
+    return [index / fps if fps else 0.0 for index in range(count)]
 
 
 def _missing_part(
@@ -720,7 +725,9 @@ def _load_pyav(
         # a cut file, or one whose packets are not one frame each (field pairs, invisible frames)
         logger.info("%s: %d packets, %d frames; sampling again.", source.name, scan.frames, total)
         decoded = _decode(source, choose(total), background)
-    return decoded.collector.result(total, decoded.times, scan.fps, "pyav")
+    # AVI and raw streams store no times, and what the decoder makes up for them is uneven
+    times = decoded.times if scan.timed else _even_times(total, scan.fps)
+    return decoded.collector.result(total, times, scan.fps, "pyav")
 
 
 def _decode(source: _Source, indices: np.ndarray, background: tuple[int, int, int]) -> _Decoded:
@@ -730,12 +737,9 @@ def _decode(source: _Source, indices: np.ndarray, background: tuple[int, int, in
     broken: list[int] = []
     first_time = None
     with _open_container(source) as (container, stream):
-        fps = _frame_rate(stream)
         try:
             for index, frame in enumerate(container.decode(stream)):
-                time = frame.time
-                if time is None:  # raw streams carry no times
-                    time = index / fps if fps else 0.0
+                time = frame.time or 0.0
                 first_time = time if first_time is None else first_time
                 decoded.times.append(time - first_time)
                 if decoded.collector.wants(index):
@@ -835,7 +839,7 @@ def _load_decord(source: _Source, choose: Callable[[int], np.ndarray]) -> tuple[
                 collector.add(index, frame.asnumpy(), source)
     except (decord.DECORDError, RuntimeError, StopIteration) as error:
         reason = (str(error).strip().splitlines() or ["no more frames"])[0]
-        raise VideoDecodeError(f"{source.name} cannot be decoded by decord: {reason}. Try backend='pyav'.") from error
+        raise VideoDecodeError(f"{source.name} cannot be decoded by decord: {reason}. {_OTHER_BACKEND}") from error
     return collector.result(scan.frames, scan.times, scan.fps, "decord")
 
 
@@ -856,7 +860,5 @@ def _load_torchcodec(
         if isinstance(error, VideoError):
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise VideoDecodeError(
-            f"{source.name} cannot be decoded by torchcodec: {reason}. Try backend='pyav'."
-        ) from error
+        raise VideoDecodeError(f"{source.name} cannot be decoded by torchcodec: {reason}. {_OTHER_BACKEND}") from error
     return collector.result(scan.frames, scan.times, scan.fps, "torchcodec")

@@ -1,25 +1,22 @@
 """Video processor of BT-Adapter: any video in, normalised frames `(B, T, 3, H, W)` out."""
 
-from collections.abc import Iterable, Mapping
-from pathlib import PurePath
-from typing import Any, Optional, Union
+import os
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from huggingface_hub.dataclasses import validate_typed_dict
+from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
+from transformers import AutoVideoProcessor
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import (
-    OPENAI_CLIP_MEAN,
-    OPENAI_CLIP_STD,
-    PILImageResampling,
-    SizeDict,
-    is_valid_image,
-    validate_kwargs,
-)
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, validate_kwargs
 from transformers.processing_utils import Unpack, VideosKwargs
 from transformers.utils import TensorType
 from transformers.video_processing_utils import BaseVideoProcessor
 
+from .configuration_bt_adapter import BTAdapterConfig
 from .video_io import (
     DAMAGE_POLICIES,
     SAMPLING_RULES,
@@ -50,11 +47,11 @@ class BTAdapterVideoProcessorKwargs(VideosKwargs, total=False):
         Seed of `"jitter"` for this call. None draws from numpy's global state.
     """
 
-    sampling: Optional[str]
-    video_backend: Optional[str]
-    on_damage: Optional[str]
-    background: Optional[Union[list[int], tuple[int, ...]]]
-    seed: Optional[int]
+    sampling: str | None
+    video_backend: str | None
+    on_damage: str | None
+    background: list[int] | tuple[int, ...] | None
+    seed: int | None
 
 
 class BTAdapterVideoProcessor(BaseVideoProcessor):
@@ -121,24 +118,160 @@ class BTAdapterVideoProcessor(BaseVideoProcessor):
             )
 
     def preprocess(self, videos: VideoSource | list, **kwargs: Unpack[BTAdapterVideoProcessorKwargs]) -> BatchFeature:
-        """See the class for what `videos` may be and for what comes back; `kwargs` override the saved fields."""
+        """See the class for what `videos` may be and what comes back; `kwargs` override the saved fields."""
         known = list(self.valid_kwargs.__annotations__)
         validate_kwargs(captured_kwargs=kwargs.keys(), valid_processor_keys=known)
-        for name in known:
-            if kwargs.get(name) is None:
-                kwargs[name] = getattr(self, name, None)
-        self._check_options(*(kwargs[name] for name in ("num_frames", "sampling", "video_backend", "on_damage", "fps")))
-        validate_typed_dict(self.valid_kwargs, kwargs)
+        given = {name: value for name, value in kwargs.items() if name in known and value is not None}
+        options = {name: given.get(name, getattr(self, name, None)) for name in known}
+        checked = ("num_frames", "sampling", "video_backend", "on_damage", "fps")
+        self._check_options(*(options[name] for name in checked))
+        try:
+            validate_typed_dict(self.valid_kwargs, given)
+        except StrictDataclassError as error:
+            raise ValueError(str(error)) from error
+        options = self._standardize_kwargs(**options)
+        self._validate_preprocess_kwargs(**options)
 
         videos = flatten_videos(videos)
-        frames, metadata = self._load(videos, **kwargs)
-        frames = self._prepare_input_videos(
-            frames, kwargs["do_convert_rgb"], input_data_format="channels_last", device=kwargs["device"]
-        )
-        return_metadata = kwargs["return_metadata"]
-        kwargs = self._standardize_kwargs(**kwargs)
-        self._validate_preprocess_kwargs(**kwargs)
-        output = self._preprocess(frames, **kwargs)
-        if return_metadata:
+        known_metadata = _batch_metadata(options["video_metadata"], len(videos))
+        generator = None if options["seed"] is None else np.random.default_rng(options["seed"])
+        pixels, metadata = [], []
+        for index, video in enumerate(videos):
+            try:
+                frames, details = self._load(video, generator, options)
+            except VideoError as error:
+                if len(videos) == 1:
+                    raise
+                raise type(error)(f"videos[{index}]: {error}") from error
+            if known_metadata is not None and _is_decoded(video):
+                details = _merge_metadata(details, known_metadata[index])
+            # one video at a time, so that the frames of only one are in memory at full size
+            pixels.append(self._transform(frames, options))
+            metadata.append(details)
+        output = _collate(pixels, options["return_tensors"])
+        if options["return_metadata"]:
             output["video_metadata"] = metadata
         return output
+
+    @staticmethod
+    def _load(
+        video: VideoSource, generator: np.random.Generator | None, options: dict[str, Any]
+    ) -> tuple[np.ndarray, BTAdapterVideoMetadata]:
+        num_frames = options["num_frames"]
+        already_sampled = _is_decoded(video) and len(video) == num_frames
+        return load_video(
+            video,
+            num_frames=None if already_sampled or not options["do_sample_frames"] else num_frames,
+            sampling=options["sampling"],
+            backend=options["video_backend"],
+            generator=generator,
+            on_damage=options["on_damage"],
+            background=options["background"],
+        )
+
+    def _transform(self, frames: np.ndarray, options: dict[str, Any]) -> torch.Tensor:
+        """uint8 `(T, H, W, 3)` to float `(T, 3, h, w)`."""
+        # a view: resizing reads this layout as it is, and large frames are not copied
+        video = torch.from_numpy(frames).permute(0, 3, 1, 2)
+        if options["device"] is not None:
+            video = video.to(options["device"])
+        if options["do_resize"]:
+            video = self.resize(video, size=options["size"], resample=options["resample"])
+        if options["do_center_crop"]:
+            video = self.center_crop(video, options["crop_size"])
+        return self.rescale_and_normalize(
+            video,
+            options["do_rescale"],
+            options["rescale_factor"],
+            options["do_normalize"],
+            options["image_mean"],
+            options["image_std"],
+        ).contiguous()
+
+
+def flatten_videos(videos: VideoSource | list) -> list[VideoSource]:
+    """The videos in order, whatever the nesting: one video, a list, a list of lists, a 5-D array.
+
+    A list of frames (PIL images, 3-D arrays, paths of image files) is one video.
+    """
+    if isinstance(videos, (np.ndarray, torch.Tensor)) and videos.ndim == 5:
+        return list(videos)
+    if _is_frame(videos):
+        return [[videos]]
+    if not isinstance(videos, (list, tuple)):
+        return [videos]
+    if not videos:
+        raise EmptyVideoError("`videos` is, or contains, an empty list: give at least one video with one frame.")
+    if all(_is_frame(item) for item in videos):
+        return [list(videos)]
+    return [video for item in videos for video in flatten_videos(item)]
+
+
+def _is_frame(item: Any) -> bool:
+    if isinstance(item, (np.ndarray, torch.Tensor)):
+        return item.ndim == 3
+    if isinstance(item, (str, os.PathLike)):
+        return os.fsdecode(item).lower().endswith(_IMAGE_SUFFIXES)
+    return isinstance(item, Image.Image)
+
+
+def _is_decoded(video: VideoSource) -> bool:
+    return isinstance(video, (np.ndarray, torch.Tensor, list, tuple))
+
+
+def _batch_metadata(metadata: Any, count: int) -> list[Mapping] | None:
+    """`video_metadata` of the caller, one mapping per video."""
+    if metadata is None:
+        return None
+    if isinstance(metadata, Mapping):
+        metadata = [metadata]
+    flat = [entry for item in metadata for entry in (item if isinstance(item, (list, tuple)) else [item])]
+    if len(flat) != count:
+        raise ValueError(f"Got {count} videos but {len(flat)} entries of `video_metadata`: give one per video.")
+    return flat
+
+
+def _merge_metadata(found: BTAdapterVideoMetadata, known: Mapping) -> BTAdapterVideoMetadata:
+    """What the caller knows about frames that were decoded elsewhere, restricted to the frames that are used."""
+    used = found.frames_indices
+    merged = dict(found)
+    for name in ("fps", "duration", "video_backend"):
+        if known.get(name) is not None:
+            merged[name] = known[name]
+    for name in ("frames_indices", "frame_timestamps"):
+        values = known.get(name)
+        if values is None:
+            continue
+        if len(values) != found.total_num_frames:
+            raise ValueError(
+                f"`video_metadata` has {len(values)} {name} for a video of {found.total_num_frames} frames."
+            )
+        merged[name] = [values[index] for index in used]
+    if known.get("frames_indices") is not None and known.get("total_num_frames") is not None:
+        merged["total_num_frames"] = known["total_num_frames"]
+    return BTAdapterVideoMetadata(**merged)
+
+
+def _collate(videos: list[torch.Tensor], return_tensors: str | TensorType | None) -> BatchFeature:
+    """Pad the videos on the right to one length; `frame_mask` tells the real frames where lengths differ."""
+    lengths = [len(video) for video in videos]
+    longest = max(lengths)
+    videos = [
+        torch.cat([video, video.new_zeros(longest - len(video), *video.shape[1:])]) if len(video) < longest else video
+        for video in videos
+    ]
+    if return_tensors is not None:
+        sizes = {tuple(video.shape[2:]) for video in videos}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"The videos have different sizes after preprocessing (height, width): {sorted(sizes)}. Set "
+                "do_resize=True and do_center_crop=True, or process them one by one."
+            )
+        videos = torch.stack(videos)
+    data = {"pixel_values_videos": videos}
+    if min(lengths) < longest:
+        data["frame_mask"] = torch.arange(longest)[None, :] < torch.tensor(lengths)[:, None]
+    return BatchFeature(data=data, tensor_type=return_tensors)
+
+
+AutoVideoProcessor.register(BTAdapterConfig, BTAdapterVideoProcessor, exist_ok=True)

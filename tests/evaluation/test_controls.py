@@ -60,7 +60,7 @@ def test_frame_average_is_the_mean_of_normalised_image_features():
 
 
 def test_controls_tell_a_model_of_motion_from_one_of_frames():
-    """Clips come in pairs with the same frames in opposite order; only a model that reads the order tells them apart."""
+    """Clips come in pairs with the same frames in opposite order: only a model that reads the order can tell."""
     torch.manual_seed(0)
     forward = torch.randn(10, 6, 3, 2, 2)
     videos = torch.cat([forward, forward.flip(1)])

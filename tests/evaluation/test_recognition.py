@@ -22,7 +22,9 @@ def test_against_sorting():
     rng = np.random.default_rng(0)
     videos, classes, labels = rng.normal(size=(50, 8)), rng.normal(size=(12, 8)), rng.integers(0, 12, 50)
     order = np.argsort(-(videos @ (classes / np.linalg.norm(classes, axis=1, keepdims=True)).T), axis=1)
-    expected = {f"top{k}": np.mean([label in row[:k] for label, row in zip(labels, order, strict=True)]) for k in (1, 5)}
+    expected = {
+        f"top{k}": np.mean([label in row[:k] for label, row in zip(labels, order, strict=True)]) for k in (1, 5)
+    }
     assert recognition_metrics(videos, classes, labels) == pytest.approx(expected)
 
 

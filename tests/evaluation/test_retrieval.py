@@ -50,7 +50,9 @@ def test_ranks_against_sorting(levels):
     scores = np.random.default_rng(levels).integers(0, levels, (30, 30)).astype(np.float32)
     expected = [naive_rank(scores[i], {i}) for i in range(30)]
     np.testing.assert_array_equal(retrieval_ranks(scores), expected)
-    np.testing.assert_array_equal(np.sort(retrieval_ranks(scores, reference_ties=True)), np.sort(released_ranks(scores)))
+    np.testing.assert_array_equal(
+        np.sort(retrieval_ranks(scores, reference_ties=True)), np.sort(released_ranks(scores))
+    )
 
 
 def test_many_to_one_in_both_directions():

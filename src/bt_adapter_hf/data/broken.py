@@ -1,4 +1,4 @@
-"""Bookkeeping of the items that could not be used: counted, logged and listed in a file, and a limit that stops the run."""
+"""Bookkeeping of items that could not be used: counted, logged, listed in a file, and a limit that stops the run."""
 
 import json
 import logging
@@ -33,48 +33,50 @@ class BrokenItemsError(ValueError):
 
 
 class BrokenItemsLog:
-    """Counts the distinct broken items of one table, lists them in a jsonl file, and stops when they are too many.
+    """Counts the distinct broken items of one part of a run, lists them in a jsonl file, and stops at a limit.
 
     Args:
-        path: the list; lines already there (of a resumed run) are counted, and not written again.
-        source: the table this log is for; several tables may share a file.
+        path: the list; lines of this part already there (of a resumed run) are counted, and not written again.
+        part: "train" or "eval"; the parts share a file.
         items: number of items in the table.
         max_broken: largest share of broken items among those seen so far (at least `SMALLEST_SAMPLE` of them, or the
             whole table where it is smaller), in 0-1.
         seen: items already seen by a resumed run.
     """
 
-    def __init__(self, path: Path, source: str, items: int, max_broken: float = 0.1, seen: int = 0):
+    def __init__(self, path: Path, part: str, items: int, max_broken: float = 0.1, seen: int = 0):
         if not 0 <= max_broken <= 1:
             raise ValueError(f"max_broken={max_broken} must be a share between 0 and 1.")
-        self.path, self.source, self.items, self.max_broken, self.seen = Path(path), source, items, max_broken, seen
-        self.broken: dict[int, BrokenItem] = {}
+        self.path, self.part, self.items, self.max_broken, self.seen = Path(path), part, items, max_broken, seen
+        self.broken: dict[tuple[str, int], BrokenItem] = {}
         if self.path.exists():
             for line in self.path.read_text(encoding="utf-8").splitlines():
                 record = json.loads(line)
-                if record["source"] == source:
-                    self.broken[record["index"]] = record
+                if record.pop("part") == part:
+                    self.broken[record["source"], record["index"]] = record
 
     def add(self, records: list[BrokenItem], seen: int) -> None:
-        """Take in the broken items of one batch, which stands for `seen` items of the table.
+        """Take in the broken items met while `seen` items of the table were loaded.
 
         Raises:
             BrokenItemsError: when the broken items exceed their share.
         """
         self.seen += seen
-        fresh = {record["index"]: record for record in records if record["index"] not in self.broken}
+        fresh = {(record["source"], record["index"]): record for record in records}
+        fresh = {key: record for key, record in fresh.items() if key not in self.broken}
         if not fresh:
             return
         self.broken.update(fresh)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in fresh.values())
+            file.writelines(json.dumps({"part": self.part, **record}) + "\n" for record in fresh.values())
         for record in fresh.values():
             logger.warning("Skipped %s (row %d): %s", record["video"], record["index"], record["reason"])
         sample = min(max(self.seen, SMALLEST_SAMPLE), self.items)
         if len(self.broken) > self.max_broken * sample:
+            last = list(fresh.values())[-1]
             raise BrokenItemsError(
-                f"{len(self.broken)} of about {min(self.seen, self.items)} items seen of {self.source} are broken, more "
-                f"than the allowed share of {self.max_broken:.0%}. They are listed with their reasons in {self.path}; the "
-                f"last is {record['video']}: {record['reason']} Repair the table or allow more with max_broken."
+                f"{len(self.broken)} of {min(self.seen, self.items)} items seen of {last['source']} are broken, more "
+                f"than the allowed share of {self.max_broken:.0%}. They are listed with their reasons in {self.path}; "
+                f"the last is {last['video']}: {last['reason']} Repair the table, or allow more with max_broken."
             )

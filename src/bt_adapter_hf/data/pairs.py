@@ -10,13 +10,14 @@ import numpy as np
 import torch
 
 from ..import_utils import require_package
-from ..processing_bt_adapter import BTAdapterProcessor
 from ..video_io import VideoError, load_video
 from .broken import BrokenItem, BrokenItemsError
 
 
 if TYPE_CHECKING:
     import datasets
+
+    from ..processing_bt_adapter import BTAdapterProcessor
 
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ class PairTable:
         return len(self.rows)
 
     def pair(self, index: int) -> tuple[str | bytes, str, list[str]]:
-        """Video (path, URL or the bytes of the file), a name for messages, and the texts of one row, which may be none."""
+        """Video (path, URL or bytes of the file), its name for messages, and the texts of one row, maybe none."""
         row = self.rows[index]
         video, texts = row[self.video_column], row[self.text_column]
         if isinstance(video, dict):  # a Video feature that is not decoded
@@ -174,8 +175,8 @@ class PairDataset(torch.utils.data.Dataset):
     Args:
         table: the rows.
         processor: its video processor gives size, normalisation and, outside training, the rule for sampling frames.
-        training: jittered frames and a random caption of each row, as released; otherwise the processor's sampling rule
-            and the first caption.
+        training: jittered frames and a random caption of each row, as released; otherwise the processor's sampling
+            rule and the first caption.
         num_frames: frames per clip, T; the video processor's by default.
         seed: of all chance above.
         crop_scale: range of the area of a random resized crop, one box for all frames of a clip (released pretraining:
@@ -190,7 +191,7 @@ class PairDataset(torch.utils.data.Dataset):
     def __init__(
         self,
         table: PairTable,
-        processor: BTAdapterProcessor,
+        processor: "BTAdapterProcessor",
         *,
         training: bool,
         num_frames: int | None = None,
@@ -201,8 +202,8 @@ class PairDataset(torch.utils.data.Dataset):
         self.table, self.training, self.seed = table, training, seed
         self.video_processor = processor.video_processor
         self.num_frames = num_frames if num_frames is not None else self.video_processor.num_frames
-        if self.num_frames is None or self.num_frames < 1:
-            raise ValueError(f"num_frames={self.num_frames}: clips of one batch need the same number of frames, >= 1.")
+        if self.num_frames < 1:
+            raise ValueError(f"num_frames={self.num_frames} must be at least 1.")
         if crop_scale is not None:
             if not training:
                 raise ValueError("crop_scale is an augmentation: it can be used in training only.")
@@ -266,8 +267,10 @@ class PairDataset(torch.utils.data.Dataset):
             video,
             num_frames=self.num_frames,
             sampling="jitter" if self.training else self.video_processor.sampling,
-            backend=self.video_processor.backend,
+            backend=self.video_processor.video_backend,
             generator=generator,
+            on_damage=self.video_processor.on_damage,
+            background=self.video_processor.background,
         )
         frames = torch.from_numpy(frames).movedim(-1, 1)  # (T, H, W, 3) -> (T, 3, H, W)
         if self.crop_scale is not None:
@@ -301,13 +304,15 @@ class PairCollator:
         ValueError: if `max_text_length` exceeds the tokenizer's limit, or the tokenizer has none and none is given.
     """
 
-    def __init__(self, processor: BTAdapterProcessor, max_text_length: int | None = None):
+    def __init__(self, processor: "BTAdapterProcessor", max_text_length: int | None = None):
         self.tokenizer = processor.tokenizer
         limit = self.tokenizer.model_max_length
         if max_text_length is None and limit > 10**6:
             raise ValueError("The tokenizer states no limit (model_max_length): give max_text_length.")
         if max_text_length is not None and not 0 < max_text_length <= limit:
-            raise ValueError(f"max_text_length={max_text_length} must be between 1 and the tokenizer's limit of {limit}.")
+            raise ValueError(
+                f"max_text_length={max_text_length} must be between 1 and the tokenizer's limit of {limit}."
+            )
         self.max_text_length = max_text_length or limit
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:

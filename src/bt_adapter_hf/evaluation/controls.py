@@ -1,7 +1,7 @@
 """Temporal controls: what a score is worth once the order of the frames, or all but one of them, is taken away.
 
-A model that has learned motion must lose on `shuffled` and `reversed` clips; one that scores as high there reads single
-frames. `one_frame` and `frame_average` show how far the image model alone gets.
+A model that has learned motion must lose on `shuffled` and `reversed` clips; one that scores as high there reads
+single frames. `one_frame` and `frame_average` show how far the image model alone gets.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -71,7 +71,7 @@ def frame_average_features(
     videos: torch.Tensor,
     frame_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Mean over the frames of each clip of their normalised image features: (B, D), the frame-averaged CLIP baseline."""
+    """Mean of the normalised image features of the frames of each clip, (B, D): the frame-averaged CLIP baseline."""
     counts = frame_counts(videos, frame_mask)
     features = encode_images(videos.flatten(0, 1))  # (B*T, D)
     features = torch.nn.functional.normalize(features, dim=-1).unflatten(0, videos.shape[:2])

@@ -10,7 +10,7 @@ from .retrieval import Features, cosine_similarity, retrieval_ranks
 def recognition_metrics(
     video_features: Features, class_features: Features, labels: Sequence[int], top: Sequence[int] = (1, 5)
 ) -> dict[str, float]:
-    """Share of videos whose right class is among the best k by cosine, as released (a single view, no template in code).
+    """Share of videos whose right class is among the best k by cosine, single view, as released.
 
     Args:
         video_features: (videos, D), class_features: (classes, D); they need not be normalised.
@@ -29,6 +29,8 @@ def recognition_metrics(
         raise ValueError(f"Got labels of shape {labels.shape} for {len(scores)} videos; expected one label per video.")
     classes = scores.shape[1]
     if labels.min() < 0 or labels.max() >= classes:
-        raise ValueError(f"Labels run from {labels.min()} to {labels.max()}; with {classes} classes: 0 to {classes - 1}.")
+        raise ValueError(
+            f"Labels run from {labels.min()} to {labels.max()}; with {classes} classes: 0 to {classes - 1}."
+        )
     ranks = retrieval_ranks(scores, labels, np.arange(classes))
     return {f"top{k}": float(np.mean(ranks <= k)) for k in top if k < classes}

@@ -1,8 +1,7 @@
 """Text-to-video and video-to-text retrieval: ranks and the metrics made from them.
 
-The rank of a query counts from 1 and is deterministic: `1 + (wrong items scored higher) + (wrong items scored equal) / 2`,
-the mean rank over all ways of breaking the ties. Breaking them by position, as sorting does, gives a model that scores
-everything alike a recall that depends on the order of the files.
+Ranks count from 1 and are deterministic: 1 + (wrong items scored higher) + (wrong items scored equal) / 2, the mean
+over all ways of breaking the ties. Breaking them by position, as sorting does, would let the order of files decide.
 """
 
 from collections.abc import Sequence
@@ -39,8 +38,8 @@ def cosine_similarity(queries: Features, gallery: Features) -> np.ndarray:
     queries, gallery = as_float_array(queries, "queries"), as_float_array(gallery, "gallery")
     if queries.shape[1] != gallery.shape[1]:
         raise ValueError(
-            f"queries have width {queries.shape[1]} but the gallery has width {gallery.shape[1]}: both must come from the "
-            "same model, after its projection."
+            f"queries have width {queries.shape[1]} but the gallery has width {gallery.shape[1]}: both must come from "
+            "the same model, after its projection."
         )
     for name, features in (("queries", queries), ("gallery", gallery)):
         norms = np.linalg.norm(features, axis=1, keepdims=True)

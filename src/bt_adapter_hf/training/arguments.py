@@ -26,10 +26,10 @@ class BTAdapterTrainingArguments(TrainingArguments):
     every trained parameter, a base learning rate of 2e-6 with the multipliers below, gradients clipped at norm 5, one
     epoch. Its global batch was 8 x 52 clips of 8 frames.
 
-    The schedule is a cosine to zero after a warm-up over the first tenth. The released one warms up over the first half
-    of its single epoch and then follows a cosine of so long a period that the rate ends at 0.97 of its peak:
-    `warmup_steps=0.5, lr_scheduler_kwargs={"num_cycles": 1 / 18}` gives that curve (its warm-up from 0 instead of 0.05 of
-    the peak).
+    The schedule is a cosine to zero after a warm-up over the first tenth. The released one warms up over the first
+    half of its single epoch and then follows a cosine of so long a period that the rate ends at 0.97 of its peak:
+    `warmup_steps=0.5, lr_scheduler_kwargs={"num_cycles": 1 / 18}` gives that curve (but for a warm-up that starts at 0
+    instead of 0.05 of the peak).
 
     Gradient accumulation divides the losses as usual, but every micro-batch is contrasted with itself alone: it does
     not stand in for a larger contrastive batch.
@@ -37,8 +37,8 @@ class BTAdapterTrainingArguments(TrainingArguments):
     Args:
         lr_multipliers (`dict[str, float]`, *optional*):
             Factors on the learning rate by parameter name: a key matches where it occurs in the name (`*` stands for
-            anything between two dots), and the longest key that matches wins; without a match the factor is 1. JSON on a
-            command line. By default the released factors.
+            anything between two dots), and the longest key that matches wins; without a match the factor is 1. JSON
+            on a command line. By default the released factors.
         eval_controls (`list[str]`, *optional*, defaults to `["shuffled", "reversed"]`):
             Temporal controls in every evaluation, out of `shuffled`, `reversed`, `one_frame`, `frame_average`: recall
             with the order of the frames, or all but one of them, taken away. An empty list for none.
@@ -60,13 +60,17 @@ class BTAdapterTrainingArguments(TrainingArguments):
     dataloader_drop_last: bool = field(
         default=True, metadata={"help": "Drop the last, smaller batch: few clips make a weak contrast."}
     )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "The batches hold more than the model takes."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "The batches hold more than the model takes."}
+    )
     hub_strategy: str = field(
-        default="end", metadata={"help": "When to push to the Hub; checkpoints hold no full model to push on every save."}
+        default="end",
+        metadata={"help": "When to push to the Hub; checkpoints hold no full model to push on every save."},
     )
 
     lr_multipliers: dict | str | None = field(
-        default=None, metadata={"help": "Learning rate factors by parameter name, as JSON; the released ones by default."}
+        default=None,
+        metadata={"help": "Learning rate factors by parameter name, as JSON; the released ones by default."},
     )
     eval_controls: list[str] = field(
         default_factory=lambda: ["shuffled", "reversed"],
@@ -79,8 +83,8 @@ class BTAdapterTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.push_to_hub and self.hub_strategy == "every_save":
             raise ValueError(
-                'hub_strategy="every_save" would push a repository without a model: checkpoints hold only what is trained. '
-                'Use "end" for the finished model, or "checkpoint" to keep the last checkpoint on the Hub as well.'
+                'hub_strategy="every_save" would push a repository without a model: checkpoints hold only what is '
+                'trained. Use "end" for the finished model, or "checkpoint" to keep the last checkpoint there too.'
             )
         if self.lr_multipliers is None:
             self.lr_multipliers = dict(RELEASED_LR_MULTIPLIERS)

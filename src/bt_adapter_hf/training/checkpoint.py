@@ -67,8 +67,9 @@ def load_trained(model: nn.Module, folder: str | os.PathLike) -> None:
     misshapen = sorted(name for name in expected.keys() & found.keys() if expected[name].shape != found[name].shape)
     if missing or unknown or misshapen:
         raise ValueError(
-            f"{path} is of another run: of {len(expected)} trained parameters {len(missing)} are missing {missing[:3]}, "
-            f"{len(unknown)} are unknown here {unknown[:3]}, {len(misshapen)} have another shape {misshapen[:3]}."
+            f"{path} is of another run: of {len(expected)} trained parameters {len(missing)} are missing "
+            f"{missing[:3]}, {len(unknown)} are unknown here {unknown[:3]}, {len(misshapen)} have another shape "
+            f"{misshapen[:3]}."
         )
     if expected_digest != frozen_digest(model):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""`Trainer` for pretraining the branch: parameter groups, logging of each loss, recall with controls, small checkpoints."""
+"""`Trainer` for pretraining the branch: learning rates per part, each loss in the log, recall, small checkpoints."""
 
 import logging
 import re
@@ -58,8 +58,8 @@ class BTAdapterTrainer(Trainer):
     - learning rates per part of the model, by `args.lr_multipliers`;
     - logs each loss (`vtc_loss`, `mbta_loss`, `mbca_loss`), averaged over the logging window and all processes;
     - evaluates recall in both directions (`eval_t2v_R1`, ..., see `retrieval_metrics`) over the features of all
-      processes, and again under the temporal controls (`eval_shuffled_t2v_R1`, `eval_reversed_t2v_R1`, ...). `eval_loss`
-      is the loss of the unmasked model, over evaluation batches;
+      processes, and again under the temporal controls (`eval_shuffled_t2v_R1`, `eval_reversed_t2v_R1`, ...).
+      `eval_loss` is the loss of the unmasked model, over evaluation batches;
     - checkpoints hold only what is trained, and resume continues with the same losses as an uninterrupted run;
       `save_model()` writes the full model and the processor;
     - broken items are counted, listed in `output_dir/broken_items.jsonl` (`broken_items-rank1.jsonl`, ... of further
@@ -98,11 +98,13 @@ class BTAdapterTrainer(Trainer):
         return self.optimizer
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As `Trainer.train`; `resume_from_checkpoint=True` takes the newest checkpoint that was written to its end."""
+        """As `Trainer.train`; `resume_from_checkpoint=True` takes the newest checkpoint written to its end."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"{self.args.output_dir} holds no complete checkpoint to resume from.")
+        if not resume_from_checkpoint:
+            self._broken_list.unlink(missing_ok=True)  # of another run in this folder
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def set_initial_training_values(self, args, dataloader):
@@ -190,7 +192,8 @@ class BTAdapterTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the full model and the processor, for `from_pretrained`.
 
-        `Trainer` comes here for its checkpoints as well (an internal call with a folder): those get what is trained only.
+        `Trainer` comes here for its checkpoints as well (an internal call with a folder): those get only what is
+        trained.
         """
         if not (_internal_call and output_dir is not None):
             super().save_model(output_dir, _internal_call)
@@ -208,17 +211,21 @@ class BTAdapterTrainer(Trainer):
 
     def _note_broken(self, part: str, records: list[BrokenItem], seen: int) -> None:
         if part not in self._broken_logs:
-            rank = f"-rank{self.args.process_index}" if self.args.process_index else ""
             dataset = self.train_dataset if part == "train" else self.callback_handler.eval_dataloader.dataset
             steps = self.state.global_step * self.args.gradient_accumulation_steps
             self._broken_logs[part] = BrokenItemsLog(
-                Path(self.args.output_dir) / f"broken_items{rank}.jsonl",
+                self._broken_list,
                 part,
                 items=len(dataset),
                 max_broken=self.args.max_broken,
                 seen=steps * self.args.per_device_train_batch_size if part == "train" else 0,
             )
         self._broken_logs[part].add(records, seen)
+
+    @property
+    def _broken_list(self) -> Path:
+        rank = f"-rank{self.args.process_index}" if self.args.process_index else ""
+        return Path(self.args.output_dir) / f"broken_items{rank}.jsonl"
 
     @property
     def broken_items(self) -> dict[str, int]:

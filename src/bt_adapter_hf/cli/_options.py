@@ -1,0 +1,54 @@
+"""Options and helpers that several commands share."""
+
+import argparse
+import sys
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        metavar="ID_OR_PATH",
+        help="Hub id or folder of a BT-Adapter dual encoder (default: the moving-digits model inside the package)",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
+    parser.add_argument("--num-frames", type=int, metavar="T", help="frames per video (default: as the model says)")
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="default: as saved"
+    )
+    add_device_option(parser)
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="videos at once (default: 8)")
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="threads that decode (default: one per core, at most 4)"
+    )
+
+
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: an accelerator where there is one)")
+
+
+def load_encoder(args: argparse.Namespace):
+    """The `VideoEncoder` that the model options describe."""
+    quiet_transformers()
+    from ..encoding import VideoEncoder
+
+    return VideoEncoder.from_pretrained(
+        args.model,
+        revision=args.revision,
+        num_frames=args.num_frames,
+        device=args.device,
+        dtype=args.dtype,
+    )
+
+
+def quiet_transformers() -> None:
+    """No progress bar for loading weights: the commands show their own."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def progress(items, total: int, description: str):
+    """`items` with a bar on stderr, where that is a terminal."""
+    from tqdm import tqdm
+
+    return tqdm(items, total=total, desc=description, unit="video", file=sys.stderr, disable=None, dynamic_ncols=True)

@@ -1,0 +1,51 @@
+"""`bt-adapter index`: features of all videos under a folder, resumable."""
+
+import argparse
+import json
+import sys
+
+from ._options import add_model_options, load_encoder, progress
+
+
+def register(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "index",
+        help="make video files searchable",
+        description="Decode the videos in folders, patterns and files and store their features, with what made them, "
+        "in the folder INDEX. Stop it at any time: the same command goes on where it stopped, and later adds what is "
+        "new or has changed. Files that cannot be read are counted and listed in INDEX/skipped.jsonl.",
+        epilog="example: bt-adapter index ~/videos 'clips/**/*.mp4' -o videos.index",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("videos", nargs="+", metavar="DIR_OR_GLOB", help="folder, glob pattern (** too) or file")
+    parser.add_argument("-o", "--output", required=True, metavar="INDEX", help="folder of the index, new or existing")
+    add_model_options(parser)
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..encoding import find_videos
+    from ..indexing import IndexWriter, check_writable
+
+    paths = find_videos(args.videos)
+    check_writable(args.output)
+    encoder = load_encoder(args)
+    with IndexWriter(args.output, encoder) as writer:
+        missing = writer.missing(paths)
+        videos = encoder.encode_videos(missing, batch_size=args.batch_size, workers=args.workers)
+        for video in progress(videos, len(missing), "index"):
+            writer.add(video)
+    present = len(paths) - len(missing)
+    added = len(missing) - writer.skipped
+    if args.json:
+        summary = {"index": args.output, "added": added, "present": present, "skipped": writer.skipped}
+        print(json.dumps(summary, indent=2))
+    else:
+        print(f"{args.output}: {added} videos added, {present} already there, {writer.skipped} skipped")
+        if writer.skipped:
+            print(f"the skipped files and why: {args.output}/skipped.jsonl")
+    if added + present == 0:
+        print("bt-adapter index: error: none of the files could be read", file=sys.stderr)
+        return 1
+    return 0

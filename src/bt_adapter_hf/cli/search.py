@@ -1,0 +1,71 @@
+"""`bt-adapter search`: the videos of an index that fit a text best."""
+
+import argparse
+import json
+import os
+import sys
+
+from ._options import add_device_option, quiet_transformers
+
+
+def register(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "search",
+        help="find videos of an index by text",
+        description="Print the videos of an index whose features are nearest to a text, best first, by cosine.",
+        epilog='example: bt-adapter search videos.index "a dog catches a frisbee" -k 5 --sheet hits.png',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("index", metavar="INDEX", help="folder made by `bt-adapter index`")
+    parser.add_argument("text", help="what to look for")
+    parser.add_argument("-k", type=int, default=5, metavar="K", help="number of hits (default: 5)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--sheet", metavar="PNG", help="also write a contact sheet of the hits")
+    parser.add_argument(
+        "--model",
+        metavar="ID_OR_PATH",
+        help="where the index's model is now (default: where it was); another model is refused",
+    )
+    add_device_option(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    quiet_transformers()
+    from ..contact_sheet import check_sheet_path, write_contact_sheet
+    from ..encoding import VideoEncoder
+    from ..indexing import VideoIndex
+
+    if args.sheet:
+        check_sheet_path(args.sheet)
+    index = VideoIndex.load(args.index)
+    # In the dtype of the index: the text must meet its videos in the numbers that they were made with.
+    encoder = VideoEncoder.from_pretrained(
+        args.model or index.info["model"],
+        revision=None if args.model else index.info["revision"],
+        device=args.device,
+        dtype=index.info["dtype"],
+    )
+    index.check_model(encoder)
+    query = encoder.encode_texts([args.text])
+    hits = index.search(query, args.k)[0]
+
+    if args.json:
+        print(json.dumps([{"rank": hit.rank, "score": hit.score, **hit.row} for hit in hits], indent=2))
+    else:
+        print(f"{'rank':>4}  {'cosine':>7}  {'seconds':>7}  file")
+        for hit in hits:
+            print(f"{hit.rank:>4}  {hit.score:>7.4f}  {_seconds(hit.row['duration']):>7}  {_short(hit.row['path'])}")
+    if args.sheet:
+        write_contact_sheet(args.sheet, args.text, hits, index, floor=index.median_score(query[0]))
+        print(f"contact sheet: {args.sheet}", file=sys.stderr)
+    return 0
+
+
+def _seconds(duration: float | None) -> str:
+    return "-" if duration is None else f"{duration:.1f}"
+
+
+def _short(path: str) -> str:
+    """Relative to the working directory where that is shorter."""
+    return min(path, os.path.relpath(path), key=len)
