@@ -1,4 +1,4 @@
-"""Set before anything imports torch or the Hub's client."""
+"""Set before anything imports torch or the Hub's client; then what several folders of tests share."""
 
 import os
 
@@ -6,3 +6,42 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the suite runs one process per core
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need the network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> Path:
+    """Folder of a random `BTAdapterModel` with its processor: 16 pixels, 4 frames, 12-wide features."""
+    import torch
+
+    from bt_adapter_hf import BTAdapterModel
+    from tests import tiny_pairs
+
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    torch.manual_seed(0)
+    BTAdapterModel(tiny_pairs.model().config).save_pretrained(folder)
+    tiny_pairs.processor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def clips(tmp_path) -> Path:
+    """Folder with four readable videos (three mp4 in two folders, one GIF), two broken ones and a text file."""
+    import numpy as np
+    from PIL import Image
+
+    from tests import tiny_pairs
+
+    folder = tmp_path / "videos"
+    (folder / "more").mkdir(parents=True)
+    for name, colour in zip(("red.mp4", "green.mp4", "more/blue.MP4"), ("red", "green", "blue"), strict=True):
+        tiny_pairs.write_clip(folder / name, tiny_pairs.COLOURS[colour], step=3)
+    frames = [Image.fromarray(np.full((24, 32, 3), 60 * t, np.uint8)) for t in range(4)]
+    frames[0].save(folder / "grey.gif", save_all=True, append_images=frames[1:], duration=100)
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "garbage.avi").write_bytes(b"this is not a video" * 50)
+    (folder / "notes.txt").write_text("not a video either")
+    return folder

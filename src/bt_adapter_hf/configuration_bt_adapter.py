@@ -42,8 +42,8 @@ class BTAdapterVisionConfig(PreTrainedConfig):
             Config of the image backbone. Its `model_type` is one of `clip_vision_model`, `siglip_vision_model`,
             `instructblip_vision_model`, `blip_2_vision_model`.
         adapter_layers (`list[int]`, *optional*, defaults to the last four layers):
-            Backbone layers whose *outputs* feed the branch, one per branch layer, counted from 0, ascending. The last K
-            layers are as released; `[L-K-1, ..., L-2]` is the pairing of paper Eq. 3 and 4.
+            Backbone layers whose *outputs* feed the branch, one per branch layer, counted from 0, ascending. The last
+            K layers are as released; `[L-K-1, ..., L-2]` is the pairing of paper Eq. 3 and 4.
         max_frames (`int`, *optional*, defaults to 64):
             Rows of the time embedding table. A video of more frames is embedded by linear interpolation between the
             rows, its first frame on the first row and its last frame on the last.
@@ -62,13 +62,13 @@ class BTAdapterVisionConfig(PreTrainedConfig):
             Which side the sigmoid multiplies: the backbone as released, the branch in paper Eq. 4 and 5.
         video_cls (`"average"` or `"token"`, *optional*, defaults to `"average"`):
             `"average"` as released: the branch starts from the mean of the new token and the mean frame CLS, and later
-            layers take in the mean frame CLS. `"token"`: the new token alone, never mixed (paper Eq. 3 and 4). Backbones
-            without a CLS token have no video CLS.
+            layers take in the mean frame CLS. `"token"`: the new token alone, never mixed (paper Eq. 3 and 4).
+            Backbones without a CLS token have no video CLS.
         pooling_order (`"norm_then_mean"` or `"mean_then_norm"`, *optional*, defaults to `"norm_then_mean"`):
             Combine and normalise per frame, then average over time, as released; or the order of paper Eq. 5.
         token_fusion (`"mean"` or `"gate"`, *optional*, defaults to `"mean"`):
-            How `last_hidden_state` and `hidden_states` combine backbone and branch tokens: half and half as released in
-            LLaVA, or with the output gate (paper section 3.2).
+            How `last_hidden_state` and `hidden_states` combine backbone and branch tokens: half and half as released
+            in LLaVA, or with the output gate (paper section 3.2).
         cls_position (`"first"` or `"last"`, *optional*, defaults to `"first"`):
             Place of the CLS token in the fused token sequences of videos (`"last"` as released in LLaVA).
         drop_path_rate (`float`, *optional*, defaults to 0.1):

@@ -18,6 +18,7 @@ _MARGIN = 56
 _GAP = 6
 _TEXT_WIDTH = 340  # the column of rank, score and name
 _STRIP_WIDTH = 1080
+_MAX_FRAME_HEIGHT = 180
 _PAPER, _INK, _GREY, _LINE, _ACCENT, _TRACK, _ALARM = (
     "#fbfaf7", "#1d1d1f", "#77757f", "#e3e0d8", "#2f5fd0", "#e6e6ea", "#b3261e",
 )  # fmt: skip
@@ -74,6 +75,7 @@ def draw_contact_sheet(query: str, hits: Sequence[Hit], index: VideoIndex, floor
         draw.text((_MARGIN, y), line, _INK, _font(40))
         y += 50
     model = index.info["model"] or "moving-digits"
+    model = Path(model).name if os.path.isabs(model) else model  # of a Hub id the owner counts, of a folder the name
     draw.text((_MARGIN, y + 4), f"{len(hits)} of {len(index.rows)} videos  ·  {model}", _GREY, _font(18))
 
     best = hits[0].score if hits else floor
@@ -104,11 +106,10 @@ def _load_strip(hit: Hit, settings: dict) -> _Strip:
     except VideoError as error:  # moved or damaged since it was indexed: the sheet says so in its place
         return _Strip([], [], " ".join(str(error).split()))
     chosen = np.linspace(0, len(frames) - 1, min(MAX_FRAMES, len(frames))).round().astype(int)
-    # As large as the strip is wide for eight frames; wide pictures grow lower, tall ones get narrower.
     height, width = frames.shape[1:3]
-    cell = (_STRIP_WIDTH - _GAP * (MAX_FRAMES - 1)) // MAX_FRAMES
-    scale = min(cell / width, 1.5 * cell / height)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    cell = (_STRIP_WIDTH - _GAP * (len(chosen) - 1)) / len(chosen)
+    scale = min(cell / width, _MAX_FRAME_HEIGHT / height)
+    size = (max(1, int(width * scale)), max(1, int(height * scale)))
     pictures = [Image.fromarray(frames[i]).resize(size, Image.Resampling.LANCZOS) for i in chosen]
     return _Strip(pictures, [metadata.timestamps[i] for i in chosen], None)
 
@@ -120,7 +121,7 @@ def _draw_facts(draw: ImageDraw.ImageDraw, y: int, hit: Hit, fill: float) -> Non
     draw.text((x, y), _shorten(path.name, _font(20), width), _INK, _font(20))
     duration = hit.row["duration"]
     facts = [f"{duration:.1f} s"] if duration is not None else []
-    facts += [f"{hit.row['width']} × {hit.row['height']}", _shorten(path.parent.name + "/", _font(16), width // 2)]
+    facts += [f"{hit.row['width']} x {hit.row['height']}", _shorten(path.parent.name + "/", _font(16), width // 2)]
     draw.text((x, y + 29), "  ·  ".join(facts), _GREY, _font(16))
     draw.rounded_rectangle((x, y + 66, x + width, y + 74), 4, _TRACK)
     filled = round(width * min(1.0, max(0.0, fill)))
@@ -136,13 +137,20 @@ def _draw_strip(sheet: Image.Image, draw: ImageDraw.ImageDraw, x: int, y: int, s
         return
     for picture, second in zip(strip.frames, strip.seconds, strict=True):
         sheet.paste(picture, (x, y))
-        draw.text((x + picture.width / 2, y + picture.height + 6), _clock(second), _GREY, _font(15), anchor="ma")
+        draw.text(
+            (x + picture.width / 2, y + picture.height + 6),
+            _clock(second, strip.seconds[-1]),
+            _GREY,
+            _font(15),
+            anchor="ma",
+        )
         x += picture.width + _GAP
 
 
-def _clock(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
+def _clock(seconds: float, last: float) -> str:
+    """A time in a video, as fine as frames that end at `last` need."""
+    if last < 60:
+        return f"{seconds:.{2 if last < 2 else 1}f} s"
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

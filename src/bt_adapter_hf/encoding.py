@@ -27,7 +27,7 @@ VIDEO_EXTENSIONS = frozenset(".3gp .avi .flv .gif .m2ts .m4v .mkv .mov .mp4 .mpe
 # Fields of a saved config or processor that do not change what it computes.
 _VOLATILE = frozenset(
     "_attn_implementation _commit_hash _name_or_path architectures attn_implementation auto_map dtype "
-    "processor_class torch_dtype transformers_version".split()
+    "processor_class return_metadata torch_dtype transformers_version video_processor_type".split()
 )
 
 

@@ -183,8 +183,8 @@ class BTAdapterLayer(GradientCheckpointingLayer):
     def __init__(self, config: BTAdapterVisionConfig, drop_path_rate: float):
         super().__init__()
         layer_class = BACKBONES[config.backbone.model_type].layer_class
-        # Two native layers lend their parts. The layer class itself must not appear in the branch: transformers records
-        # hidden states by hooks on every instance of it.
+        # Two native layers lend their parts. The layer class itself must not appear in the branch: transformers
+        # records hidden states by hooks on every instance of it.
         self.temporal = BTAdapterTemporalBlock(config, layer_class(config.backbone), drop_path_rate)
         self.spatial = BTAdapterSpatialBlock(config, layer_class(config.backbone), drop_path_rate)
 
@@ -241,7 +241,7 @@ class BTAdapterBranch(nn.Module):
 
         outputs = []
         patches = video_cls = None
-        for j, (layer, x) in enumerate(zip(self.layers, states)):
+        for j, (layer, x) in enumerate(zip(self.layers, states, strict=True)):
             x_patches = self._take(x, index)
             if j == 0:
                 patches = self._add_positions(x_patches, x.shape[1], position, index)
@@ -254,7 +254,7 @@ class BTAdapterBranch(nn.Module):
             patches, video_cls = layer(patches, video_cls)
             outputs.append((patches, video_cls))
 
-        # Paper Eq. 5: the video CLS (B, 1, D) joins the CLS of each frame (B, T, D). Without a CLS the patches are joined.
+        # Paper Eq. 5: the video CLS (B, 1, D) joins the CLS of each frame (B, T, D). Without a CLS patches are joined.
         if self.num_cls:
             joined = self._join(self.output_gate, config.output_gate_scale, final_state[:, :, 0], video_cls)
         else:
@@ -267,8 +267,8 @@ class BTAdapterBranch(nn.Module):
         """(B, T, C+N, D) -> (B, T/2, C+N, D), as released above 64 frames."""
         if x.shape[1] % 2:
             raise ValueError(
-                f'temporal_window="released" averages pairs of frames above 64 and got {x.shape[1]} frames: pass an even '
-                'number, or use temporal_window="full".'
+                f'temporal_window="released" averages pairs of frames above 64 and got {x.shape[1]} frames: pass an '
+                'even number, or use temporal_window="full".'
             )
         return x.unflatten(1, (-1, 2)).mean(dim=2)
 
@@ -277,9 +277,9 @@ class BTAdapterBranch(nn.Module):
     ) -> torch.LongTensor | None:
         """Which backbone patch stands where in the branch, as `frame * N + patch`: (B, T', M); None = all in place.
 
-        The kept tokens are listed patch by patch (all frames of the first patch, all frames of the second, ...), and the
-        list is cut into temporal sequences of `window` tokens. With whole tubes and a window of T that is one patch over
-        all frames; the two released variants differ from it in this list only.
+        The kept tokens are listed patch by patch (all frames of the first patch, all frames of the second, ...), and
+        the list is cut into temporal sequences of `window` tokens. With whole tubes and a window of T that is one
+        patch over all frames; the two released variants differ from it in this list only.
         """
         B, T, S, _ = x.shape
         N = S - self.num_cls
@@ -293,8 +293,8 @@ class BTAdapterBranch(nn.Module):
         count = int(counts[0])
         if count == 0 or (counts != count).any() or count % window:
             raise ValueError(
-                f"After masking, {sorted(set(counts.tolist()))} of {N * T} tokens are left per video; every video must keep "
-                f"the same number, more than 0 and divisible by the temporal window of {window} frames."
+                f"After masking, {sorted(set(counts.tolist()))} of {N * T} tokens are left per video; every video "
+                f"must keep the same number, more than 0 and divisible by the temporal window of {window} frames."
             )
         listed = keep.nonzero()[:, 1].view(B, -1)  # patch * T + frame
         listed = listed % T * N + listed // T  # frame * N + patch
@@ -304,8 +304,8 @@ class BTAdapterBranch(nn.Module):
         """bool (B, N) or frame-major (B, T*N), True = dropped -> bool (B, N*T), patch-major, True = kept"""
         if masked.shape not in ((B, N), (B, T * N)):
             raise ValueError(
-                f"bool_masked_pos has shape {tuple(masked.shape)}; expected {(B, N)} (patches dropped from all frames) or "
-                f"{(B, T * N)} (frame by frame)."
+                f"bool_masked_pos has shape {tuple(masked.shape)}; expected {(B, N)} (patches dropped from all "
+                f"frames) or {(B, T * N)} (frame by frame)."
             )
         frames = masked.view(B, -1, N).expand(B, T, N)
         if self.config.mask_order == "released":
@@ -313,7 +313,7 @@ class BTAdapterBranch(nn.Module):
             return ~frames.flatten(1)
         if (frames != frames[:, :1]).any():
             raise ValueError(
-                'bool_masked_pos drops other patches in other frames; mask_order="tube" needs the same ones in all frames.'
+                'bool_masked_pos drops other patches in other frames; mask_order="tube" needs the same in all frames.'
             )
         return ~frames.transpose(1, 2).flatten(1)
 
@@ -364,7 +364,7 @@ class BTAdapterBranch(nn.Module):
         return torch.lerp(*torch.broadcast_tensors(branch, backbone, weight))
 
     def _fuse(self, x: torch.Tensor, patches: torch.Tensor, video_cls: torch.Tensor | None) -> torch.Tensor:
-        """Backbone state (B, T, C+N, D) and branch output (all patches) -> one set of tokens (B, C+N, D), CLS first."""
+        """Backbone state (B, T, C+N, D), branch output (all patches) -> one set of tokens (B, C+N, D), CLS first."""
         B, _, S, D = x.shape
         N = S - self.num_cls
         if patches.shape[2] == N:
@@ -439,7 +439,7 @@ class BTAdapterPreTrainedModel(PreTrainedModel):
             if parameter is not None:
                 init.zeros_(parameter)
         init.normal_(branch.time_embedding.weight, std=branch.config.time_embedding_init_std)
-        for layer, number in zip(branch.layers, branch.config.adapter_layers):
+        for layer, number in zip(branch.layers, branch.config.adapter_layers, strict=True):
             for linear in layer.temporal.attn.modules():
                 if isinstance(linear, nn.Linear):
                     init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
@@ -461,8 +461,9 @@ class BTAdapterPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
         """As in transformers, but strict: a weight is never silently random or dropped.
 
-        A checkpoint without a branch (CLIPModel, a bare vision model) gives a fresh, warm-started branch and says so in
-        the log. Anything else that is missing, unexpected or of another shape is an error with counts and nearest names.
+        A checkpoint without a branch (CLIPModel, a bare vision model) gives a fresh, warm-started branch and says so
+        in the log. Anything else that is missing, unexpected or of another shape is an error with counts and nearest
+        names.
 
         Raises:
             ValueError: if the checkpoint does not fill the model, or holds weights that the model has no place for.
@@ -607,13 +608,13 @@ class BTAdapterVisionModel(BTAdapterPreTrainedModel):
         r"""
         Args:
             pixel_values: images (B, 3, H, W), which take the native path, or videos (B, T, 3, H, W) with T >= 1.
-            frame_mask: (B, T), nonzero = a real frame, for videos of unequal length in one batch. Each video gives what
-                it would give alone.
+            frame_mask: (B, T), nonzero = a real frame, for videos of unequal length in one batch. Each video gives
+                what it would give alone.
             bool_masked_pos: bool, True = the patch is dropped from the branch: (B, N), from all frames (a tube, paper
-                section 3.3), or (B, T*N), frame by frame. Every video drops equally many. The backbone sees all patches.
+                section 3.3), or (B, T*N), frame by frame. Every video drops equally many. The backbone sees all.
             output_hidden_states: all (`True`), or those of some indices into the tuple of L+1 entries; the others are
-                `None`. For videos, entry l is the mean over the frames of the backbone's, fused with the branch from the
-                first adapter layer on.
+                `None`. For videos, entry l is the mean over the frames of the backbone's, fused with the branch from
+                the first adapter layer on.
             output_attentions: return the backbone's attentions, per frame.
             interpolate_pos_encoding: as in the native model, for images of another size.
             output_branch_states: return [`BTAdapterVisionOutput`] with the states of the branch.
@@ -629,8 +630,8 @@ class BTAdapterVisionModel(BTAdapterPreTrainedModel):
         if pixel_values.ndim == 4:
             if frame_mask is not None or bool_masked_pos is not None or output_branch_states:
                 raise ValueError(
-                    "frame_mask, bool_masked_pos and output_branch_states are for videos (B, T, 3, H, W); pixel_values of "
-                    f"shape {tuple(pixel_values.shape)} are images. Use pixel_values[:, None] for videos of one frame."
+                    "frame_mask, bool_masked_pos and output_branch_states are for videos (B, T, 3, H, W); "
+                    f"pixel_values of shape {tuple(pixel_values.shape)} are images. Use pixel_values[:, None] for one-frame videos."
                 )
             return self.vision_model(
                 pixel_values,
@@ -680,8 +681,8 @@ class BTAdapterVisionModel(BTAdapterPreTrainedModel):
         shape, channels = tuple(pixel_values.shape), self.config.num_channels
         if pixel_values.ndim != 5 or shape[2] != channels or 0 in shape:
             raise ValueError(
-                f"pixel_values has shape {shape}; expected images (B, {channels}, H, W) or videos (B, T, {channels}, H, W) "
-                "with at least one frame."
+                f"pixel_values has shape {shape}; expected images (B, {channels}, H, W) or videos "
+                f"(B, T, {channels}, H, W) with at least one frame."
             )
         if frame_mask is not None:
             if tuple(frame_mask.shape) != shape[:2]:
@@ -702,7 +703,7 @@ class BTAdapterVisionModel(BTAdapterPreTrainedModel):
     def _run_backbone(
         self, frames: torch.Tensor, selected: set[int], output_attentions: bool | None, **kwargs
     ) -> tuple[dict[int, torch.Tensor], tuple[torch.Tensor, ...] | None]:
-        """Frames (F, 3, H, W) -> hidden states {index: (F, C+N, D)} that the branch and the caller need, attentions."""
+        """Frames (F, 3, H, W) -> hidden states {index: (F, C+N, D)} that branch and caller need, and attentions."""
         needed = selected | {layer + 1 for layer in self.config.adapter_layers} | {self.config.num_hidden_layers}
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.backbone_is_frozen()):
             chunks = [
@@ -718,7 +719,7 @@ class BTAdapterVisionModel(BTAdapterPreTrainedModel):
         states = {n: _cat([chunk.hidden_states[n] for chunk in chunks]) for n in sorted(needed)}
         attentions = None
         if output_attentions:
-            attentions = tuple(_cat(list(layer)) for layer in zip(*(chunk.attentions for chunk in chunks)))
+            attentions = tuple(_cat(list(x)) for x in zip(*(chunk.attentions for chunk in chunks), strict=True))
         return states, attentions
 
     def _position_embeddings(self, frames: torch.Tensor, interpolate_pos_encoding: bool) -> torch.Tensor:
@@ -797,7 +798,7 @@ class BTAdapterVisionModel(BTAdapterPreTrainedModel):
             if parts[0] is None:
                 return None
             if isinstance(parts[0], tuple):
-                return tuple(merge(list(entries)) for entries in zip(*parts))
+                return tuple(merge(list(entries)) for entries in zip(*parts, strict=True))
             return torch.cat(parts)[order.to(parts[0].device)]
 
         if isinstance(results[0], BTAdapterVisionOutput):
@@ -870,8 +871,8 @@ class BTAdapterModel(BTAdapterPreTrainedModel):
         """
         if pixel_values_videos.ndim != 5:
             raise ValueError(
-                f"pixel_values_videos has shape {tuple(pixel_values_videos.shape)}; expected (B, T, 3, H, W). For images "
-                "call get_image_features."
+                f"pixel_values_videos has shape {tuple(pixel_values_videos.shape)}; expected (B, T, 3, H, W). For "
+                "images call get_image_features."
             )
         kwargs.pop("video_metadata", None)  # `**processor(..., return_metadata=True)` brings it along
         output = self.vision_model(pixel_values_videos, frame_mask=frame_mask, return_dict=True, **kwargs)

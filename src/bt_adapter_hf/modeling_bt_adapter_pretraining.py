@@ -192,7 +192,7 @@ class _GatherWithGradient(torch.autograd.Function):
 
 
 def contrastive_loss(x: torch.Tensor, y: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Both directions of paper Eq. 6, summed: (B, P), (B, P) -> (). Pairs have the same row; the others are negatives."""
+    """Both directions of paper Eq. 6, summed: (B, P), (B, P) -> (). Row i of one belongs to row i of the other."""
     x = nn.functional.normalize(x.float(), dim=-1, eps=1e-8)
     y = nn.functional.normalize(y.float(), dim=-1, eps=1e-8)
     logits = x @ y.t() / temperature

@@ -669,7 +669,7 @@ def _scan(source: _Source) -> _Scan:
         if error is None:
             error = _missing_part(source, formats, stream.frames, packets, container, reached)
         fps = _frame_rate(stream)
-        timed = None not in shown
+        timed = formats != "avi" and None not in shown  # AVI stores none; what FFmpeg makes up is uneven
         times = _packet_times(shown, float(stream.time_base)) if timed else _even_times(len(shown), fps)
         return _Scan(formats, stream.codec_context.name, len(shown), hidden, fps, times, timed, error)
 

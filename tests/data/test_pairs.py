@@ -289,7 +289,9 @@ def test_log_counts_each_item_once_and_survives_a_restart(tmp_path, caplog):
 def test_log_stops_at_the_share(tmp_path):
     log = BrokenItemsLog(tmp_path / "broken.jsonl", "train", items=1000, max_broken=0.1)
     log.add([record(i) for i in range(10)], 10)  # ten of the first hundred are allowed
-    with pytest.raises(BrokenItemsError, match="11 of 20 items seen of t are broken, more than the allowed share of 10%"):
+    with pytest.raises(
+        BrokenItemsError, match="11 of 20 items seen of t are broken, more than the allowed share of 10%"
+    ):
         log.add([record(10)], 10)
     late = BrokenItemsLog(tmp_path / "late.jsonl", "train", items=1000, max_broken=0.1, seen=400)
     late.add([record(i) for i in range(40)], 0)
