@@ -631,7 +631,8 @@ class BTAdapterVisionModel(BTAdapterPreTrainedModel):
             if frame_mask is not None or bool_masked_pos is not None or output_branch_states:
                 raise ValueError(
                     "frame_mask, bool_masked_pos and output_branch_states are for videos (B, T, 3, H, W); "
-                    f"pixel_values of shape {tuple(pixel_values.shape)} are images. Use pixel_values[:, None] for one-frame videos."
+                    f"pixel_values of shape {tuple(pixel_values.shape)} are images. "
+                    "Use pixel_values[:, None] for videos of one frame."
                 )
             return self.vision_model(
                 pixel_values,

@@ -33,17 +33,19 @@ class BTAdapterProcessor(ProcessorMixin):
         """
         output = super().__call__(images=images, text=text, videos=videos, **kwargs)
         if "input_ids" in output:
-            self._check_text_length(output["input_ids"])
+            # padding fills short texts up to the length of a long one
+            self._check_text_length(output.get("attention_mask", output["input_ids"]), padded="attention_mask" in output)
         return output
 
-    def _check_text_length(self, input_ids: Any) -> None:
-        # a single text comes back as a flat list of ids
-        rows = input_ids if hasattr(input_ids[0], "__len__") else [input_ids]
+    def _check_text_length(self, rows: Any, padded: bool) -> None:
+        # a single text comes back as a flat list
+        rows = rows if hasattr(rows[0], "__len__") else [rows]
         limit = self.tokenizer.model_max_length
         for index, row in enumerate(rows):
-            if len(row) > limit:
+            length = int(sum(row)) if padded else len(row)
+            if length > limit:
                 raise ValueError(
-                    f"Text {index} has {len(row)} tokens, the limit is {limit}: pass `truncation=True` to cut it, or "
+                    f"Text {index} has {length} tokens, the limit is {limit}: pass `truncation=True` to cut it, or "
                     "shorten it."
                 )
 

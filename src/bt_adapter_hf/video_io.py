@@ -437,41 +437,46 @@ def _load_frame_list(
 ) -> tuple[np.ndarray, BTAdapterVideoMetadata]:
     if not video:
         raise EmptyVideoError("The list of frames is empty.")
-    indices = choose(len(video))
-    pictures = {int(index): _load_picture(video[index], int(index), background) for index in np.unique(indices)}
-    sizes = {index: picture.shape[:2] for index, picture in pictures.items()}
-    first = next(iter(sizes))
-    for index, size in sizes.items():
-        if size != sizes[first]:
+    if all(isinstance(frame, (np.ndarray, torch.Tensor)) for frame in video):
+        _check_one_size({index: tuple(frame.shape) for index, frame in enumerate(video)})
+        return _load_array(np.stack([_to_numpy(frame) for frame in video]), choose)
+    for index, frame in enumerate(video):
+        if not isinstance(frame, (Image.Image, str, os.PathLike)):
             raise VideoInputError(
-                f"The frames differ in size: frame {first} is {sizes[first][1]}x{sizes[first][0]}, frame {index} is "
-                f"{size[1]}x{size[0]}. Resize them to one size first."
+                f"Frame {index} is a {type(frame).__name__}: a list of frames holds PIL images and paths of images, "
+                "or only 3-D arrays and tensors. To load several videos, call `load_video` once per video."
             )
-    frames = np.stack([pictures[int(index)] for index in indices])
+    indices = choose(len(video))
+    # files that are not sampled are not opened
+    pictures = {index: _load_picture(video[index], index, background) for index in np.unique(indices).tolist()}
+    sizes = {index: frame.size for index, frame in enumerate(video) if isinstance(frame, Image.Image)}
+    _check_one_size(sizes | {index: picture.shape[1::-1] for index, picture in pictures.items()})
+    frames = np.stack([pictures[index] for index in indices.tolist()])
     return frames, _array_metadata(len(video), indices, frames)
 
 
-def _load_picture(picture: Any, index: int, background: tuple[int, int, int]) -> np.ndarray:
+def _check_one_size(sizes: dict[int, tuple[int, ...]]) -> None:
+    first = min(sizes)
+    for index, size in sizes.items():
+        if size != sizes[first]:
+            raise VideoInputError(
+                f"The frames differ in size: frame {first} has {sizes[first]}, frame {index} has {size}. Resize them "
+                "to one size first."
+            )
+
+
+def _load_picture(
+    picture: Image.Image | str | os.PathLike, index: int, background: tuple[int, int, int]
+) -> np.ndarray:
     """One frame of a list as uint8 `(H, W, 3)`."""
     if isinstance(picture, Image.Image):
         return _flatten_image(picture, background)
-    if isinstance(picture, (str, os.PathLike)):
-        source = _file_source(os.fsdecode(picture))
-        try:
-            with Image.open(source.data) as image:
-                return _flatten_image(ImageOps.exif_transpose(image), background)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise VideoDecodeError(f"Frame {index}, {source.name}, is not a readable image: {error}.") from error
-    if isinstance(picture, (np.ndarray, torch.Tensor)):
-        shape = tuple(picture.shape)
-        if len(shape) != 3 or 3 not in (shape[2], shape[0]) or 0 in shape:
-            raise VideoInputError(f"Frame {index} has the shape {shape}, expected (H, W, 3) or (3, H, W).")
-        pixels = _to_uint8(_to_numpy(picture), f"Frame {index}")
-        return pixels if shape[2] == 3 else pixels.transpose(1, 2, 0)
-    raise VideoInputError(
-        f"Frame {index} is a {type(picture).__name__}, expected a PIL image, an array, a tensor or the path of an "
-        "image. To load several videos, call `load_video` once per video."
-    )
+    source = _file_source(os.fsdecode(picture))
+    try:
+        with Image.open(source.data) as image:
+            return _flatten_image(ImageOps.exif_transpose(image), background)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise VideoDecodeError(f"Frame {index}, {source.name}, is not a readable image: {error}.") from error
 
 
 def _flatten_image(image: Image.Image, background: tuple[int, int, int]) -> np.ndarray:
@@ -725,7 +730,6 @@ def _load_pyav(
         # a cut file, or one whose packets are not one frame each (field pairs, invisible frames)
         logger.info("%s: %d packets, %d frames; sampling again.", source.name, scan.frames, total)
         decoded = _decode(source, choose(total), background)
-    # AVI and raw streams store no times, and what the decoder makes up for them is uneven
     times = decoded.times if scan.timed else _even_times(total, scan.fps)
     return decoded.collector.result(total, times, scan.fps, "pyav")
 
@@ -835,6 +839,8 @@ def _load_decord(source: _Source, choose: Callable[[int], np.ndarray]) -> tuple[
         # from the start, without seeking: `get_batch` returns wrong frames of HEVC files when it skips frames
         for index in range(int(indices.max()) + 1):
             frame = reader.next()
+            if frame.shape[2] != 3:
+                raise _refused("decord", source, "it takes the padding of narrow frames for a fourth channel")
             if collector.wants(index):
                 collector.add(index, frame.asnumpy(), source)
     except (decord.DECORDError, RuntimeError, StopIteration) as error:

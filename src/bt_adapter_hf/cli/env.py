@@ -22,15 +22,9 @@ CORE = (
     ("pillow", "PIL"),
     ("av", "av"),
 )
-OPTIONAL = (
-    ("decord", "decord"),
-    ("torchcodec", "torchcodec"),
-    ("accelerate", "accelerate"),
-    ("datasets", "datasets"),
-    ("peft", "peft"),
-    ("faiss-cpu", "faiss"),
-    ("scikit-learn", "sklearn"),
-)
+DECODERS = (("decord", "decord"), ("torchcodec", "torchcodec"))
+# Their versions only: importing them is slow, and what breaks them is mostly one of the above.
+OTHERS = ("accelerate", "datasets", "peft", "faiss-cpu", "scikit-learn")
 
 
 def register(subparsers) -> None:
@@ -66,7 +60,10 @@ def environment_report() -> dict:
         "bt_adapter_hf": _version("bt_adapter_hf"),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _state(name, module) for name, module in CORE + OPTIONAL},
+        "packages": {
+            **{name: _state(name, module) for name, module in CORE + DECODERS},
+            **{name: {"version": _version(name), "error": None} for name in OTHERS},
+        },
         "builds": {"torch": _torch_build(torch_works), "torchvision": _torchvision_build()},
         "devices": _devices() if torch_works else [],
         "video_decoders": decoders,

@@ -1,0 +1,193 @@
+"""Rebuild the moving-digits model that ships inside bt_adapter_hf, from nothing but scikit-learn's digits.
+
+    pip install -e '.[train,quickstart]'
+    python recipes/moving_digits/build.py -o build/moving-digits          # about 15 minutes on 2 cores
+    python recipes/moving_digits/build.py -o build/moving-digits --ship   # and copy the model into the package
+
+Every step leaves its files in the output folder and is skipped when they are there.
+"""
+
+import argparse
+import json
+import logging
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tqdm.auto import tqdm
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer, Trainer, TrainingArguments, set_seed
+
+from bt_adapter_hf import BTAdapterProcessor, BTAdapterVideoProcessor
+from bt_adapter_hf.data.moving_digits import COLOURS, DIGITS, PLACES, SIZES, all_captions, all_still_captions, still
+
+
+logger = logging.getLogger("moving_digits")
+
+IMAGE_SIZE, PATCH_SIZE = 48, 8
+IMAGE_MEAN, IMAGE_STD = [0.1, 0.1, 0.1], [0.2, 0.2, 0.2]  # of the stills: a dark background becomes nearly zero
+WIDTH, VISION_LAYERS, TEXT_LAYERS, HEADS, PROJECTION = 128, 4, 2, 4, 64
+MAX_TEXT_LENGTH = 32
+CLIP_STEPS, CLIP_BATCH, CLIP_LR = 1400, 120, 1e-3
+EASY_STEPS = 150
+TRAIN_SEED, TEST_SEED = 0, 1000
+
+
+def build_processor() -> BTAdapterProcessor:
+    pixels = {
+        "size": {"shortest_edge": IMAGE_SIZE},
+        "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        "image_mean": IMAGE_MEAN,
+        "image_std": IMAGE_STD,
+    }
+    return BTAdapterProcessor(
+        image_processor=CLIPImageProcessor(**pixels),
+        video_processor=BTAdapterVideoProcessor(num_frames=8, sampling="centers", **pixels),
+        tokenizer=build_tokenizer(),
+    )
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """CLIP's kind of BPE: one token for every word of the world, and all bytes, so that any text has tokens."""
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=10**6,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    bpe.train_from_iterator(all_still_captions() + all_captions(), trainer)
+    model = json.loads(bpe.to_str())["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    # The trainer lists single bytes without the suffix; CLIP's rules need both forms of each byte.
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = alphabet + [f"{byte}</w>" for byte in alphabet] + ["".join(merge) for merge in merges] + [start, end]
+    vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TEXT_LENGTH)
+
+
+def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
+    size = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": HEADS}
+    config = CLIPConfig(
+        text_config={
+            **size,
+            "num_hidden_layers": TEXT_LAYERS,
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": MAX_TEXT_LENGTH,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            "projection_dim": PROJECTION,
+        },
+        vision_config={
+            **size,
+            "num_hidden_layers": VISION_LAYERS,
+            "image_size": IMAGE_SIZE,
+            "patch_size": PATCH_SIZE,
+            "projection_dim": PROJECTION,
+        },
+        projection_dim=PROJECTION,
+    )
+    model = CLIPModel(config)
+    # CLIP's 0.02 hides positions behind the patches for hundreds of steps, and with them the places and the strokes.
+    torch.nn.init.normal_(model.vision_model.embeddings.position_embedding.weight, std=0.2)
+    return model
+
+
+class Stills(torch.utils.data.IterableDataset):
+    """An endless stream of (image, caption). Each 600 in a row show every caption once; batches are cut from it.
+
+    The easy part draws captions in random order. After `EASY_STEPS` every other batch shows all ten digits in each of
+    twelve looks (colour, size, place): colour, size and place are learned by then, and such a batch leaves only the
+    digit to tell the captions apart.
+    """
+
+    def __iter__(self) -> Iterator[dict]:
+        captions, looks = len(all_still_captions()), len(COLOURS) * len(SIZES) * len(PLACES)
+        for step in range(CLIP_STEPS):
+            for place in range(step * CLIP_BATCH, (step + 1) * CLIP_BATCH):
+                block, nth = divmod(place, captions)
+                rng = np.random.default_rng([TRAIN_SEED, block])
+                if step < EASY_STEPS or step % 2:
+                    caption = rng.permutation(captions)[nth]
+                else:
+                    caption = nth % len(DIGITS) * looks + rng.permutation(looks)[nth // len(DIGITS)]
+                image, text, _ = still("train", TRAIN_SEED, block * captions + int(caption))
+                yield {"image": image, "text": text}
+
+
+def train_clip(processor: BTAdapterProcessor, folder: Path) -> None:
+    """A small CLIP from scratch, on stills only: it meets places and sizes, never a motion."""
+    set_seed(TRAIN_SEED)
+    model = build_clip(processor.tokenizer)
+
+    def collate(items: list[dict]) -> dict:
+        batch = processor(
+            images=[item["image"] for item in items],
+            text=[item["text"] for item in items],
+            padding=True,
+            return_tensors="pt",
+        )
+        return {**batch, "return_loss": True}
+
+    arguments = TrainingArguments(
+        output_dir=str(folder / "log"),
+        max_steps=CLIP_STEPS,
+        per_device_train_batch_size=CLIP_BATCH,
+        learning_rate=CLIP_LR,
+        lr_scheduler_type="cosine",
+        warmup_steps=40,
+        weight_decay=0.05,
+        adam_beta2=0.98,
+        max_grad_norm=1.0,
+        logging_steps=100,
+        save_strategy="no",
+        report_to="none",
+        remove_unused_columns=False,
+        seed=TRAIN_SEED,
+        use_cpu=True,
+    )
+    Trainer(model=model, args=arguments, train_dataset=Stills(), data_collator=collate).train()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+@torch.inference_mode()
+def still_accuracy(folder: Path) -> dict[str, float]:
+    """Share of held-out stills whose best caption of all 600 is the right one, and right in its digit."""
+    model, processor = CLIPModel.from_pretrained(folder).eval(), BTAdapterProcessor.from_pretrained(folder)
+    captions = all_still_captions()
+    texts = model.get_text_features(**processor(text=captions, padding=True, return_tensors="pt")).pooler_output
+    texts = torch.nn.functional.normalize(texts, dim=-1)
+    right, digit = [], []
+    for start in range(0, 2 * len(captions), 200):
+        images = [still("test", TEST_SEED, index)[0] for index in range(start, start + 200)]
+        best = (model.get_image_features(**processor(images=images, return_tensors="pt")).pooler_output @ texts.T).argmax(-1)
+        wanted = torch.arange(start, start + 200) % len(captions)
+        right.append(best == wanted)
+        digit.append(best // (len(captions) // len(DIGITS)) == wanted // (len(captions) // len(DIGITS)))
+    return {"exact_caption": torch.cat(right).float().mean().item(), "digit": torch.cat(digit).float().mean().item()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder for everything that is made")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    clip_folder = args.output / "clip"
+    if not (clip_folder / "config.json").is_file():
+        start = time.monotonic()
+        train_clip(build_processor(), clip_folder)
+        logger.info("CLIP trained in %.0f s", time.monotonic() - start)
+    print(json.dumps({"stills": still_accuracy(clip_folder)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bt_adapter_hf.cli import main as main_module
+from bt_adapter_hf.cli.main import COMMANDS, build_parser, main
+
+
+def test_every_command_has_help_with_an_example(capsys):
+    for name in COMMANDS:
+        with pytest.raises(SystemExit) as exit:
+            main([name, "--help"])
+        assert exit.value.code == 0
+        out = capsys.readouterr().out
+        assert f"bt-adapter {name}" in out.split("example", 1)[1]
+
+
+def test_help_lists_every_command_and_is_quick_to_import():
+    script = (
+        "import sys\n"
+        "from bt_adapter_hf.cli.main import build_parser\n"
+        "print(build_parser().format_help())\n"
+        "heavy = {'torch', 'transformers', 'av', 'PIL', 'numpy'} & sys.modules.keys()\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in COMMANDS:
+        assert f"\n    {name} " in done.stdout
+
+
+@pytest.mark.parametrize("argv", [[], ["fly"], ["env", "--fly"]])
+def test_wrong_usage(argv, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(argv)
+    assert exit.value.code == 2
+    assert "usage: bt-adapter" in capsys.readouterr().err
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Makes `bt-adapter env` raise what it is given."""
+
+    def install(error: BaseException) -> None:
+        def run(args: argparse.Namespace) -> int:
+            raise error
+
+        def parser_with_failure(commands):
+            parser = build_parser(commands)
+            parser.set_defaults(run=run)
+            for action in parser._subparsers._group_actions:
+                action.choices["env"].set_defaults(run=run)
+            return parser
+
+        monkeypatch.setattr(main_module, "build_parser", parser_with_failure)
+
+    return install
+
+
+@pytest.mark.parametrize("error", [ValueError("bad\n  value"), OSError("bad value"), ImportError("bad value")])
+def test_user_errors_are_one_line(failing, capsys, error):
+    failing(error)
+    assert main(["env"]) == 1
+    assert capsys.readouterr() == ("", "bt-adapter env: error: bad value\n")
+    with pytest.raises(type(error)):
+        main(["env", "--debug"])
+
+
+def test_errors_of_the_program_are_not_hidden(failing):
+    failing(KeyError("bug"))
+    with pytest.raises(KeyError):
+        main(["env"])
+
+
+def test_interrupt(failing, capsys):
+    failing(KeyboardInterrupt())
+    assert main(["env"]) == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
+
+
+def test_reader_of_the_output_may_leave():
+    script = Path(sys.executable).with_name("bt-adapter")
+    done = subprocess.run(["bash", "-c", f"'{script}' env --json | true"], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+    assert "error" not in done.stderr

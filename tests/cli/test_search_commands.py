@@ -1,0 +1,188 @@
+"""`index`, `search` and `classify` as a user runs them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from bt_adapter_hf import BTAdapterModel
+from bt_adapter_hf.cli.main import main
+from bt_adapter_hf.encoding import VideoEncoder
+from bt_adapter_hf.indexing import VideoIndex
+
+
+@pytest.fixture
+def index(tiny_checkpoint, clips, tmp_path, capsys) -> Path:
+    assert main(["index", str(clips), "-o", str(tmp_path / "idx"), "--model", str(tiny_checkpoint)]) == 0
+    capsys.readouterr()
+    return tmp_path / "idx"
+
+
+def error_of(argv: list, capsys) -> str:
+    """Runs a command that must fail with exactly one line on stderr, and returns it."""
+    assert main([str(arg) for arg in argv]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1, captured.err
+    return captured.err
+
+
+def test_index_and_again(tiny_checkpoint, clips, tmp_path, capsys):
+    argv = ["index", str(clips), "-o", str(tmp_path / "idx"), "--model", str(tiny_checkpoint)]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert "4 videos added, 0 already there, 2 skipped" in out
+    assert "skipped.jsonl" in out
+    assert main([*argv, "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary == {"index": str(tmp_path / "idx"), "added": 0, "present": 4, "skipped": 2}
+
+
+def test_index_options(tiny_checkpoint, clips, tmp_path, capsys):
+    argv = ["index", clips / "*.gif", "-o", tmp_path / "idx", "--model", tiny_checkpoint, "--num-frames", "2"]
+    argv += ["--dtype", "bfloat16", "--device", "cpu", "--workers", "1", "--batch-size", "1"]
+    assert main([str(arg) for arg in argv]) == 0
+    index = VideoIndex.load(tmp_path / "idx")
+    assert index.info["dtype"] == "bfloat16"
+    assert len(index.rows[0]["timestamps"]) == index.info["settings"]["num_frames"] == 2
+    # the text meets the videos in the dtype of the index
+    assert main(["search", str(tmp_path / "idx"), "a dog", "--device", "cpu"]) == 0
+    assert "grey.gif" in capsys.readouterr().out
+
+
+def test_index_errors(tiny_checkpoint, clips, index, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    model = ["--model", tiny_checkpoint]
+    assert "no video under" in error_of(["index", tmp_path / "empty", "-o", tmp_path / "new", *model], capsys)
+    assert "is not a file, a folder" in error_of(["index", tmp_path / "nope", "-o", tmp_path / "new", *model], capsys)
+    assert "is a file" in error_of(["index", clips, "-o", clips / "red.mp4", *model], capsys)
+    assert "other files" in error_of(["index", clips, "-o", clips, *model], capsys)
+    assert "other settings" in error_of(["index", clips, "-o", index, *model, "--num-frames", "6"], capsys)
+    assert "other weights" in error_of(["index", clips, "-o", index, *model, "--dtype", "bfloat16"], capsys)
+    assert "nowhere" in error_of(["index", clips, "-o", tmp_path / "new", "--model", tmp_path / "nowhere"], capsys)
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_unwritable_output_is_found_before_the_work(clips, tmp_path, capsys):
+    # the model does not exist either: the output is looked at first
+    error = error_of(["index", clips, "-o", clips / "red.mp4" / "idx", "--model", tmp_path / "nowhere"], capsys)
+    assert "the index cannot be written to" in error
+
+
+def test_index_of_broken_files_only(tiny_checkpoint, clips, tmp_path, capsys):
+    argv = ["index", clips / "empty.mp4", clips / "garbage.avi", "-o", tmp_path / "idx", "--model", tiny_checkpoint]
+    assert main([str(arg) for arg in argv]) == 1
+    captured = capsys.readouterr()
+    assert "0 videos added, 0 already there, 2 skipped" in captured.out
+    assert captured.err == "bt-adapter index: error: none of the files could be read\n"
+    assert [path.name for path in (tmp_path / "idx").iterdir()] == ["skipped.jsonl"]
+    # the folder is no obstacle to a later try
+    assert main(["index", str(clips), "-o", str(tmp_path / "idx"), "--model", str(tiny_checkpoint)]) == 0
+
+
+def test_search_table_json_and_sheet(index, tiny_checkpoint, tmp_path, capsys):
+    encoder = VideoEncoder.from_pretrained(tiny_checkpoint, device="cpu")
+    loaded = VideoIndex.load(index)
+    scores = loaded.features @ encoder.encode_texts(["a red dog"])[0]
+    expected = [loaded.rows[i]["path"] for i in (-scores).argsort()[:3]]
+
+    assert main(["search", str(index), "a red dog", "-k", "3", "--json"]) == 0
+    hits = json.loads(capsys.readouterr().out)
+    assert [hit["path"] for hit in hits] == expected
+    assert [hit["score"] for hit in hits] == pytest.approx(sorted(scores, reverse=True)[:3], abs=1e-5)
+    assert {"rank", "duration", "timestamps", "width"} <= hits[0].keys()
+
+    assert main(["search", str(index), "a red dog", "-k", "3", "--sheet", str(tmp_path / "hits.png")]) == 0
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    assert lines[0].split() == ["rank", "cosine", "seconds", "file"]
+    assert [os.path.basename(line.split()[-1]) for line in lines[1:]] == [os.path.basename(path) for path in expected]
+    with Image.open(tmp_path / "hits.png") as sheet:
+        assert sheet.width > 1000
+
+
+def test_search_errors(index, tiny_checkpoint, tmp_path, capsys):
+    assert "holds no index" in error_of(["search", tmp_path, "a dog"], capsys)
+    assert "ends in .png" in error_of(["search", index, "a dog", "--sheet", tmp_path / "x.gif"], capsys)
+    assert "a text is empty" in error_of(["search", index, " "], capsys)
+    assert "tokens long; this model takes 24" in error_of(["search", index, "a " * 40], capsys)
+    assert "k=0" in error_of(["search", index, "a dog", "-k", "0"], capsys)
+
+    encoder = VideoEncoder.from_pretrained(tiny_checkpoint, device="cpu")
+    torch.manual_seed(2)
+    BTAdapterModel(encoder.model.config).save_pretrained(tmp_path / "other")
+    encoder.processor.save_pretrained(tmp_path / "other")
+    error = error_of(["search", index, "a dog", "--model", tmp_path / "other"], capsys)
+    assert "was made with" in error
+    assert "other weights" in error
+
+
+def test_the_model_of_an_index_may_have_moved(index, tiny_checkpoint, tmp_path, capsys):
+    info = json.loads((index / "index.json").read_text())
+    info["model"] = str(tmp_path / "old place")
+    (index / "index.json").write_text(json.dumps(info))
+    assert "old place" in error_of(["search", index, "a dog"], capsys)
+    assert main(["search", str(index), "a dog", "--model", str(tiny_checkpoint)]) == 0
+
+
+def test_classify(tiny_checkpoint, clips, tmp_path, capsys):
+    model = ["--model", str(tiny_checkpoint)]
+    argv = ["classify", str(clips), "--labels", "red, green,blue ,grey", *model]
+    assert main([*argv, "--json"]) == 0
+    output = json.loads(capsys.readouterr().out)
+    assert [Path(video["path"]).name for video in output["videos"]] == ["green.mp4", "grey.gif", "blue.MP4", "red.mp4"]
+    assert [Path(line["path"]).name for line in output["skipped"]] == ["empty.mp4", "garbage.avi"]
+    for video in output["videos"]:
+        probabilities = [label["probability"] for label in video["labels"]]
+        assert len(probabilities) == 3
+        assert probabilities == sorted(probabilities, reverse=True)
+        assert 0.75 < sum(probabilities) < 1  # the best three of four
+
+    (tmp_path / "labels.txt").write_text("red\n\ngreen\nblue\ngrey\n")
+    argv = ["classify", str(clips), "--labels-file", str(tmp_path / "labels.txt"), "--top", "1", *model]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    best = output["videos"][0]["labels"][0]
+    assert out.splitlines()[1].split() == [f"{best['probability']:.1%}", f"{best['cosine']:.4f}", best["label"]]
+    assert "2 of 6 files skipped:" in out
+    assert "empty.mp4 is empty" in out
+
+
+def test_classify_template_is_put_around_the_labels(tiny_checkpoint, clips, capsys):
+    argv = ["classify", str(clips / "red.mp4"), "--model", str(tiny_checkpoint), "--json", "--top", "2"]
+
+    def cosines(labels: str, *options: str) -> list[float]:
+        assert main([*argv, "--labels", labels, *options]) == 0
+        return [label["cosine"] for label in json.loads(capsys.readouterr().out)["videos"][0]["labels"]]
+
+    assert cosines("red, blue", "--template", "a {} dog") == cosines("a red dog, a blue dog")
+    assert cosines("red, blue") != cosines("a red dog, a blue dog")
+
+
+def test_classify_errors(tiny_checkpoint, clips, tmp_path, capsys):
+    files = ["classify", clips / "red.mp4", "--model", tiny_checkpoint]
+    assert "found 1 labels" in error_of([*files, "--labels", "red,"], capsys)
+    assert "'red' is there twice" in error_of([*files, "--labels", "red, blue, red"], capsys)
+    assert "no {} for the label" in error_of([*files, "--labels", "red, blue", "--template", "a dog"], capsys)
+    assert "No such file" in error_of([*files, "--labels-file", tmp_path / "nope.txt"], capsys)
+    assert "--top 0" in error_of([*files, "--labels", "red, blue", "--top", "0"], capsys)
+
+    argv = ["classify", clips / "empty.mp4", "--labels", "red, blue", "--model", tiny_checkpoint]
+    assert main([str(arg) for arg in argv]) == 1
+    captured = capsys.readouterr()
+    assert "1 of 1 files skipped" in captured.out
+    assert captured.err == "bt-adapter classify: error: none of the files could be read\n"
+
+
+def test_the_installed_command(index):
+    """Through the console script, in a process of its own, from another working directory."""
+    script = Path(sys.executable).with_name("bt-adapter")
+    done = subprocess.run([script, "search", index.name, "a dog"], cwd=index.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 5
+    assert done.stderr == ""
