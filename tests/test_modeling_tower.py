@@ -238,8 +238,8 @@ def test_a_mask_of_ones_changes_nothing():
 def test_time_embeddings_beyond_the_table_are_interpolated():
     branch = tower(max_frames=4).bt_adapter
     table = branch.time_embedding.weight
-    assert torch.equal(branch._time_embeddings(3), table[:3])
-    long = branch._time_embeddings(7)
+    assert torch.equal(branch._time_embeddings(3, table.device), table[:3])
+    long = branch._time_embeddings(7, table.device)
     torch.testing.assert_close(long[[0, 2, 4, 6]], table, atol=1e-6, rtol=0)
     torch.testing.assert_close(long[3], (table[1] + table[2]) / 2, atol=1e-6, rtol=0)
     assert tower(max_frames=4)(videos(1, 9)).pooler_output.isfinite().all()

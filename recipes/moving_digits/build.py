@@ -169,7 +169,9 @@ def still_accuracy(folder: Path) -> dict[str, float]:
     right, digit = [], []
     for start in range(0, 2 * len(captions), 200):
         images = [still("test", TEST_SEED, index)[0] for index in range(start, start + 200)]
-        best = (model.get_image_features(**processor(images=images, return_tensors="pt")).pooler_output @ texts.T).argmax(-1)
+        best = (
+            model.get_image_features(**processor(images=images, return_tensors="pt")).pooler_output @ texts.T
+        ).argmax(-1)
         wanted = torch.arange(start, start + 200) % len(captions)
         right.append(best == wanted)
         digit.append(best // (len(captions) // len(DIGITS)) == wanted // (len(captions) // len(DIGITS)))

@@ -8,8 +8,8 @@ from transformers import PreTrainedModel, ProcessorMixin
 def save_with_code(directory: str | Path, model: PreTrainedModel, processor: ProcessorMixin | None = None, **kwargs):
     """Saves a model, and its processor, together with the files that define them.
 
-    Such a directory loads with `AutoModel.from_pretrained(directory, trust_remote_code=True)` where this package is not
-    installed. Where it is installed, the package's own code is used.
+    Such a directory loads with `AutoModel.from_pretrained(directory, trust_remote_code=True)` where this package is
+    not installed. Where it is installed, the package's own code is used.
 
     Args:
         directory: where to save; created if needed.

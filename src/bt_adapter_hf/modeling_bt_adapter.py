@@ -331,16 +331,14 @@ class BTAdapterBranch(nn.Module):
         self, patches: torch.Tensor, T: int, position: torch.Tensor, index: torch.LongTensor | None
     ) -> torch.Tensor:
         """Spatial and time embeddings of each patch's own place and frame (paper Eq. 3)."""
-        position, time = position[self.num_cls :], self._time_embeddings(T)
+        position, time = position[self.num_cls :], self._time_embeddings(T, position.device)
         if index is None:
             return patches + position + time[:, None]
         return patches + position[index % len(position)] + time[index // len(position)]
 
-    def _time_embeddings(self, T: int) -> torch.Tensor:
+    def _time_embeddings(self, T: int, device: torch.device) -> torch.Tensor:
         """(T, D). Longer videos than the table: linear interpolation, first on first and last on last row."""
-        rows = self.time_embedding(
-            torch.arange(min(T, self.config.max_frames), device=self.time_embedding.weight.device)
-        )
+        rows = self.time_embedding(torch.arange(min(T, self.config.max_frames), device=device))
         if T <= self.config.max_frames:
             return rows
         return nn.functional.interpolate(rows.t()[None], size=T, mode="linear", align_corners=True)[0].t()

@@ -34,7 +34,9 @@ class BTAdapterProcessor(ProcessorMixin):
         output = super().__call__(images=images, text=text, videos=videos, **kwargs)
         if "input_ids" in output:
             # padding fills short texts up to the length of a long one
-            self._check_text_length(output.get("attention_mask", output["input_ids"]), padded="attention_mask" in output)
+            self._check_text_length(
+                output.get("attention_mask", output["input_ids"]), padded="attention_mask" in output
+            )
         return output
 
     def _check_text_length(self, rows: Any, padded: bool) -> None:

@@ -92,12 +92,13 @@ class BTAdapterVideoProcessor(BaseVideoProcessor):
     sampling = "uniform"
     video_backend = "pyav"
     on_damage = "raise"
-    background = (255, 255, 255)
+    background = [255, 255, 255]
     valid_kwargs = BTAdapterVideoProcessorKwargs
     model_input_names = ["pixel_values_videos", "frame_mask"]
 
     def __init__(self, **kwargs: Unpack[BTAdapterVideoProcessorKwargs]) -> None:
         super().__init__(**kwargs)
+        self.background = list(self.background)  # as JSON gives it back
         self._check_options(self.num_frames, self.sampling, self.video_backend, self.on_damage, self.fps)
 
     @staticmethod
@@ -234,7 +235,7 @@ def _batch_metadata(metadata: Any, count: int) -> list[Mapping] | None:
 def _merge_metadata(found: BTAdapterVideoMetadata, known: Mapping) -> BTAdapterVideoMetadata:
     """What the caller knows about frames that were decoded elsewhere, restricted to the frames that are used."""
     used = found.frames_indices
-    merged = dict(found)
+    known, merged = dict(known), dict(found)
     for name in ("fps", "duration", "video_backend"):
         if known.get(name) is not None:
             merged[name] = known[name]

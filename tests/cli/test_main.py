@@ -60,13 +60,22 @@ def failing(monkeypatch):
     return install
 
 
-@pytest.mark.parametrize("error", [ValueError("bad\n  value"), OSError("bad value"), ImportError("bad value")])
+@pytest.mark.parametrize("error", [ValueError("bad\n  value"), OSError("bad value")])
 def test_user_errors_are_one_line(failing, capsys, error):
     failing(error)
     assert main(["env"]) == 1
     assert capsys.readouterr() == ("", "bt-adapter env: error: bad value\n")
     with pytest.raises(type(error)):
         main(["env", "--debug"])
+
+
+def test_import_errors_point_to_a_remedy(failing, capsys):
+    failing(ImportError("no module x"))
+    assert main(["env"]) == 1
+    assert capsys.readouterr().err.endswith("error: no module x (`bt-adapter env` tells what is broken)\n")
+    failing(ImportError("x is missing: pip install 'bt_adapter_hf[train]'"))
+    assert main(["env"]) == 1
+    assert capsys.readouterr().err.endswith("error: x is missing: pip install 'bt_adapter_hf[train]'\n")
 
 
 def test_errors_of_the_program_are_not_hidden(failing):

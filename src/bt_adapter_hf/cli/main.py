@@ -45,7 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         if args.debug:
             raise
-        print(f"bt-adapter {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        message = " ".join(str(error).split())
+        if isinstance(error, ImportError) and "pip install" not in message:
+            message += " (`bt-adapter env` tells what is broken)"
+        print(f"bt-adapter {args.command}: error: {message}", file=sys.stderr)
         return 1
 
 

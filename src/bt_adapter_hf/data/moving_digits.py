@@ -2,9 +2,9 @@
 
 Handwritten digits (scikit-learn's `load_digits`, extra `quickstart`), coloured, on a dark background. A *still* shows
 one digit with a place and a size ("a small red seven at the left"); a *clip* shows one of six motions ("a red seven
-moves from the left to the right", "a red seven grows from small to big"). Motions come in opposite pairs and every
-random quantity of a clip is distributed alike in both directions, so a clip played backwards *is* a clip of the
-opposite motion: no single frame, no unordered set of frames and no average of frames tells the two apart.
+moves from the left to the right", "a red seven grows from small to big"). Motions come in opposite pairs, and
+the one is the other played backwards: no single frame, no unordered set of frames and no average of frames tells the
+two apart.
 
 Everything is a function of (split, seed, index). The splits share no handwritten digit.
 """
@@ -101,21 +101,8 @@ def clip(split: str, seed: int, index: int) -> tuple[np.ndarray, str, dict[str, 
 
     `index` modulo 360 chooses the caption in the order of `all_captions`, the rest is drawn from (split, seed, index).
     """
-    rng = _generator(split, seed, index, kind=1)
     digit, colour, motion = _nth(index, DIGITS, COLOURS, MOTIONS)
-    scene = _Scene(_draw_glyph(split, digit, rng), colour, rng)
-    start, end = motion.split(" to ")
-    if start in SIZES:
-        sides = [rng.uniform(*SIZES[word]) for word in (start, end)]
-        centre = _spot("middle", max(sides), rng)
-        ends = [(side, *centre) for side in sides]
-    else:
-        side = rng.uniform(SIZES["small"][0], 30.0)
-        ends = [(side, *_spot(word, side, rng)) for word in (start, end)]
-    num_frames = int(rng.integers(MIN_FRAMES, MAX_FRAMES + 1))
-    way = _way(num_frames, rng)[:, None]
-    states = (1 - way) * np.array(ends[0]) + way * np.array(ends[1])  # (T, 3): side, x, y
-    frames = np.stack([scene.frame(*state) for state in states])
+    frames = _film(split, digit, colour, motion, _generator(split, seed, index, kind=1))
     return frames, clip_caption(digit, colour, motion), {"digit": digit, "colour": colour, "motion": motion}
 
 
@@ -129,7 +116,8 @@ def write_clips(
 ) -> Path:
     """Write clips 0..count-1 of (split, seed) and `metadata.jsonl` into `folder`; returns the table's path.
 
-    Clip i is written in `formats[(i // 360 + i) % len(formats)]`, so each caption meets each format. The rows hold
+    The formats take turns in such a way that the six motions of one digit and colour share a format, and the next
+    clips of the same captions have the next one: a format gives no motion away. The rows of the table hold
     file_name, text, digit, colour and motion: the folder loads with `datasets` as a `videofolder`, and the table
     trains `bt-adapter pretrain`. `progress` wraps the range of indices (tqdm, for one).
     """
@@ -141,7 +129,7 @@ def write_clips(
     rows = []
     for index in progress(range(count)):
         frames, text, facts = clip(split, seed, index)
-        suffix = formats[(index // len(all_captions()) + index) % len(formats)]
+        suffix = formats[(index // len(MOTIONS) + index // len(all_captions())) % len(formats)]
         name = f"{split}-{seed}-{index:05d}.{suffix}"
         WRITERS[suffix](folder / name, frames)
         rows.append({"file_name": name, "text": text, **facts})
@@ -208,6 +196,26 @@ def _nth(index: int, *axes: Sequence[str]) -> tuple[str, ...]:
     return tuple(axis[place] for axis, place in zip(words, places, strict=True))
 
 
+def _film(split: str, digit: str, colour: str, motion: str, rng: np.random.Generator) -> np.ndarray:
+    """Frames uint8 (T, 64, 64, 3). The second motion of a pair is the first one played backwards, draw for draw."""
+    motions = list(MOTIONS)
+    if motions.index(motion) > motions.index(opposite(motion)):
+        return _film(split, digit, colour, opposite(motion), rng)[::-1]
+    scene = _Scene(_draw_glyph(split, digit, rng), colour, rng)
+    start, end = motion.split(" to ")
+    if start in SIZES:
+        sides = [rng.uniform(*SIZES[word]) for word in (start, end)]
+        centre = _spot("middle", max(sides), rng)
+        ends = np.array([(side, *centre) for side in sides])
+    else:
+        side = rng.uniform(SIZES["small"][0], 30.0)
+        ends = np.array([(side, *_spot(word, side, rng)) for word in (start, end)])
+    t = np.linspace(0.0, 1.0, int(rng.integers(MIN_FRAMES, MAX_FRAMES + 1)))
+    pace = rng.uniform(0.8, 1.3)  # below 1 slower in the middle of the way, above 1 slower at its ends
+    way = (t**pace / (t**pace + (1 - t) ** pace))[:, None]
+    return np.stack([scene.frame(*state) for state in (1 - way) * ends[0] + way * ends[1]])
+
+
 def _draw_glyph(split: str, digit: str, rng: np.random.Generator) -> Image.Image:
     """A handwritten instance with a border of zeros, so that interpolation fades out at its edge."""
     instances = _handwriting()[split][digit]
@@ -220,14 +228,9 @@ def _spot(place: str, side: float, rng: np.random.Generator) -> tuple[float, flo
     reach = (CANVAS - side) / 2 - 1  # from the middle to where the digit's box touches the edge
     x, y = PLACES[place]
     along, across = rng.uniform(0.8, 1.0), rng.uniform(-0.2, 0.2, size=2)
-    return tuple(CANVAS / 2 + reach * (step * along if step else drift) for step, drift in zip((x, y), across))
-
-
-def _way(num_frames: int, rng: np.random.Generator) -> np.ndarray:
-    """Share of the way gone at each frame, (T,) from 0 to 1; backwards it is the same curve: way(1-t) = 1 - way(t)."""
-    t = np.linspace(0.0, 1.0, num_frames)
-    sharpness = rng.uniform(0.8, 1.3)
-    return t**sharpness / (t**sharpness + (1 - t) ** sharpness)
+    return tuple(
+        CANVAS / 2 + reach * (step * along if step else drift) for step, drift in zip((x, y), across, strict=True)
+    )
 
 
 class _Scene:

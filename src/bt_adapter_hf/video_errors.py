@@ -1,0 +1,41 @@
+"""Everything that can be wrong with one video, by kind."""
+
+
+class VideoError(ValueError):
+    """Base of every error that says something about one video (as opposed to a wrong option)."""
+
+
+class VideoInputError(VideoError):
+    """The object is not a video that can be used: wrong type or shape, no frames, mixed sizes, NaN, bad range."""
+
+
+class VideoNotFoundError(VideoError, FileNotFoundError):
+    """There is no file under this path."""
+
+
+class VideoAccessError(VideoError, OSError):
+    """The path exists but cannot be read: a folder, a device, no permission, an input/output error."""
+
+
+class VideoDownloadError(VideoError, OSError):
+    """The URL could not be downloaded completely, or is larger than allowed."""
+
+
+class VideoDecodeError(VideoError):
+    """The bytes are not a video that can be decoded."""
+
+
+class EmptyVideoError(VideoDecodeError):
+    """The source holds no bytes or no frames."""
+
+
+class NoVideoStreamError(VideoDecodeError):
+    """The file is readable media without a video stream (audio only)."""
+
+
+class TruncatedVideoError(VideoDecodeError):
+    """The video is cut or damaged: fewer frames decode than it declares. `on_damage="salvage"` keeps those."""
+
+
+class VideoBackendError(VideoError):
+    """The named backend is known not to read this file correctly."""
