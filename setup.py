@@ -20,7 +20,7 @@ CORE = [
     "huggingface_hub>=1.31,<3",
     "numpy>=1.26",
     "pillow>=10.1",
-    "av>=14.0",
+    "av>=17.0.1",  # the first whose colour conversion can be kept from starting threads, which hang after a fork
     "tqdm>=4.66",
     f"decord>=0.6.0; {HAS_DECORD_WHEEL}",
 ]

@@ -408,6 +408,15 @@ def test_drop_path_rates_grow_over_the_layers_and_act_in_training_only():
     assert abs((rows == 0).float().mean().item() - 0.4) < 0.04
 
 
+@pytest.mark.parametrize("name", ["eager", "sdpa"])
+def test_the_backbones_attention_implementation_is_kept(name):
+    native = backbone()
+    native.set_attn_implementation(name)
+    model = BTAdapterVisionModel.from_backbone(native, 2)
+    assert native.config._attn_implementation == model.config._attn_implementation == name
+    assert model.bt_adapter.layers[0].spatial.attn.config._attn_implementation == name
+
+
 @torch.no_grad()
 def test_attention_implementations_agree():
     model = tower()

@@ -360,6 +360,7 @@ def test_corrupted_video_raises_or_is_salvaged(caplog):
     ("file", "codec", "options"),
     [
         ("clip.mp4", "libx264", {"movflags": "faststart"}),
+        ("fragmented.mp4", "libx264", {"movflags": "frag_keyframe+empty_moov"}),
         ("clip.mkv", "libx264", {}),
         ("clip.webm", "libvpx-vp9", {}),
         ("clip.avi", "mpeg4", {}),

@@ -43,10 +43,11 @@ def clip_config() -> CLIPConfig:
     return CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
 
 
-def model(**overrides) -> BTAdapterForPreTraining:
+def model(vision: dict | None = None, **overrides) -> BTAdapterForPreTraining:
     config = clip_config().to_dict()
-    vision = {"backbone": {**config["vision_config"], "model_type": "clip_vision_model"}, "adapter_layers": [1, 2]}
-    fields = {"text_config": config["text_config"], "vision_config": vision, "projection_dim": 12, **overrides}
+    backbone = {**config["vision_config"], "model_type": "clip_vision_model"}
+    tower = {"backbone": backbone, "adapter_layers": [1, 2], **(vision or {})}
+    fields = {"text_config": config["text_config"], "vision_config": tower, "projection_dim": 12, **overrides}
     return BTAdapterForPreTraining(BTAdapterConfig(**fields))
 
 

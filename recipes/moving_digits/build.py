@@ -178,17 +178,79 @@ def still_accuracy(folder: Path) -> dict[str, float]:
     return {"exact_caption": torch.cat(right).float().mean().item(), "digit": torch.cat(digit).float().mean().item()}
 
 
+def write_clip_files(folder: Path) -> None:
+    for split, count, seed in (("train", TRAIN_CLIPS, TRAIN_SEED), ("test", TEST_CLIPS, TEST_SEED)):
+        write_clips(folder / split, split, count, seed, progress=partial(tqdm, desc=f"{split} clips"))
+
+
+def train_branch(clip_folder: Path, clips: Path, folder: Path) -> None:
+    """The branch on video files, beside the frozen CLIP, with tube masking and all three losses."""
+    set_seed(TRAIN_SEED)
+    processor = BTAdapterProcessor.from_pretrained(clip_folder)
+    config = BTAdapterConfig.from_pretrained(clip_folder, **PRETRAINING)
+    config.vision_config = BTAdapterVisionConfig(backbone=config.vision_config.backbone, **BRANCH)
+    model = BTAdapterForPreTraining.from_pretrained(clip_folder, config=config)
+    arguments = BTAdapterTrainingArguments(
+        output_dir=str(folder / "log"),
+        max_steps=BRANCH_STEPS,
+        per_device_train_batch_size=BRANCH_BATCH,
+        learning_rate=BRANCH_LR,
+        lr_multipliers=LR_MULTIPLIERS,
+        logging_steps=50,
+        save_strategy="no",
+        report_to="none",
+        seed=TRAIN_SEED,
+        use_cpu=True,
+    )
+    data = PairDataset(load_table(clips / "train"), processor, training=True, seed=TRAIN_SEED)
+    BTAdapterTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=data,
+        data_collator=PairCollator(processor),
+        processing_class=processor,
+    ).train()
+    model.save_pretrained(folder / "pretraining")
+    BTAdapterModel.from_pretrained(folder / "pretraining").save_pretrained(folder)  # without the alignment head
+    processor.save_pretrained(folder)
+
+
+def clip_scores(folder: Path, clips: Path) -> dict[str, dict[str, float]]:
+    """Scores on the written test clips, beside the controls."""
+    rows = [json.loads(line) for line in (clips / "test" / "metadata.jsonl").read_text().splitlines()]
+    paths = [str(clips / "test" / row["file_name"]) for row in rows]
+    batches = [paths[first : first + 36] for first in range(0, len(paths), 36)]
+    model, processor = AutoModel.from_pretrained(folder), BTAdapterProcessor.from_pretrained(folder)
+    return evaluate_moving_digits(model, processor, tqdm(batches, desc="score"), rows, draws=5)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for everything that is made")
+    parser.add_argument("--ship", action="store_true", help="copy the model into src/bt_adapter_hf/assets")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    clip_folder = args.output / "clip"
-    if not (clip_folder / "config.json").is_file():
-        start = time.monotonic()
-        train_clip(build_processor(), clip_folder)
-        logger.info("CLIP trained in %.0f s", time.monotonic() - start)
-    print(json.dumps({"stills": still_accuracy(clip_folder)}))
+    clip_folder, clips, folder = args.output / "clip", args.output / "clips", args.output / "model"
+    seconds = {}
+    for name, product, step in (
+        ("clip", clip_folder / "processor_config.json", lambda: train_clip(build_processor(), clip_folder)),
+        ("clips", clips / "test" / "metadata.jsonl", lambda: write_clip_files(clips)),
+        ("branch", folder / "processor_config.json", lambda: train_branch(clip_folder, clips, folder)),
+    ):
+        if not product.is_file():
+            start = time.monotonic()
+            step()
+            seconds[name] = round(time.monotonic() - start)
+    stills, scores = still_accuracy(clip_folder), clip_scores(folder, clips)
+    results = {"seconds": seconds, "stills": stills, "clips": scores}
+    (args.output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(f"seconds: {seconds}\nCLIP on held-out stills: exact caption {stills['exact_caption']:.3f} of 600, ", end="")
+    print(f"digit {stills['digit']:.3f}\n{len(all_captions())} captions, {TEST_CLIPS} held-out clips:")
+    print(format_scores(scores))
+    if args.ship:
+        shutil.copytree(
+            folder, default_model_folder(), ignore=shutil.ignore_patterns("log", "pretraining"), dirs_exist_ok=True
+        )
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ _EXPORTS = {
     "modeling_bt_adapter_pretraining": ("BTAdapterForPreTraining",),
     "processing_bt_adapter": ("BTAdapterProcessor",),
     "video_processing_bt_adapter": ("BTAdapterVideoProcessor",),
-    "video_io": ("load_video",),
+    "video_io": ("VideoError", "available_video_backends", "load_video"),
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 

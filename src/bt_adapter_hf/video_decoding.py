@@ -318,6 +318,10 @@ def _missing_part(
     """FFmpeg reads many cut files to their end without an error, so compare with what the container declares."""
     if "mp4" in formats and packets < declared:
         return f"{packets} of {declared} declared frames are in the file"
+    if "mp4" in formats and declared == 0:  # fragmented: the index is spread over the file
+        missing = _missing_from_last_box(source)
+        if missing > 0:
+            return f"{missing} bytes are missing at the end"
     if formats == "avi" and packets < declared:
         # writers get this count wrong in intact files too, so ask for a second sign: the RIFF size
         missing = 8 + int.from_bytes(source.read_at(4, 4), "little") - source.size()
@@ -328,6 +332,20 @@ def _missing_part(
         if reached < end - max(0.5, 0.05 * end):
             return f"it ends at {reached:.2f} s of {end:.2f} s"
     return None
+
+
+def _missing_from_last_box(source: Source) -> int:
+    """How many bytes the last top-level box of an mp4 file reaches beyond the end of the file."""
+    position, size = 0, source.size()
+    while position + 8 <= size:
+        head = source.read_at(position, 16)
+        length = int.from_bytes(head[:4], "big")
+        if length == 1:  # the size is in the next 8 bytes
+            length = int.from_bytes(head[8:], "big")
+        if length < 8:  # 0: up to the end of the file
+            return 0
+        position += length
+    return max(0, position - size)
 
 
 def load_pyav(

@@ -9,11 +9,11 @@ import torch
 from huggingface_hub.dataclasses import validate_typed_dict
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
-from transformers import AutoVideoProcessor
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, validate_kwargs
+from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 from transformers.processing_utils import Unpack, VideosKwargs
-from transformers.utils import TensorType
+from transformers.utils import TensorType, requires_backends
 from transformers.video_processing_utils import BaseVideoProcessor
 
 from .configuration_bt_adapter import BTAdapterConfig
@@ -97,6 +97,7 @@ class BTAdapterVideoProcessor(BaseVideoProcessor):
     model_input_names = ["pixel_values_videos", "frame_mask"]
 
     def __init__(self, **kwargs: Unpack[BTAdapterVideoProcessorKwargs]) -> None:
+        requires_backends(self, ["torchvision"])
         super().__init__(**kwargs)
         self.background = list(self.background)  # as JSON gives it back
         self._check_options(self.num_frames, self.sampling, self.video_backend, self.on_damage, self.fps)

@@ -5,12 +5,12 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from tests import tiny_pairs
 import torch
 
 from bt_adapter_hf import load_video
 from bt_adapter_hf.data.broken import BrokenItemsError, BrokenItemsLog
 from bt_adapter_hf.data.pairs import PairCollator, PairDataset, load_table, random_crop_box
+from tests import tiny_pairs
 
 
 @pytest.fixture(scope="module")

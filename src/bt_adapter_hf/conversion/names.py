@@ -22,7 +22,8 @@ _TOWER_PREFIXES = (LLAVA_PREFIX, "backbone.")
 _TEXT_PREFIXES = ("text_backbone.", "text.", "")
 _PROJECTOR_KEYS = re.compile(r"^(?:model\.)?(mm_projector\.(?:weight|bias)|embed_(?:tokens|in)\.weight)$")
 
-# (released name, our name). "{n}" stands for a layer number; a name that ends with a dot stands for all that follow it.
+# (released name, our name). "{n}" stands for a layer number; a name that ends with a dot stands for all that follow
+# it.
 _CLIP_TOWER = (
     ("btadapter_cls_token", "vision_model.bt_adapter.video_cls"),
     ("btadapter_time_embed.", "vision_model.bt_adapter.time_embedding."),
@@ -117,8 +118,8 @@ def rename_from_released(checkpoint: Mapping[str, torch.Tensor]) -> RenamedCheck
 
     Args:
         checkpoint: state dict of the released code, in any of its spellings: CLIP or EVA tower; with `backbone.`,
-            `model.vision_tower.` or nothing in front; `timesFPN` for `btadapter`; with or without text tower, alignment
-            head and LLaVA's projector.
+            `model.vision_tower.` or nothing in front; `timesFPN` for `btadapter`; with or without text tower,
+            alignment head and LLaVA's projector.
 
     Raises:
         CheckpointError: if the keys mix CLIP and EVA names or several prefixes.
@@ -189,7 +190,9 @@ def rename_to_released(state: Mapping[str, torch.Tensor], layout: Layout) -> dic
                 released[prefix + name] = tensor
                 break
         else:
-            raise CheckpointError(f"{key!r} has no counterpart in the released checkpoints of the {layout.family} kind.")
+            raise CheckpointError(
+                f"{key!r} has no counterpart in the released checkpoints of the {layout.family} kind."
+            )
     if layout.position_ids:
         key = layout.text_prefix + "text_model.embeddings.position_embedding.weight"
         if key in released:

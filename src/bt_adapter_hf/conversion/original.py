@@ -33,7 +33,8 @@ _BACKBONE = "vision_model.vision_model."
 _BRANCH = "vision_model.bt_adapter."
 _LAYERS = _BACKBONE + "encoder.layers."
 _FUSION_GATE, _OUTPUT_GATE = _BRANCH + "fusion_gate", _BRANCH + "output_gate"
-# Attention heads cannot be read off the weights. Without a base: the head width of every OpenAI CLIP, and of EVA-CLIP-g.
+# Attention heads cannot be read off the weights. Without a base: the head width of every OpenAI CLIP, and of
+# EVA-CLIP-g.
 _HEAD_WIDTH = {"clip": 64, "eva": 88}
 # The image towers of BLIP-2, InstructBLIP and MiniGPT-4 leave out the last of EVA-CLIP-g's layers.
 _EVA_DEPTH, _LAVIS_DEPTH = 40, 39
@@ -78,9 +79,10 @@ def convert_original_checkpoint(
     Args:
         checkpoint: file (`.pth`, `.pt`, `.bin`, `.safetensors`), or state dict, in any of the released spellings. Read
             with `weights_only=True`.
-        base: Hub id, folder, model in memory, or config. Gives what the file does not hold: the backbone where the file
-            has the branch only (LLaVA's `btadapter_weight.bin`), the text tower where it has the video tower only, and
-            in any case the number of attention heads and the activation. The file's own tensors take precedence.
+        base: Hub id, folder, model in memory, or config. Gives what the file does not hold: the backbone where the
+            file has the branch only (LLaVA's `btadapter_weight.bin`), the text tower where it has the video tower
+            only, and in any case the number of attention heads and the activation. The file's own tensors take
+            precedence.
         model_class: [`BTAdapterModel`], [`BTAdapterVisionModel`] or [`BTAdapterForPreTraining`], which keeps the
             alignment head. By default `BTAdapterModel` if there is a text tower, else `BTAdapterVisionModel`.
         adapter_layers: the backbone layers that feed the branch of the file, counted from 0. By default the last ones
@@ -94,7 +96,7 @@ def convert_original_checkpoint(
             unknown, missing and mis-sized tensors are counted and named.
         FileNotFoundError: if there is no such file.
     """
-    return plan_conversion(
+    plan = plan_conversion(
         checkpoint,
         base,
         model_class=model_class,
@@ -105,7 +107,10 @@ def convert_original_checkpoint(
         cache_dir=cache_dir,
         local_files_only=local_files_only,
         **config_fields,
-    ).build()
+    )
+    for note in plan.notes:
+        logger.warning(note)
+    return plan.build()
 
 
 def plan_conversion(
@@ -279,8 +284,8 @@ def _place_layers(
     backbone = _backbone_config(base_config)
     if not complete and backbone is None:
         raise CheckpointError(
-            f"{source} holds the branch ({K} layers) without a backbone: pass base=, the image model that it was trained "
-            "on, such as base='openai/clip-vit-large-patch14'."
+            f"{source} holds the branch ({K} layers) without a backbone: pass base=, the image model that it was "
+            "trained on, such as base='openai/clip-vit-large-patch14'."
         )
     depth = stored if complete else backbone.num_hidden_layers
     if found.layout.family == "eva" and not complete and depth == _LAVIS_DEPTH:
@@ -298,9 +303,9 @@ def _place_layers(
     if cached and stored:
         if stored != K:
             raise CheckpointError(
-                f"{source} holds {stored} of the backbone's layers, no embeddings, and {K} branch layers. It is neither a "
-                "whole tower, nor a branch, nor LLaVA's cached tower with as many backbone as branch layers: it is "
-                "incomplete."
+                f"{source} holds {stored} of the backbone's layers, no embeddings, and {K} branch layers. It is "
+                "neither a whole tower, nor a branch, nor LLaVA's cached tower with as many backbone as branch "
+                "layers: it is incomplete."
             )
         numbered = {key: tensor for key, tensor in state.items() if key.startswith(_LAYERS)}
         for key in numbered:
@@ -331,8 +336,8 @@ def _tower_config(
         eva = backbone.model_type in ("blip_2_vision_model", "instructblip_vision_model")
         if eva != (found.layout.family == "eva") or backbone.model_type == "siglip_vision_model":
             raise CheckpointError(
-                f"{source} is of the {found.layout.family} kind and the base is a {backbone.model_type}: pass the base that "
-                "it was trained on."
+                f"{source} is of the {found.layout.family} kind and the base is a {backbone.model_type}: pass the "
+                "base that it was trained on."
             )
         if complete:
             backbone = type(backbone)(**{**backbone.to_dict(), "num_hidden_layers": _count(state, _LAYERS)})
@@ -349,7 +354,8 @@ def _tower_config(
             del state[branch[name]]
         rate = rate * (len(keep) - 1) / (len(adapter_layers) - 1)
         notes.append(
-            f"The base has no layer {adapter_layers[len(keep) :]}: only the first {len(keep)} branch layers are attached."
+            f"The base has no layer {adapter_layers[len(keep) :]}: only the first {len(keep)} branch layers are "
+            f"attached."
         )
     if found.layout.family == "eva":
         fields = {"fusion": "sum", "output_fusion": "sum", "spatial_layer_norm_eps": 1e-5, **fields}
@@ -408,8 +414,8 @@ def _infer_backbone(source: str, family: str, state: Mapping[str, torch.Tensor])
 def _heads(source: str, width: int, head_width: int) -> int:
     if width % head_width:
         raise CheckpointError(
-            f"The number of attention heads cannot be told from {source}: its width {width} is no multiple of {head_width}. "
-            "Pass base=, the model that it was trained on or its config."
+            f"The number of attention heads cannot be told from {source}: its width {width} is no multiple of "
+            f"{head_width}. Pass base=, the model that it was trained on or its config."
         )
     return width // head_width
 
@@ -507,7 +513,9 @@ def _check(
         ]
         problems.append(f"{len(sizes)} tensors are of another size:\n" + "\n".join(lines) + _more(sizes))
     raise CheckpointError(
-        f"{source} does not fill the model ({len(expected)} tensors):\n" + "\n".join(problems) + "\nIs it complete, and is "
+        f"{source} does not fill the model ({len(expected)} tensors):\n"
+        + "\n".join(problems)
+        + "\nIs it complete, and is "
         "base= the model that it was trained on? bt-adapter convert --dry-run prints what a file holds."
     )
 
@@ -527,14 +535,15 @@ def _more(keys: list[str]) -> str:
 def _no_branch(source: str, found: RenamedCheckpoint) -> str:
     if found.projector and not found.state and not found.unknown:
         return (
-            f"{source} is LLaVA's projector file ({', '.join(found.projector)}) and holds no BT-Adapter. The chat models "
-            "take it; convert the btadapter_weight.bin beside it."
+            f"{source} is LLaVA's projector file ({', '.join(found.projector)}) and holds no BT-Adapter. The chat "
+            "models take it; convert the btadapter_weight.bin beside it."
         )
     seen = [*found.unknown, *found.origin.values()]
     return (
-        f"{source} holds no BT-Adapter: none of its {len(seen) + len(found.projector)} tensors begins with btadapter or "
-        f"timesFPN, behind backbone., model.vision_tower. or nothing. It begins with {', '.join(map(repr, seen[:3]))}. Pass "
-        "a checkpoint of the released code; a CLIP alone takes a fresh branch with get_bt_adapter_model."
+        f"{source} holds no BT-Adapter: none of its {len(seen) + len(found.projector)} tensors begins with "
+        f"btadapter or timesFPN, behind backbone., model.vision_tower. or nothing. It begins with "
+        f"{', '.join(map(repr, seen[:3]))}. Pass a checkpoint of the released code; a CLIP alone takes a fresh "
+        f"branch with get_bt_adapter_model."
     )
 
 
@@ -545,7 +554,10 @@ def _unknown(source: str, found: RenamedCheckpoint) -> str:
         near = difflib.get_close_matches(key, known, n=1)
         lines.append(f"  {key}" + (f" (nearest: {near[0]})" if near else ""))
     return (
-        f"{source} holds {len(found.unknown)} tensors of {len(found.unknown) + len(known)} that no released checkpoint "
-        "has:\n" + "\n".join(lines) + _more(list(found.unknown)) + "\nIs it a checkpoint of another model, or of a changed "
+        f"{source} holds {len(found.unknown)} tensors of {len(found.unknown) + len(known)} that no released "
+        "checkpoint has:\n"
+        + "\n".join(lines)
+        + _more(list(found.unknown))
+        + "\nIs it a checkpoint of another model, or of a changed "
         "one? Take out what does not belong to the BT-Adapter, and pass the rest as a state dict."
     )

@@ -1,7 +1,6 @@
 """Reading checkpoint files of others without running what may be hidden in them."""
 
 import re
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -15,9 +14,13 @@ class CheckpointError(ValueError):
 
 # What mmengine's training checkpoints hold besides tensors: the record of the run. These names are read as inert
 # stand-ins, so that nothing of the file runs; any other name in a pickle is refused.
-_RECORD_NAMES = re.compile(
-    r"^(mmengine\.logging\.history_buffer\.HistoryBuffer|builtins\.getattr|__builtin__\.getattr"
-    r"|numpy\.(core|_core)\.multiarray\.(_reconstruct|scalar)|numpy\.(ndarray|dtype)|numpy\.dtypes\.\w+DType)$"
+_RECORD_NAMES = (
+    "mmengine.logging.history_buffer.HistoryBuffer",
+    "builtins.getattr",
+    "numpy.ndarray",
+    "numpy.dtype",
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+    *(f"numpy.dtypes.{name}DType" for name in ("Float64", "Float32", "Int64", "Int32", "UInt32")),
 )
 
 
@@ -68,31 +71,28 @@ def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
 
 def _load_pickle(path: Path):
     try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # not a zip archive, or a damaged one: the loader below tells which
-        names = []
-    stand_ins = nullcontext()
-    if names and all(_RECORD_NAMES.match(name) for name in names):
-        stand_ins = torch.serialization.safe_globals([(_Ignored, name) for name in names])
-    try:
-        with stand_ins:
+        with torch.serialization.safe_globals([(_Ignored, name) for name in _RECORD_NAMES]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for damaged files
-        blocked = re.search(r"(?:GLOBAL|Unsupported (?:class|global):?) ([\w.]+)", str(error))
-        code = [name for name in names if not _RECORD_NAMES.match(name)] or ([blocked[1]] if blocked else [])
-        if code:
+        blocked = re.search(r"[Uu]nsupported (?:global: )?(?:GLOBAL|class) ([\w.]+)", str(error))
+        if blocked:
             raise CheckpointError(
-                f"{path} is refused: besides tensors its pickle names {', '.join(code[:3])}, which loading would run. If "
-                "you trust its origin, load it yourself, and pass its state dict, or save that as .safetensors."
+                f"{path} is refused: besides tensors its pickle names {blocked[1]}, which loading would run. If you "
+                "trust its origin, take its tensors out where it was made, save them as .safetensors, and convert "
+                "that file."
             ) from error
         raise CheckpointError(_damaged(path, error)) from error
 
 
 def _damaged(path: Path, error: Exception) -> str:
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    text = str(error).partition("WeightsUnpickler error:")[2] or str(
+        error
+    )  # what precedes it is advice to run the file
+    reason = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
     return (
-        f"{path} ({path.stat().st_size} bytes) cannot be read as a checkpoint: {reason} It is truncated, damaged, or "
-        "another kind of file: compare its size or checksum with the original, and download it again."
+        f"{path} ({path.stat().st_size} bytes) cannot be read as a checkpoint ({reason.rstrip('.')}). It is "
+        "truncated, damaged, or another kind of file: compare its size or checksum with the original, and fetch it "
+        "again."
     )
 
 

@@ -200,7 +200,7 @@ def _film(split: str, digit: str, colour: str, motion: str, rng: np.random.Gener
     """Frames uint8 (T, 64, 64, 3). The second motion of a pair is the first one played backwards, draw for draw."""
     motions = list(MOTIONS)
     if motions.index(motion) > motions.index(opposite(motion)):
-        return _film(split, digit, colour, opposite(motion), rng)[::-1]
+        return _film(split, digit, colour, opposite(motion), rng)[::-1].copy()
     scene = _Scene(_draw_glyph(split, digit, rng), colour, rng)
     start, end = motion.split(" to ")
     if start in SIZES:

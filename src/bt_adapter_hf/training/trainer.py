@@ -82,7 +82,7 @@ class BTAdapterTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         if self.compute_metrics is None:
             self.compute_metrics = self._compute_recall
-        self.add_callback(_PretrainingCallback(self))
+        self.add_callback(_SetEpoch(self.train_dataset))
         self._loss_sums: dict[str, torch.Tensor] = {}
         self._loss_batches = 0
         self._broken_logs: dict[str, BrokenItemsLog] = {}
@@ -105,7 +105,22 @@ class BTAdapterTrainer(Trainer):
                 raise ValueError(f"{self.args.output_dir} holds no complete checkpoint to resume from.")
         if not resume_from_checkpoint:
             self._broken_list.unlink(missing_ok=True)  # of another run in this folder
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        # Trainer.train writes the special tokens of its processing_class over those of the text config. A CLIP text
+        # tower pools by `eos_token_id`, where 2 stands for its original rule: the saved model would pool otherwise.
+        processing_class, self.processing_class = self.processing_class, None
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self.processing_class = processing_class
+
+    def _get_dataloader(self, *args, is_training: bool = False, **kwargs):
+        # Trainer would drop the last batch of the validation set too.
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop_last and is_training
+        try:
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
     def set_initial_training_values(self, args, dataloader):
         if has_length(dataloader) and len(dataloader) == 0:
@@ -233,23 +248,12 @@ class BTAdapterTrainer(Trainer):
         return {part: len(log.broken) for part, log in self._broken_logs.items()}
 
 
-class _PretrainingCallback(TrainerCallback):
-    """Tells the data set its epoch, and keeps the text tower's config as it was."""
+class _SetEpoch(TrainerCallback):
+    """Tells the data set its epoch: accelerate does so only on one process, and not in a resumed epoch."""
 
-    def __init__(self, trainer: BTAdapterTrainer):
-        self.train_dataset = trainer.train_dataset
-        text_config = trainer.model.config.get_text_config()
-        self.special_tokens = {
-            name: getattr(text_config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
-        }
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        # Trainer has just written the tokenizer's special tokens over the config's. A CLIP text tower pools by
-        # `eos_token_id`, where 2 stands for its original rule: the saved model would pool in another way.
-        for name, value in self.special_tokens.items():
-            setattr(model.config.get_text_config(), name, value)
+    def __init__(self, train_dataset: Any):
+        self.train_dataset = train_dataset
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        # accelerate tells the data set only on one process and not in a resumed epoch.
         if hasattr(self.train_dataset, "set_epoch"):
             self.train_dataset.set_epoch(int(state.epoch))

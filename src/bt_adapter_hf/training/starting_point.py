@@ -1,0 +1,64 @@
+"""What pretraining starts from: a CLIP checkpoint, or a dual encoder that already has a branch."""
+
+import os
+from typing import Any
+
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+
+from ..configuration_bt_adapter import BTAdapterConfig
+from ..modeling_bt_adapter_pretraining import BTAdapterForPreTraining
+from ..processing_bt_adapter import BTAdapterProcessor
+from ..video_processing_bt_adapter import BTAdapterVideoProcessor
+
+
+def load_starting_point(
+    name: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    num_frames: int | None = None,
+    num_adapter_layers: int | None = None,
+    **config_fields: Any,
+) -> tuple[BTAdapterForPreTraining, BTAdapterProcessor]:
+    """Model in float32 and processor, ready for `BTAdapterTrainer`.
+
+    From a CLIP checkpoint the branch is fresh, warm-started from the backbone's last layers, and the processor takes
+    size and statistics from CLIP's image processor. From a BT-Adapter checkpoint both are as saved.
+
+    Args:
+        name: Hub id or folder.
+        num_frames: frames per clip of the processor; as saved by default (8 for a fresh one).
+        num_adapter_layers: K, for the last K backbone layers; `adapter_layers` among the fields names them instead.
+        config_fields: fields of `BTAdapterConfig` and `BTAdapterVisionConfig`, such as `mask_ratio=0.5`.
+
+    Raises:
+        ValueError: for another kind of model, or values that do not fit it.
+        OSError: where there is no such model.
+    """
+    model_type = AutoConfig.from_pretrained(name, revision=revision).model_type
+    if model_type not in ("clip", BTAdapterConfig.model_type):
+        raise ValueError(f"{name} is a model of type {model_type!r}; pretraining starts from a CLIP or a BT-Adapter.")
+    if num_adapter_layers is not None:
+        if config_fields.get("adapter_layers") is not None:
+            raise ValueError("Give num_adapter_layers or adapter_layers, not both.")
+        depth = BTAdapterConfig.from_pretrained(name, revision=revision).vision_config.num_hidden_layers
+        if not 1 <= num_adapter_layers <= depth:
+            raise ValueError(f"num_adapter_layers={num_adapter_layers} must be between 1 and the backbone's {depth}.")
+        config_fields["adapter_layers"] = list(range(depth - num_adapter_layers, depth))
+    if model_type == "clip":
+        image_processor = AutoImageProcessor.from_pretrained(name, revision=revision)
+        video_processor = BTAdapterVideoProcessor(
+            size=dict(image_processor.size),
+            crop_size=dict(image_processor.crop_size),
+            image_mean=image_processor.image_mean,
+            image_std=image_processor.image_std,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        processor = BTAdapterProcessor(image_processor, video_processor, tokenizer)
+    else:
+        processor = BTAdapterProcessor.from_pretrained(name, revision=revision)
+    if num_frames is not None:
+        if num_frames < 1:
+            raise ValueError(f"num_frames={num_frames} must be at least 1.")
+        processor.video_processor.num_frames = num_frames
+    model = BTAdapterForPreTraining.from_pretrained(name, revision=revision, dtype="float32", **config_fields)
+    return model, processor
