@@ -53,6 +53,16 @@ def test_auto_classes_know_ours(imports):
     assert run(code).split() == ["BTAdapterVisionModel", "BTAdapterProcessor"]
 
 
+def test_modules_run_as_programs():
+    code = "import runpy, bt_adapter_hf; print(runpy.run_module('bt_adapter_hf.import_utils')['__name__'])"
+    assert run(code) == "bt_adapter_hf.import_utils"
+
+
+def test_the_processors_can_come_first():
+    code = "from bt_adapter_hf.video_processing_bt_adapter import BTAdapterVideoProcessor as p; print(p.__name__)"
+    assert run(code) == "BTAdapterVideoProcessor"
+
+
 def test_unknown_names_are_attribute_errors():
     import bt_adapter_hf
 

@@ -18,32 +18,38 @@ _REGISTERS_WITH = {
 }
 
 
-class _NoticeImports(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    def __init__(self):
-        self._loaders = {}
-        self._depth = 0  # imports under way
-
+class _NoticeImports(importlib.abc.MetaPathFinder):
     def find_spec(self, fullname, path=None, target=None):
         if not fullname.startswith(("transformers.", f"{__package__}.")):
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
-            self._loaders[fullname] = spec.loader
-            spec.loader = self
+            spec.loader = _Loader(spec.loader)
         return spec
 
+
+class _Loader(importlib.abc.Loader):
+    """The module's own loader, and a count of the imports under way."""
+
+    depth = 0
+
+    def __init__(self, loader):
+        self._loader = loader
+
+    def __getattr__(self, name):  # what else a loader offers: `get_code`, `get_source`, ...
+        return getattr(self._loader, name)
+
     def create_module(self, spec):
-        return self._loaders[spec.name].create_module(spec)
+        return self._loader.create_module(spec)
 
     def exec_module(self, module):
-        spec = module.__spec__
-        spec.loader = module.__loader__ = loader = self._loaders.pop(spec.name)
-        self._depth += 1
+        module.__spec__.loader = module.__loader__ = self._loader
+        _Loader.depth += 1
         try:
-            loader.exec_module(module)
+            self._loader.exec_module(module)
         finally:
-            self._depth -= 1
-        if self._depth == 0:
+            _Loader.depth -= 1
+        if _Loader.depth == 0:
             register_with_loaded_auto_classes()
 
 

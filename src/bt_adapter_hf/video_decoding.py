@@ -396,10 +396,11 @@ def _decode(source: Source, indices: np.ndarray, background: tuple[int, int, int
 
 def _to_rgb(frame: Any, background: tuple[int, int, int], source: Source) -> np.ndarray:
     """A PyAV frame as displayed, uint8 `(H, W, 3)`."""
+    # One thread: colour conversion with several hangs in forked processes, such as data loader workers.
     if any(component.is_alpha for component in frame.format.components):
-        picture = flatten_image(Image.fromarray(frame.to_ndarray(format="rgba")), background)
+        picture = flatten_image(Image.fromarray(frame.to_ndarray(format="rgba", threads=1)), background)
     else:
-        picture = frame.to_ndarray(format="rgb24")
+        picture = frame.to_ndarray(format="rgb24", threads=1)
     transpose, flip_vertical, flip_horizontal = _orientation(frame, source)
     if transpose:
         picture = picture.swapaxes(0, 1)

@@ -57,6 +57,19 @@ TRAINING_OPTIONS = {
     "report_to": "report_to",
     "max_broken": "max_broken",
 }
+# Written into the summary besides what the options above set.
+SUMMARY_FIELDS = (
+    *TRAINING_OPTIONS.values(),
+    "lr_multipliers",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "optim",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "max_grad_norm",
+    "eval_controls",
+)
 
 
 def register(subparsers) -> None:
@@ -193,20 +206,33 @@ def run(args: argparse.Namespace) -> int:
     metrics = trainer.evaluate() if validation is not None else {}
     trainer.save_model()
     if trainer.is_world_process_zero():
+        tower = model.config.vision_config
         summary = {
             "model": args.model,
-            "tables": {
-                part: {"source": table.source, "rows": len(table), "fingerprint": table.rows._fingerprint}
-                for part, table in (("train", train_table), ("validation", validation_table))
-                if table is not None
+            "revision": getattr(model.config, "_commit_hash", None) or args.revision,
+            "config": {
+                "adapter_layers": tower.adapter_layers,
+                **{name: getattr(tower, name, getattr(model.config, name, None)) for name, _, _ in CONFIG_OPTIONS},
             },
+            "data": {
+                "num_frames": processor.video_processor.num_frames,
+                "max_text_length": max_text_length,
+                "crop_scale": args.crop_scale,
+                "group_by_caption": args.group_by_caption,
+                **{
+                    part: {"source": table.source, "rows": len(table), "fingerprint": table.rows._fingerprint}
+                    for part, table in (("train", train_table), ("validation", validation_table))
+                    if table is not None
+                },
+            },
+            "training": {name: getattr(training_args, name) for name in SUMMARY_FIELDS},
+            "processes": training_args.world_size,
             "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "steps": result.global_step,
             "train_loss": result.training_loss,
             "metrics": metrics,
             "broken_items": trainer.broken_items,
             "seconds": round(time.time() - started, 1),
-            "options": {name: value for name, value in vars(args).items() if name not in ("run", "debug")},
             "versions": versions(),
         }
         (output_dir / "pretrain_summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

@@ -78,6 +78,8 @@ class BTAdapterTrainer(Trainer):
         super().__init__(*args, **kwargs)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("BTAdapterTrainer runs with DDP or on one process; FSDP and DeepSpeed are not supported.")
+        if self.args.device.type == "cpu":
+            self.args.dataloader_pin_memory = False  # torch warns in every epoch that there is nothing to pin for
         # The loss is a mean over the batch, so Trainer has to divide it by the accumulation steps.
         self.model_accepts_loss_kwargs = False
         if self.compute_metrics is None:
@@ -210,10 +212,18 @@ class BTAdapterTrainer(Trainer):
         `Trainer` comes here for its checkpoints as well (an internal call with a folder): those get only what is
         trained.
         """
-        if not (_internal_call and output_dir is not None):
-            super().save_model(output_dir, _internal_call)
-        elif self.args.should_save:
-            save_trained(self.accelerator.unwrap_model(self.model), output_dir)
+        is_checkpoint = _internal_call and output_dir is not None
+        output_dir = output_dir or self.args.output_dir
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if self.args.should_save:
+            if is_checkpoint:
+                save_trained(model, output_dir)
+            else:
+                model.save_pretrained(output_dir)
+                if self.processing_class is not None:
+                    self.processing_class.save_pretrained(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(self.accelerator.unwrap_model(self.model if model is None else model), resume_from_checkpoint)
