@@ -29,11 +29,10 @@ EXTRAS = {
     "train": ["accelerate>=1.1", "datasets>=4.0", "peft>=0.18"],
     "eval": ["datasets>=4.0"],
     "search": ["datasets>=4.0", "faiss-cpu>=1.9"],
-    "demo": ["gradio>=5.0"],
     "quickstart": ["scikit-learn>=1.4"],
     "test": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff==0.17.*"],
 }
-# The tests cover every part that needs no display; ruff's floor is the version whose formatting the code follows.
+# The tests cover every part. ruff is pinned to the series whose formatting the code follows.
 EXTRAS["test"] += sorted({package for extra in ("train", "eval", "search", "quickstart") for package in EXTRAS[extra]})
 EXTRAS["all"] = sorted({package for packages in EXTRAS.values() for package in packages})
 

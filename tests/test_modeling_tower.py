@@ -428,6 +428,28 @@ def test_attention_implementations_agree():
     torch.testing.assert_close(outputs["eager"], outputs["sdpa"], atol=2e-6, rtol=0)
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_flex_attention_agrees():
+    model = BTAdapterVisionModel.from_backbone(backbone(hidden_size=48), 2).eval()  # heads of at least 16
+    expected = model(videos()).last_hidden_state
+    model.set_attn_implementation("flex_attention")
+    torch.testing.assert_close(model(videos()).last_hidden_state, expected, atol=2e-6, rtol=0)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["eager", "sdpa", "flex_attention", "flash_attention_2"])
+def test_attention_implementations_agree_on_a_gpu(name):
+    if name == "flash_attention_2":
+        pytest.importorskip("flash_attn")
+    model = BTAdapterVisionModel.from_backbone(backbone(hidden_size=48), 2).eval()
+    expected = model(videos()).last_hidden_state
+    model.to("cuda", torch.bfloat16).set_attn_implementation(name)
+    output = model(videos().to("cuda", torch.bfloat16)).last_hidden_state
+    torch.testing.assert_close(output.float().cpu(), expected, atol=0.05, rtol=0.05)
+
+
 @torch.no_grad()
 def test_bfloat16():
     model, exact = tower().to(torch.bfloat16), tower()

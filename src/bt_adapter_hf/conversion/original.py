@@ -370,7 +370,9 @@ def _gate_fields(
     found: RenamedCheckpoint, state: dict[str, torch.Tensor], fields: dict[str, Any], K: int, notes: list[str]
 ) -> dict[str, Any]:
     has = {"fusion": _FUSION_GATE in state, "output_fusion": _OUTPUT_GATE in state}
-    if not any(has.values()) and found.layout.tower_prefix == LLAVA_PREFIX and fields.get("fusion") != "sum":
+    branch_only = not any(key.startswith(_BACKBONE) for key in found.state)
+    tuned = branch_only and found.layout.tower_prefix == LLAVA_PREFIX
+    if tuned and not any(has.values()) and fields.get("fusion") != "sum":
         # LLaVA's tuning runs with gates and does not save them; the released inference then finds them at zero.
         width = len(state[_BRANCH + "video_cls"]) if _BRANCH + "video_cls" in state else 0
         for key in (_FUSION_GATE, _OUTPUT_GATE):
