@@ -9,6 +9,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
+from transformers.utils.hub import resolve_revision
 
 
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "WeightRenaming",
     "can_return_tuple",
     "register_checkpoint_conversion_mapping",
+    "resolve_revision",
 ]

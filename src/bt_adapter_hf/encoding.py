@@ -17,6 +17,7 @@ import torch
 from transformers import AutoConfig, BatchFeature
 
 from .assets import default_model_path
+from .compat_bt_adapter import resolve_revision
 from .modeling_bt_adapter import BTAdapterModel
 from .processing_bt_adapter import BTAdapterProcessor
 from .video_io import VideoError
@@ -122,6 +123,7 @@ class VideoEncoder:
         name = os.fspath(default_model_path() if source is None else source)
         if os.path.isdir(name):
             name = os.path.abspath(name)  # an index outlives the working directory
+        revision = resolve_revision(name, revision)  # one commit for all that is loaded below
         config = AutoConfig.from_pretrained(name, revision=revision)
         if config.model_type != BTAdapterModel.config_class.model_type:
             raise ValueError(
@@ -139,7 +141,7 @@ class VideoEncoder:
             model.to(device)
         except (RuntimeError, AssertionError) as error:  # torch's ways to say that there is no such device
             raise ValueError(f"device '{device}' cannot be used: {str(error).splitlines()[0]}") from error
-        commit = getattr(config, "_commit_hash", None)
+        commit = getattr(revision, "resolved", revision)
         return cls(model.eval(), processor, None if source is None else name, commit)
 
     @property

@@ -165,17 +165,20 @@ def test_heads_are_inferred_for_openai_sizes_only():
     "change, message",
     [
         (lambda w: w.pop("layers.3.mlp.fc1.weight"), r"1 tensors are missing:\n.*layers\.3\.mlp\.fc1\.weight"),
-        (lambda w: w.pop("balance2"), r"1 tensors are missing:\n.*fusion_gate"),
-        (lambda w: w.pop("btadapter_cls_token"), r"1 tensors are missing:\n.*video_cls"),
-        (lambda w: w.update({"layerz.1.x": torch.ones(1)}), r"1 tensors of 222 that no released.*\n  layerz\.1\.x"),
-        (lambda w: w.update({"layers.3.mlp.fc9.bias": torch.ones(1)}), r"no place in the model:\n  layers\.3\.mlp\.fc9"),
+        (lambda w: w.pop("balance2"), r"1 tensors are missing:\n.*balance2"),
+        (lambda w: w.pop("btadapter_cls_token"), r"1 tensors are missing:\n  btadapter_cls_token"),
+        (lambda w: w.update({"layerz.1.x": torch.ones(1)}), r"1 tensors of 221 that no released.*\n  layerz\.1\.x"),
+        (
+            lambda w: w.update({"layers.3.mlp.fc9.bias": torch.ones(1)}),
+            r"1 tensors have no place in the model:\n  layers\.3\.mlp\.fc9",
+        ),
         (
             lambda w: w.update({"layers.3.mlp.fc1.weight": torch.ones(3, 3)}),
             r"1 tensors are of another size:\n  layers\.3\.mlp\.fc1\.weight: \(3, 3\), the model needs \(72, 48\)",
         ),
         (
             lambda w: [w.pop(key) for key in list(w) if key.startswith("layers.5.")],
-            r"16 tensors have no place|does not fill|names 4 layers",
+            r"16 tensors are missing:\n  layers\.5\.layer_norm1\.bias[\s\S]*and 11 more",
         ),
         (
             lambda w: [w.pop(key) for key in list(w) if "btadapter_T_layers.3." in key],
@@ -187,11 +190,6 @@ def test_half_matching_checkpoints_are_refused(change, message):
     golden = Golden("hf_norm")
     weights = dict(golden.weights)
     change(weights)
-    if "layers.5.mlp.fc1.weight" not in weights:  # a tower cut short is a shorter tower, unless a base says otherwise
-        config = CLIPVisionConfig(**golden.meta["clip_config"]["vision"])
-        convert_original_checkpoint(weights, config)
-        weights.pop("layers.4.mlp.fc1.weight")
-        message = "1 tensors are missing"
     with pytest.raises(CheckpointError, match=message):
         convert_original_checkpoint(weights, golden.base)
 

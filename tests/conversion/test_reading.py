@@ -25,7 +25,9 @@ class RunsCode:
 
 
 @pytest.mark.parametrize("old_format", [False, True])
-@pytest.mark.parametrize("wrap", [lambda t: t, lambda t: {"state_dict": collections.OrderedDict(t), "meta": {"epoch": 1}}])
+@pytest.mark.parametrize(
+    "wrap", [lambda t: t, lambda t: {"state_dict": collections.OrderedDict(t), "meta": {"epoch": 1}}]
+)
 def test_pickled_containers(tmp_path, wrap, old_format):
     path = tmp_path / "w.pth"
     torch.save(wrap(TENSORS), path, _use_new_zipfile_serialization=not old_format)

@@ -25,7 +25,8 @@ def gradients(
         drop_path_rate=0.0,
         gather_gradient=gather_gradient,
     ).train()
-    rows = slice(rank * len(golden.inputs["input_ids"]) // world, (rank + 1) * len(golden.inputs["input_ids"]) // world)
+    share = len(golden.inputs["input_ids"]) // world
+    rows = slice(rank * share, (rank + 1) * share)
     output = model(
         golden.inputs["input_ids"][rows].long(),
         golden.inputs["pixel_values"][rows],

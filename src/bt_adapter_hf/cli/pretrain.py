@@ -209,7 +209,7 @@ def run(args: argparse.Namespace) -> int:
         tower = model.config.vision_config
         summary = {
             "model": args.model,
-            "revision": getattr(model.config, "_commit_hash", None) or args.revision,
+            "revision": getattr(args.revision, "resolved", args.revision),
             "config": {
                 "adapter_layers": tower.adapter_layers,
                 **{name: getattr(tower, name, getattr(model.config, name, None)) for name, _, _ in CONFIG_OPTIONS},
@@ -245,8 +245,10 @@ def load_model(args: argparse.Namespace):
     from huggingface_hub.errors import StrictDataclassError
     from transformers.utils import logging
 
+    from ..compat_bt_adapter import resolve_revision
     from ..training.starting_point import load_starting_point
 
+    args.revision = resolve_revision(args.model, args.revision)  # one commit for model and processor
     fields = {name: getattr(args, name) for name, _, _ in CONFIG_OPTIONS if getattr(args, name) is not None}
     if args.adapter_layers is not None:
         fields["adapter_layers"] = args.adapter_layers

@@ -177,28 +177,34 @@ def rename_to_released(state: Mapping[str, torch.Tensor], layout: Layout) -> dic
     """
     state = {key: tensor for key, tensor in state.items() if key != "logit_scale"}
     _reshape_to_released(state, layout)
-    tables = (
-        (layout.tower_prefix, _TOWER[layout.family]),
-        (layout.text_prefix, _TEXT[layout.family]),
-        ("", _HEAD),
-    )
     released = {}
     for key, tensor in state.items():
-        for prefix, table in tables:
-            name = _translate(key, [(ours, theirs) for theirs, ours in table])
-            if name is not None:
-                released[prefix + name] = tensor
-                break
-        else:
+        name = released_name(key, layout)
+        if name is None:
             raise CheckpointError(
                 f"{key!r} has no counterpart in the released checkpoints of the {layout.family} kind."
             )
+        released[name] = tensor
     if layout.position_ids:
         key = layout.text_prefix + "text_model.embeddings.position_embedding.weight"
         if key in released:
             ids = torch.arange(len(released[key]))[None]
             released[layout.text_prefix + "text_model.embeddings.position_ids"] = ids
     return released
+
+
+def released_name(key: str, layout: Layout) -> str | None:
+    """The released name of one of our tensors; `None` where there is none."""
+    tables = (
+        (layout.tower_prefix, _TOWER[layout.family]),
+        (layout.text_prefix, _TEXT[layout.family]),
+        ("", _HEAD),
+    )
+    for prefix, table in tables:
+        name = _translate(key, [(ours, theirs) for theirs, ours in table])
+        if name is not None:
+            return prefix + name
+    return None
 
 
 def _split_prefix(key: str) -> tuple[str, str]:

@@ -23,7 +23,14 @@ from ..adapters import find_tower, first_layers
 from ..configuration_bt_adapter import BACKBONE_TYPES, BTAdapterConfig, BTAdapterVisionConfig
 from ..modeling_bt_adapter import BTAdapterModel, BTAdapterPreTrainedModel, BTAdapterVisionModel
 from ..modeling_bt_adapter_pretraining import BTAdapterForPreTraining
-from .names import LLAVA_PREFIX, Layout, RenamedCheckpoint, rename_from_released, rename_to_released
+from .names import (
+    LLAVA_PREFIX,
+    Layout,
+    RenamedCheckpoint,
+    released_name,
+    rename_from_released,
+    rename_to_released,
+)
 from .reading import CheckpointError, read_checkpoint
 
 
@@ -184,7 +191,8 @@ def plan_conversion(
             del state[key]
     state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
     origin = {key.removeprefix(prefix): name for key, name in found.origin.items()}
-    _check(source, state, expected, origin, found.layout)
+    names = {key: origin.get(key) or released_name(prefix + key, found.layout) for key in (*state, *expected)}
+    _check(source, state, expected, names)
     if not from_file:  # the caller's tensors stay the caller's
         state = {key: tensor.clone() for key, tensor in state.items()}
     rows = [
@@ -287,7 +295,7 @@ def _place_layers(
             f"{source} holds the branch ({K} layers) without a backbone: pass base=, the image model that it was "
             "trained on, such as base='openai/clip-vit-large-patch14'."
         )
-    depth = stored if complete else backbone.num_hidden_layers
+    depth = backbone.num_hidden_layers if backbone is not None and not complete else stored
     if found.layout.family == "eva" and not complete and depth == _LAVIS_DEPTH:
         depth = _EVA_DEPTH
     # LLaVA's tuning keeps the layers L-K .. L-2 only and saves the branch without its last layer.
@@ -339,8 +347,9 @@ def _tower_config(
                 f"{source} is of the {found.layout.family} kind and the base is a {backbone.model_type}: pass the "
                 "base that it was trained on."
             )
-        if complete:
-            backbone = type(backbone)(**{**backbone.to_dict(), "num_hidden_layers": _count(state, _LAYERS)})
+        stored = _count(state, _LAYERS)
+        if eva and complete and stored == backbone.num_hidden_layers + 1:  # the base leaves out the last layer
+            backbone = type(backbone)(**{**backbone.to_dict(), "num_hidden_layers": stored})
     keep = [layer for layer in adapter_layers if layer < backbone.num_hidden_layers]
     if not keep:
         raise CheckpointError(
@@ -492,42 +501,38 @@ def _without_place(keys: list[str], model_class: type) -> dict[str, list[str]]:
 
 
 def _check(
-    source: str,
-    state: Mapping[str, torch.Tensor],
-    expected: Mapping[str, torch.Size],
-    origin: Mapping[str, str],
-    layout: Layout,
+    source: str, state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Size], names: Mapping[str, str]
 ) -> None:
     missing = sorted(expected.keys() - state.keys())
     unexpected = sorted(state.keys() - expected.keys())
-    sizes = [key for key in expected.keys() & state.keys() if expected[key] != state[key].shape]
-    if not (missing or unexpected or sizes):
-        return
+    sizes = sorted(key for key in expected.keys() & state.keys() if expected[key] != state[key].shape)
     problems = []
-    if missing:
-        problems.append(_list("are missing", missing, unexpected, lambda key: key))
-    if unexpected:
-        problems.append(_list("have no place in the model", unexpected, missing, lambda key: origin.get(key, key)))
+    for title, keys, others in (
+        ("are missing", missing, unexpected),
+        ("have no place in the model", unexpected, missing),
+    ):
+        if keys:
+            others = [names[key] for key in others]
+            problems.append(f"{len(keys)} tensors {title}:\n" + _nearest([names[key] for key in keys], others))
     if sizes:
         lines = [
-            f"  {origin.get(key, key)}: {tuple(state[key].shape)}, the model needs {tuple(expected[key])}"
-            for key in sorted(sizes)[:5]
+            f"  {names[key]}: {tuple(state[key].shape)}, the model needs {tuple(expected[key])}" for key in sizes[:5]
         ]
         problems.append(f"{len(sizes)} tensors are of another size:\n" + "\n".join(lines) + _more(sizes))
-    raise CheckpointError(
-        f"{source} does not fill the model ({len(expected)} tensors):\n"
-        + "\n".join(problems)
-        + "\nIs it complete, and is "
-        "base= the model that it was trained on? bt-adapter convert --dry-run prints what a file holds."
-    )
+    if problems:
+        raise CheckpointError(
+            f"{source} does not fill the model ({len(expected)} tensors):\n"
+            + "\n".join(problems)
+            + "\nIs it complete, and is base= the model that it was trained on?"
+        )
 
 
-def _list(title: str, keys: list[str], others: list[str], name) -> str:
+def _nearest(keys: list[str], others: list[str]) -> str:
     lines = []
     for key in keys[:5]:
         near = difflib.get_close_matches(key, others, n=1)
-        lines.append(f"  {name(key)}" + (f" (nearest: {near[0]})" if near else ""))
-    return f"{len(keys)} tensors {title}:\n" + "\n".join(lines) + _more(keys)
+        lines.append(f"  {key}" + (f" (nearest: {near[0]})" if near else ""))
+    return "\n".join(lines) + _more(keys)
 
 
 def _more(keys: list[str]) -> str:
@@ -551,15 +556,8 @@ def _no_branch(source: str, found: RenamedCheckpoint) -> str:
 
 def _unknown(source: str, found: RenamedCheckpoint) -> str:
     known = sorted(found.origin.values())
-    lines = []
-    for key in list(found.unknown)[:5]:
-        near = difflib.get_close_matches(key, known, n=1)
-        lines.append(f"  {key}" + (f" (nearest: {near[0]})" if near else ""))
     return (
         f"{source} holds {len(found.unknown)} tensors of {len(found.unknown) + len(known)} that no released "
-        "checkpoint has:\n"
-        + "\n".join(lines)
-        + _more(list(found.unknown))
-        + "\nIs it a checkpoint of another model, or of a changed "
-        "one? Take out what does not belong to the BT-Adapter, and pass the rest as a state dict."
+        f"checkpoint has:\n{_nearest(list(found.unknown), known)}\nIs it a checkpoint of another model, or of a "
+        "changed one? Take out what does not belong to the BT-Adapter, and pass the rest as a state dict."
     )
