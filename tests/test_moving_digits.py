@@ -5,11 +5,13 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
+import torch
 from transformers import AutoModel, AutoProcessor
 
-from bt_adapter_hf import load_video
+from bt_adapter_hf import BTAdapterModel, BTAdapterProcessor, load_video
+from bt_adapter_hf.assets import default_model_path
 from bt_adapter_hf.data import moving_digits as world
+from bt_adapter_hf.evaluation.moving_digits import evaluate_moving_digits, motion_scores
 
 
 pytest.importorskip("sklearn")
@@ -115,6 +117,67 @@ def test_unknown_formats_and_splits_are_refused(tmp_path):
     assert not (tmp_path / "new").exists()
     with pytest.raises(ValueError, match="'val'"):
         world.clip("val", 0, 0)
+
+
+def test_scores_against_a_naive_count():
+    rng = np.random.default_rng(0)
+    captions, facts = world.all_captions(), [world.clip("test", 0, index)[2] for index in range(0, 360, 7)]
+    text = rng.normal(size=(360, 8))
+    video = np.stack([text[captions.index(world.clip_caption(**fact))] for fact in facts])
+    assert set(motion_scores(text, video, facts).values()) == {100.0}
+    video = video + 1.2 * rng.normal(size=video.shape)
+    scores = motion_scores(torch.tensor(text), torch.tensor(video), facts)
+
+    def cosine(caption, row):
+        t, v = text[captions.index(caption)], video[row]
+        return t @ v / np.linalg.norm(t) / np.linalg.norm(v)
+
+    motion, order, thing, recall = [], [], [], []
+    for row, fact in enumerate(facts):
+        same = {name: cosine(world.clip_caption(fact["digit"], fact["colour"], name), row) for name in world.MOTIONS}
+        motion.append(max(same, key=same.get) == fact["motion"])
+        order.append(same[fact["motion"]] > same[world.opposite(fact["motion"])])
+        nearest = max(captions, key=lambda caption: cosine(caption, row))  # noqa: B023
+        thing.append(nearest.startswith(f"a {fact['colour']} {fact['digit']} "))
+        found = [cosine(world.clip_caption(**fact), other) for other in range(len(facts))]
+        recall.append(np.argmax(found) == row)
+    naive = {"motion": motion, "order": order, "object": thing, "t2v_R1": recall}
+    for name, values in naive.items():
+        assert 0 < np.mean(values) < 1, name
+        assert scores[name] == pytest.approx(100 * np.mean(values)), name
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    path = default_model_path()
+    return AutoModel.from_pretrained(path), AutoProcessor.from_pretrained(path)
+
+
+def test_the_shipped_model_is_what_the_package_says(shipped):
+    model, processor = shipped
+    assert isinstance(model, BTAdapterModel) and isinstance(processor, BTAdapterProcessor)
+    assert model.dtype == torch.float32
+    files = [file for file in default_model_path().iterdir() if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 10e6
+    words = sorted({word for caption in world.all_captions() + world.all_still_captions() for word in caption.split()})
+    assert [len(ids) for ids in processor.tokenizer(words)["input_ids"]] == [3] * len(words)
+    # The text is pooled at the first end token, whatever the padding behind it.
+    short, long = "a red seven", "a red seven moves from the left to the right"
+    alone = model.get_text_features(**processor(text=[short], return_tensors="pt")).pooler_output
+    padded = model.get_text_features(**processor(text=[short, long], padding=True, return_tensors="pt")).pooler_output
+    torch.testing.assert_close(alone[0], padded[0], atol=1e-5, rtol=1e-5)
+    assert processor.tokenizer.decode(processor(text="Übermut!")["input_ids"], skip_special_tokens=True) == "übermut !"
+
+
+def test_the_shipped_model_knows_motion_and_only_by_the_order_of_frames(shipped):
+    indices = [base + motion for base in range(0, 360, 30) for motion in range(6)]  # 12 objects, each in 6 motions
+    clips, _, facts = zip(*(world.clip("test", 4, index) for index in indices), strict=True)
+    scores = evaluate_moving_digits(*shipped, [clips[:36], clips[36:]], facts, draws=1)
+    assert scores["bt_adapter"]["motion"] >= 90
+    assert scores["bt_adapter"]["t2v_R1"] >= 85
+    assert scores["reversed"]["order"] <= 10
+    for control in ("frame_average", "one_frame", "shuffled"):
+        assert 30 <= scores[control]["order"] <= 70, control
 
 
 def _where(frame):

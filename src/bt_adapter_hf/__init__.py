@@ -16,6 +16,8 @@ _EXPORTS = {
     "modeling_bt_adapter_pretraining": ("BTAdapterForPreTraining",),
     "processing_bt_adapter": ("BTAdapterProcessor",),
     "video_processing_bt_adapter": ("BTAdapterVideoProcessor",),
+    "adapters": ("get_bt_adapter_model", "load_bt_adapter", "save_bt_adapter", "unload_bt_adapter"),
+    "conversion": ("convert_original_checkpoint",),
     "video_io": ("VideoError", "available_video_backends", "load_video"),
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}

@@ -169,7 +169,7 @@ def load_bt_adapter(
         raise AdapterError(
             f"The adapter's branch is fed by the backbone layers {layers}, the model's by "
             f"{tower.config.adapter_layers}. Take the model's branch away with unload_bt_adapter first, or name a "
-            f"common start in adapter_layers."
+            "common start in adapter_layers."
         )
     config = BTAdapterVisionConfig(
         backbone=backbone.config,
@@ -352,7 +352,7 @@ def _check_host(model: PreTrainedModel) -> None:
     if not isinstance(model, (CLIPModel, *(family.model_class for family in BACKBONES.values()))):
         raise ValueError(
             f"A BT-Adapter cannot be attached to a {type(model).__name__}: pass a CLIPModel or its vision model, or "
-            f"one of " + ", ".join(family.model_class.__name__ for family in BACKBONES.values()) + "."
+            "one of " + ", ".join(family.model_class.__name__ for family in BACKBONES.values()) + "."
         )
 
 
@@ -419,7 +419,7 @@ def _fit_layers(config: AdapterConfig, backbone: PreTrainedConfig, asked: Sequen
         if not asked or asked != own[: len(asked)]:
             raise AdapterError(
                 f"adapter_layers={asked} is no start of the adapter's layers {own}: a branch layer needs the ones "
-                f"before it."
+                "before it."
             )
         if asked[-1] >= depth:
             raise AdapterError(f"adapter_layers={asked} reaches beyond the backbone's {depth} layers.")
@@ -493,7 +493,7 @@ def _check_branch(folder: Path, state: Mapping[str, torch.Tensor], branch: nn.Mo
     if problems:
         raise AdapterError(
             f"{folder / WEIGHTS_NAME} does not hold the branch that {CONFIG_NAME} describes ({len(expected)} "
-            f"tensors): "
+            "tensors): "
             + "; ".join(problems)
             + ". The two files do not belong together, or one is damaged: download or save them again."
         )

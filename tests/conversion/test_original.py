@@ -11,6 +11,7 @@ from bt_adapter_hf.conversion import (
     CheckpointError,
     convert_original_checkpoint,
     convert_to_original,
+    llava_projector,
     plan_conversion,
 )
 from tests.parity.golden import Golden
@@ -149,6 +150,35 @@ def test_eva_branch_on_the_real_depths():
         assert plan_conversion(branch, Blip2VisionModel(config)).config.adapter_layers == layers
 
 
+def test_eva_dual_encoder():
+    """EVA's tower with EVA-CLIP's text tower, as one checkpoint: searched with, and pretrained further."""
+    pytest.importorskip("open_clip")
+    from open_clip.transformer import TextTransformer
+
+    golden = Golden("eva")
+    torch.manual_seed(0)
+    text = TextTransformer(context_length=12, vocab_size=50, width=64, heads=1, layers=2, output_dim=36).eval()
+    weights = {f"backbone.{key}": tensor for key, tensor in golden.weights.items()}
+    weights |= {f"text_backbone.{key}": t for key, t in text.state_dict().items() if key != "attn_mask"}
+    model = convert_original_checkpoint(weights, golden.base)
+    assert type(model) is BTAdapterModel and model.visual_projection.bias is not None
+    ids = torch.randint(1, 48, (2, 12))
+    ids[:, 7] = 49
+    videos = golden.inputs["pixel_values"]
+    with torch.no_grad():
+        torch.testing.assert_close(model.get_text_features(ids).pooler_output, text(ids), atol=1e-5, rtol=1e-5)
+        found = model.get_video_features(videos).pooler_output
+    torch.testing.assert_close(found, golden.outputs["eval.video_embed"], atol=1e-5, rtol=0)
+    back = convert_to_original(model)
+    assert back.keys() == weights.keys() and all(back[key].equal(tensor) for key, tensor in weights.items())
+
+    learner = convert_original_checkpoint(weights, golden.base, model_class=BTAdapterForPreTraining).train()
+    output = learner(ids, videos)
+    output.loss.backward()
+    assert output.mbta_loss is None  # as released: EVA learns without token alignment
+    assert all(p.grad is not None for p in learner.vision_model.bt_adapter.parameters())
+
+
 def test_released_zero_shot_configs_ignore_the_gates(dual):
     plan = plan_conversion(dual.weights, dual.base, fusion="sum", output_fusion="sum")
     assert sum("is left out" in note for note in plan.notes) == 2
@@ -186,12 +216,13 @@ def test_heads_are_inferred_for_openai_sizes_only():
         ),
     ],
 )
-def test_half_matching_checkpoints_are_refused(change, message):
+def test_half_matching_checkpoints_are_refused(change, message, clip):
     golden = Golden("hf_norm")
     weights = dict(golden.weights)
     change(weights)
-    with pytest.raises(CheckpointError, match=message):
-        convert_original_checkpoint(weights, golden.base)
+    for base in (golden.base, clip.vision_model):  # a base with weights fills no holes of a whole tower
+        with pytest.raises(CheckpointError, match=message):
+            convert_original_checkpoint(weights, base)
 
 
 def test_other_models_are_refused(clip, dual):
@@ -208,6 +239,23 @@ def test_other_models_are_refused(clip, dual):
         convert_original_checkpoint(Golden("hf_norm").weights, wide)
     with pytest.raises(CheckpointError, match="names 3 layers"):
         convert_original_checkpoint(Golden("hf_norm").weights, wide, adapter_layers=[1, 2, 3])
+
+
+def test_unknown_config_fields_are_refused(dual):
+    with pytest.raises(ValueError, match="fuzion: no such field in the configuration of BTAdapterModel"):
+        convert_original_checkpoint(dual.weights, dual.base, fuzion="sum")
+    with pytest.raises(ValueError, match="mask_ratio: no such field in the configuration of BTAdapterVisionModel"):
+        convert_original_checkpoint(dual.weights, dual.base, model_class=BTAdapterVisionModel, mask_ratio=0.5)
+
+
+def test_projector_of_llava_is_handed_out():
+    tensors = {"model.mm_projector.weight": torch.ones(2, 3), "model.mm_projector.bias": torch.ones(2)}
+    assert llava_projector(tensors).keys() == {"mm_projector.weight", "mm_projector.bias"}
+    golden = Golden("hf_norm")
+    plan = plan_conversion({**golden.weights, **tensors}, golden.base)
+    assert plan.projector["mm_projector.weight"] is tensors["model.mm_projector.weight"]
+    with pytest.raises(CheckpointError, match="holds no mm_projector"):
+        llava_projector(golden.weights)
 
 
 def test_full_size_names_need_no_base():

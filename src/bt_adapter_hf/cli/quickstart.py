@@ -8,6 +8,7 @@ from pathlib import Path
 from ._options import add_device_option, progress, quiet_transformers
 
 
+CLIPS = 360  # one for each caption
 SEED = 77  # of no clip in training or in the recipe's evaluation
 QUERIES = (
     "a red seven moves from the left to the right",
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     require_package("sklearn", "quickstart")
     quiet_transformers()
     from ..contact_sheet import write_contact_sheet
-    from ..data.moving_digits import MOTIONS, all_captions, write_clips
+    from ..data.moving_digits import MOTIONS, clip_caption, write_clips
     from ..encoding import VideoEncoder
     from ..evaluation.moving_digits import evaluate_moving_digits, format_scores
     from ..indexing import IndexWriter, VideoIndex, check_writable
@@ -56,10 +57,9 @@ def run(args: argparse.Namespace) -> int:
     check_writable(index_folder)
     encoder = VideoEncoder.from_pretrained(device=args.device)
 
-    count = len(all_captions())
-    say(f"1. {count} clips, one for each caption, of digits that no training has seen")
+    say(f"1. {CLIPS} clips, one for each caption, of digits that no training has seen")
     table = write_clips(
-        clips_folder, "test", count, SEED, progress=lambda items: progress(items, total=count, description="write")
+        clips_folder, "test", CLIPS, SEED, progress=lambda items: progress(items, total=CLIPS, description="write")
     )
     rows = [json.loads(line) for line in table.read_text(encoding="utf-8").splitlines()]
     paths = [str((clips_folder / row["file_name"]).resolve()) for row in rows]
@@ -85,22 +85,22 @@ def run(args: argparse.Namespace) -> int:
     features = {row["path"]: feature for row, feature in zip(index.rows, index.features, strict=True)}
     labels = []
     for number in range(len(MOTIONS)):
-        row, path = rows[number * 61 % count], paths[number * 61 % count]
-        candidates = [f"a {row['colour']} {row['digit']} {words}" for words in MOTIONS.values()]
+        row, path = rows[number * 61 % CLIPS], paths[number * 61 % CLIPS]
+        candidates = [clip_caption(row["digit"], row["colour"], motion) for motion in MOTIONS]
         best, probability, _ = encoder.label_scores(features[path], encoder.encode_texts(candidates))[0]
-        label = list(MOTIONS.values())[best]
+        label = candidates[best]
         labels.append({"file": row["file_name"], "label": label, "probability": probability, "caption": row["text"]})
-        say(f"   {row['file_name']:<20}  {label} ({probability:.2f}); it shows {row['text']}")
+        say(f"   {row['file_name']:<20}  {label} ({probability:.2f}){'' if label == row['text'] else '  (wrong)'}")
 
-    say(f"\n4. Scores on the {count} clips")
-    batches = [paths[first : first + 36] for first in range(0, count, 36)]
+    say(f"\n4. Scores on the {CLIPS} clips")
+    batches = [paths[first : first + 36] for first in range(0, CLIPS, 36)]
     scores = evaluate_moving_digits(
         encoder.model, encoder.processor, progress(batches, len(batches), "score"), rows, draws=3
     )
     say("   " + format_scores(scores).replace("\n", "\n   "))
-    say("   motion: of 6, the digit and colour given; order: against the same motion backwards; object: digit and")
-    say("   colour of the nearest caption; R@1: nearest clip to each of the 360 captions. Frame-averaged CLIP is the")
-    say("   same CLIP without the branch; shuffled frames are in a new order for every clip, 3 times over.")
+    say("   motion: which of the 6, given digit and colour. order: against the same motion backwards. object: digit")
+    say("   and colour of the nearest caption. R@1: each caption finds its clip. Frame-averaged CLIP is the same CLIP")
+    say("   without the branch; shuffled frames come in a new order for every clip, three times over.")
 
     seconds = time.monotonic() - start
     summary = {

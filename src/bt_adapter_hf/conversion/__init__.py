@@ -1,6 +1,12 @@
 """Released BT-Adapter checkpoints to models of this package, and back."""
 
-from .original import ConversionPlan, convert_original_checkpoint, convert_to_original, plan_conversion
+from .original import (
+    ConversionPlan,
+    convert_original_checkpoint,
+    convert_to_original,
+    llava_projector,
+    plan_conversion,
+)
 from .reading import CheckpointError, read_checkpoint
 from .released_tokens import released_token_ids
 
@@ -10,6 +16,7 @@ __all__ = [
     "ConversionPlan",
     "convert_original_checkpoint",
     "convert_to_original",
+    "llava_projector",
     "plan_conversion",
     "read_checkpoint",
     "released_token_ids",

@@ -40,6 +40,9 @@ _BACKBONE = "vision_model.vision_model."
 _BRANCH = "vision_model.bt_adapter."
 _LAYERS = _BACKBONE + "encoder.layers."
 _FUSION_GATE, _OUTPUT_GATE = _BRANCH + "fusion_gate", _BRANCH + "output_gate"
+_COMPLETE = _BACKBONE + "embeddings.patch_embedding.weight"
+# Parts that a base lends as a whole, if the file has nothing of them.
+_LENT = {"text_model.": "the text tower", "text_projection.": "the text tower", "visual_projection.": "the projection"}
 # Attention heads cannot be read off the weights. Without a base: the head width of every OpenAI CLIP, and of
 # EVA-CLIP-g.
 _HEAD_WIDTH = {"clip": 64, "eva": 88}
@@ -154,33 +157,32 @@ def plan_conversion(
     adapter_layers = _place_layers(source, found, state, base_config, adapter_layers, notes)
     tower_fields = {k: config_fields.pop(k) for k in _TOWER_FIELDS & config_fields.keys()}
     tower_config = _tower_config(source, found, state, base_config, adapter_layers, tower_fields, notes)
+    if isinstance(base, (str, Path)):
+        tower_config.backbone._name_or_path = str(base)
 
-    used = [key for key in base_state if key not in state and key.startswith(_BACKBONE)]
-    state.update({key: base_state[key].clone() for key in used})
-    if used:
-        notes.append(f"{len(used)} tensors of the backbone come from the base.")
-    text = [key for key in base_state if key.startswith(("text_model.", "text_projection.", "visual_projection."))]
+    own = {part for part in (*_LENT, _COMPLETE) if any(key.startswith(part) for key in found.state)}
+    if _COMPLETE not in own:
+        _lend(state, base_state, _BACKBONE, "the backbone", notes)
     if model_class is None:
-        has_text = any(key.startswith("text_model.") for key in (*state, *text))
+        has_text = "text_model." in own or any(key.startswith("text_model.") for key in base_state)
         model_class = BTAdapterModel if has_text else BTAdapterVisionModel
+    if model_class is not BTAdapterVisionModel:
+        for part, title in _LENT.items():
+            if part not in own:
+                _lend(state, base_state, part, title, notes)
+    wanted = dtype or _widest(state)
     if model_class is BTAdapterVisionModel:
-        if config_fields:
-            raise ValueError(f"{sorted(config_fields)} are no fields of BTAdapterVisionConfig.")
-        config = tower_config
-        prefix = "vision_model."
+        config, prefix = tower_config, "vision_model."
+        other = config_fields
     else:
-        used = [key for key in text if key not in state]
-        state.update({key: base_state[key].clone() for key in used})
-        if used:
-            notes.append(f"{len(used)} tensors of the text tower and the projections come from the base.")
-        if "logit_scale" in base_state:
-            state["logit_scale"] = base_state["logit_scale"].clone()
-        else:
-            state["logit_scale"] = torch.tensor(-math.log(_RELEASED_TEMPERATURE))
-        config = _dual_config(source, found, state, base_config, tower_config, config_fields)
-        prefix = ""
+        state["logit_scale"] = base_state.get("logit_scale", torch.tensor(-math.log(_RELEASED_TEMPERATURE))).clone()
+        config, prefix = _dual_config(source, found, state, base_config, tower_config, config_fields), ""
+        other = config_fields.keys() - BTAdapterConfig.__dataclass_fields__.keys()
+    if other:
+        raise ValueError(f"{', '.join(sorted(other))}: no such field in the configuration of {model_class.__name__}.")
+    if found.projector:
+        notes.append(f"{len(found.projector)} tensors are LLaVA's projector, which the chat models take.")
 
-    wanted = dtype or _widest(found.state)
     state = {k: t.to(wanted) if t.is_floating_point() else t for k, t in state.items()}
     with torch.device("meta"):
         expected = {k: t.shape for k, t in model_class(config).state_dict().items()}
@@ -200,6 +202,19 @@ def plan_conversion(
         for key, tensor in state.items()
     ]
     return ConversionPlan(model_class, config, state, rows, notes, found.projector)
+
+
+def llava_projector(checkpoint: str | Path | Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """LLaVA's projector out of `mm_projector.bin`: `mm_projector.weight`, `mm_projector.bias`, `embed_tokens.weight`.
+
+    Raises:
+        CheckpointError: if the file is damaged, holds code, or holds no projector.
+    """
+    from_file = isinstance(checkpoint, (str, Path))
+    found = rename_from_released(read_checkpoint(checkpoint) if from_file else checkpoint)
+    if not found.projector:
+        raise CheckpointError(f"{checkpoint if from_file else 'The state dict'} holds no mm_projector of LLaVA.")
+    return found.projector
 
 
 def convert_to_original(
@@ -232,11 +247,18 @@ _COMMON_FIELDS = PreTrainedConfig.__dataclass_fields__.keys()
 _TOWER_FIELDS = BTAdapterVisionConfig.__dataclass_fields__.keys() - _COMMON_FIELDS - {"backbone", "adapter_layers"}
 
 
+def _lend(
+    state: dict[str, torch.Tensor], base: Mapping[str, torch.Tensor], prefix: str, title: str, notes: list[str]
+) -> None:
+    lent = {key: tensor.clone() for key, tensor in base.items() if key.startswith(prefix) and key not in state}
+    state.update(lent)
+    if lent:
+        notes.append(f"{len(lent)} tensors of {title} come from the base.")
+
+
 def _is_partial(state: Mapping[str, torch.Tensor]) -> bool:
     """Whether a base must lend weights: no complete backbone, or no text tower."""
-    return _BACKBONE + "embeddings.patch_embedding.weight" not in state or not any(
-        key.startswith("text_model.") for key in state
-    )
+    return _COMPLETE not in state or not any(key.startswith("text_model.") for key in state)
 
 
 def _read_base(base: Any, weights: bool, **hub: Any) -> tuple[PreTrainedConfig | None, dict[str, torch.Tensor]]:
@@ -288,33 +310,34 @@ def _place_layers(
     if K == 0:
         raise CheckpointError(f"{source} holds parts of a branch, but none of its layers: it is incomplete.")
     stored = _count(state, _LAYERS)
-    complete = _BACKBONE + "embeddings.patch_embedding.weight" in state
+    complete = _COMPLETE in state
     backbone = _backbone_config(base_config)
     if not complete and backbone is None:
         raise CheckpointError(
             f"{source} holds the branch ({K} layers) without a backbone: pass base=, the image model that it was "
             "trained on, such as base='openai/clip-vit-large-patch14'."
         )
-    depth = backbone.num_hidden_layers if backbone is not None and not complete else stored
+    # LLaVA's cached tower holds the backbone layers that feed the branch, under new numbers, and the positions only.
+    partial = not complete and any(key.startswith(_BACKBONE) for key in state)
+    cached = partial and stored == K and found.layout.family == "clip"
+    if partial and not cached:
+        raise CheckpointError(
+            f"{source} holds {stored} layers of the backbone but not its patch embedding, and {K} branch layers. It "
+            "is neither a whole tower, nor a branch, nor LLaVA's cached tower: it is incomplete."
+        )
+    depth = stored if complete else backbone.num_hidden_layers
     if found.layout.family == "eva" and not complete and depth == _LAVIS_DEPTH:
         depth = _EVA_DEPTH
-    # LLaVA's tuning keeps the layers L-K .. L-2 only and saves the branch without its last layer.
-    llava = not complete and found.layout.tower_prefix == LLAVA_PREFIX
-    cached = llava or (not complete and stored > 0)
-    last = depth - 1 if cached else depth
+    # LLaVA's tuning works on the layers before the last, and saves the branch without its last layer.
+    tuned = cached or (not complete and found.layout.tower_prefix == LLAVA_PREFIX)
+    last = depth - 1 if tuned else depth
     layers = adapter_layers if adapter_layers is not None else list(range(last - K, last))
     if len(layers) != K or layers[0] < 0:
         raise CheckpointError(
             f"{source} holds {K} branch layers; adapter_layers={layers} names {len(layers)} layers of a backbone with "
             f"{depth}. Name {K} layers, each at least 0."
         )
-    if cached and stored:
-        if stored != K:
-            raise CheckpointError(
-                f"{source} holds {stored} of the backbone's layers, no embeddings, and {K} branch layers. It is "
-                "neither a whole tower, nor a branch, nor LLaVA's cached tower with as many backbone as branch "
-                "layers: it is incomplete."
-            )
+    if cached:
         numbered = {key: tensor for key, tensor in state.items() if key.startswith(_LAYERS)}
         for key in numbered:
             del state[key]
@@ -337,7 +360,7 @@ def _tower_config(
     notes: list[str],
 ) -> BTAdapterVisionConfig:
     backbone = _backbone_config(base_config)
-    complete = _BACKBONE + "embeddings.patch_embedding.weight" in state
+    complete = _COMPLETE in state
     if backbone is None:
         backbone = _infer_backbone(source, found.layout.family, state)
     else:
@@ -363,8 +386,7 @@ def _tower_config(
             del state[branch[name]]
         rate = rate * (len(keep) - 1) / (len(adapter_layers) - 1)
         notes.append(
-            f"The base has no layer {adapter_layers[len(keep) :]}: only the first {len(keep)} branch layers are "
-            f"attached."
+            f"The base has no layer {adapter_layers[len(keep) :]}: the first {len(keep)} branch layers are attached."
         )
     if found.layout.family == "eva":
         fields = {"fusion": "sum", "output_fusion": "sum", "spatial_layer_norm_eps": 1e-5, **fields}
@@ -383,14 +405,15 @@ def _gate_fields(
     tuned = branch_only and found.layout.tower_prefix == LLAVA_PREFIX
     if tuned and not any(has.values()) and fields.get("fusion") != "sum":
         # LLaVA's tuning runs with gates and does not save them; the released inference then finds them at zero.
-        width = len(state[_BRANCH + "video_cls"]) if _BRANCH + "video_cls" in state else 0
+        like = state.get(_BRANCH + "video_cls", torch.empty(0))
         for key in (_FUSION_GATE, _OUTPUT_GATE):
-            state[key] = torch.zeros(width)
+            state[key] = torch.zeros_like(like)
             found.origin[key] = "(zeros)"
         notes.append("LLaVA's tuning does not save its gates; they are zero (half and half), as in the released code.")
         has = {"fusion": True, "output_fusion": True}
     if K == 1 and has["fusion"]:
         del state[_FUSION_GATE]
+        notes.append(f"{found.origin[_FUSION_GATE]} is left out: a branch of one layer never uses it.")
     fields = {**{name: "gate" if there else "sum" for name, there in has.items()}, **fields}
     if has["fusion"] != has["output_fusion"]:
         fields = {**fields, "fusion": "gate", "output_fusion": "gate"}  # one of two is a defect: report the other
@@ -548,9 +571,9 @@ def _no_branch(source: str, found: RenamedCheckpoint) -> str:
     seen = [*found.unknown, *found.origin.values()]
     return (
         f"{source} holds no BT-Adapter: none of its {len(seen) + len(found.projector)} tensors begins with "
-        f"btadapter or timesFPN, behind backbone., model.vision_tower. or nothing. It begins with "
+        "btadapter or timesFPN, behind backbone., model.vision_tower. or nothing. It begins with "
         f"{', '.join(map(repr, seen[:3]))}. Pass a checkpoint of the released code; a CLIP alone takes a fresh "
-        f"branch with get_bt_adapter_model."
+        "branch with get_bt_adapter_model."
     )
 
 

@@ -67,6 +67,25 @@ def still_caption(digit: str, colour: str, size: str, place: str) -> str:
     return f"a {size} {colour} {digit} {STILL_PLACES[place]}"
 
 
+def still_phrasings(digit: str, colour: str, size: str, place: str) -> list[str]:
+    """Ways to say what a still shows, the caption first.
+
+    A text tower that has read only one form of sentence confuses the digits in any other one, such as the captions of
+    clips; these differ in length and order and say "from" and "to", but never a word of motion.
+    """
+    opposite_place = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}.get(place)
+    opposite_size = {"small": "big", "big": "small"}[size]
+    near = f"closer to the {place} than to the {opposite_place}" if opposite_place else STILL_PLACES[place]
+    far = f"far from the {opposite_place}" if opposite_place else STILL_PLACES[place]
+    return [
+        still_caption(digit, colour, size, place),
+        f"{STILL_PLACES[place]} a {size} {colour} {digit}",
+        f"a {size} {colour} {digit} {near}",
+        f"a {colour} {digit} {near} and closer to {size} than to {opposite_size}",
+        f"a {colour} {digit} {far} and far from {opposite_size}",
+    ]
+
+
 def clip_caption(digit: str, colour: str, motion: str) -> str:
     return f"a {colour} {digit} {MOTIONS[motion]}"
 

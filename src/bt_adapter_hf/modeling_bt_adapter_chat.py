@@ -1,0 +1,224 @@
+"""What the chat models share: loading a native host together with an adapter, and putting visual tokens in place."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import torch_compilable_check
+
+from .adapters import (
+    AdapterConfig,
+    AdapterError,
+    _branch_fields,
+    _check_backbone,
+    _check_branch,
+    _check_extra,
+    _fit_layers,
+    _read_weights,
+    _resolve,
+    find_tower,
+    first_layers,
+)
+from .configuration_bt_adapter import BTAdapterVisionConfig
+from .configuration_bt_adapter_chat import TOWER_FIELDS
+from .modeling_bt_adapter import BTAdapterPreTrainedModel
+
+
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+# Fields of every config that `from_pretrained` of a model handles itself.
+_MODEL_ARGUMENTS = {"dtype", "model_type", "architectures", "transformers_version"}
+
+
+class BTAdapterChatMixin:
+    """A native image chat model with a BT-Adapter tower in it."""
+
+    _new_modules = ("bt_adapter",)
+    _check_loading = BTAdapterPreTrainedModel._check_loading
+    freeze_backbone = BTAdapterPreTrainedModel.freeze_backbone
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *model_args,
+        bt_adapter: str | None = None,
+        bt_adapter_revision: str | None = None,
+        allow_backbone_mismatch: bool = False,
+        config: PreTrainedConfig | str | None = None,
+        output_loading_info: bool = False,
+        **kwargs,
+    ):
+        """As in transformers, but strict: a weight is never silently random or dropped.
+
+        Args:
+            pretrained_model_name_or_path: a native checkpoint of the host (old and new key names), or one of ours.
+            bt_adapter: adapter folder, or id on the Hub, for a native checkpoint. Without it a native checkpoint gets
+                a fresh branch, warm-started from the image tower; a checkpoint of ours has its own.
+            bt_adapter_revision: of an adapter on the Hub.
+            allow_backbone_mismatch: attach to other image weights than the adapter was trained on, with a warning.
+            config: replaces the checkpoint's own.
+            output_loading_info: also return the report on the weights.
+            kwargs: as in transformers; fields of the tower's config are passed on to it, `adapter_layers` among them.
+
+        Raises:
+            ValueError: if the checkpoint does not fill the model, or holds weights that the model has no place for.
+            AdapterError: if the adapter is damaged, or was trained on another backbone.
+        """
+        hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+        source_type = None
+        if pretrained_model_name_or_path is not None:
+            source_type = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub)[0].get("model_type")
+        is_ours = source_type == cls.config_class.model_type
+        if bt_adapter is not None and is_ours:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} has a branch of its own. Load it without bt_adapter, or name the "
+                f"native checkpoint that {bt_adapter} is to be put into."
+            )
+        if not isinstance(config, PreTrainedConfig):
+            fields = cls.config_class.__dataclass_fields__.keys() | TOWER_FIELDS
+            fields = {name: kwargs.pop(name) for name in fields & kwargs.keys() - _MODEL_ARGUMENTS}
+            tower_fields = {name: fields[name] for name in TOWER_FIELDS & fields.keys()}
+            if bt_adapter is not None:  # these change what the adapter says
+                fields = {name: value for name, value in fields.items() if name not in tower_fields}
+            config = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **hub, **fields)
+        else:
+            config, tower_fields = copy.deepcopy(config), {}
+
+        adapter = None
+        if bt_adapter is not None:
+            adapter_hub = {name: hub.get(name) for name in ("token", "cache_dir")}
+            folder = _resolve(
+                bt_adapter, bt_adapter_revision, local_files_only=hub.get("local_files_only", False), **adapter_hub
+            )
+            adapter = AdapterConfig.read(folder)
+            config.vision_config = _tower_config(config, adapter, tower_fields)
+            config.validate()
+
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
+        )
+        if is_ours:
+            model._new_modules = ()  # what it lacks was lost
+        if adapter is not None:
+            branch = set(model.load_branch(folder, adapter, allow_backbone_mismatch))
+            info["missing_keys"] = {key for key in info["missing_keys"] if key not in branch}
+        model._check_loading(info, pretrained_model_name_or_path)
+        model.freeze_backbone()  # loading replaces parameters, and new ones learn
+        return (model, info) if output_loading_info else model
+
+    def load_branch(self, folder: Any, adapter: AdapterConfig, allow_backbone_mismatch: bool) -> list[str]:
+        """Copies an adapter's tensors into the branch, which has the adapter's shape already.
+
+        Returns:
+            Names of the tensors that were filled.
+        """
+        tower = find_tower(self)
+        _check_backbone(folder, adapter, tower.vision_model, allow_backbone_mismatch)
+        state, extra = _read_weights(folder)
+        state = first_layers(state, len(tower.bt_adapter.layers))
+        if tower.bt_adapter.output_gate is None:
+            state.pop("output_gate", None)
+        _check_branch(folder, state, tower.bt_adapter)
+        _check_extra(folder, adapter, extra, self)
+        prefix = next(name for name, module in self.named_modules() if module is tower.bt_adapter)
+        values = {f"{prefix}.{key}": value for key, value in state.items()} | extra
+        for name, value in values.items():
+            _fill(self, name, value)
+        return list(values)
+
+
+def _tower_config(
+    config: PreTrainedConfig, adapter: AdapterConfig, overrides: dict[str, Any]
+) -> BTAdapterVisionConfig:
+    """The tower that this host and this adapter make: the adapter's first layers, as far as the host reads."""
+    backbone, own = config.vision_config.backbone, adapter.adapter_layers
+    asked = overrides.pop("adapter_layers", None)
+    top = config.last_state(backbone.num_hidden_layers)
+    if asked is None and own[-1] >= top:
+        asked = [layer for layer in own if layer < top]
+        if not asked:
+            raise AdapterError(
+                f"The adapter is fed by the backbone layers {own}; this model reads its image tower after layer "
+                f"{top - 1} of {backbone.num_hidden_layers}, so none of it can be attached."
+            )
+    layers = _fit_layers(adapter, backbone, asked)
+    fields = config.fit_branch({**_branch_fields(adapter, len(layers)), **overrides})
+    return BTAdapterVisionConfig(backbone=backbone, adapter_layers=layers, **fields)
+
+
+@torch.no_grad()
+def _fill(model: PreTrainedModel, name: str, value: torch.Tensor):
+    """Overwrites a parameter, also one that accelerate keeps in CPU memory beside a faster device."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    parameter = getattr(module, leaf)
+    if parameter.is_meta:
+        hook = getattr(module, "_hf_hook", None)
+        weights = getattr(hook, "weights_map", None)
+        if weights is None:
+            raise ValueError(f"{name} is on the meta device and cannot be filled; load the model without offloading.")
+        parameter = weights[leaf]
+    parameter.copy_(value)
+
+
+def embed_text(embedding: nn.Module, input_ids: torch.LongTensor, video_token_id: int | None) -> torch.Tensor:
+    """Embeddings of a prompt whose video placeholders may lie beyond the vocabulary: (B, S) -> (B, S, D)."""
+    if video_token_id is not None:
+        input_ids = input_ids.masked_fill(input_ids == video_token_id, 0)
+    return embedding(input_ids)
+
+
+def check_length(config: PreTrainedConfig, length: int):
+    """Refuses a prompt that is longer than the language model's positions.
+
+    Raises:
+        ValueError: if it is.
+    """
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise ValueError(
+            f"The conversation is {length} tokens long, visual tokens included, and the language model takes {limit}: "
+            "drop earlier turns, images or videos, or use fewer clips per video (num_clips)."
+        )
+
+
+def check_placeholders(
+    input_ids: torch.LongTensor, token_id: int | None, features: list[torch.Tensor] | torch.Tensor, kind: str
+):
+    """Compares the placeholders of a prompt with the visual tokens that are to stand there.
+
+    Args:
+        input_ids: (B, S).
+        token_id: of the placeholder.
+        features: one tensor (tokens, D) per image or video, in the order of the prompt.
+        kind: "image" or "video".
+
+    Raises:
+        ValueError: if they are not equally many.
+    """
+    tokens = sum(len(feature) for feature in features)
+    found = (input_ids == token_id).sum() if token_id is not None else torch.zeros((), dtype=torch.long)
+    torch_compilable_check(
+        found == tokens,
+        lambda: (
+            f"The prompt has {int(found)} {kind} tokens (id {token_id}), and {len(features)} {kind}s with {tokens} "
+            f"tokens in all were passed. Prepare prompts with the processor of this model: its {kind}_token_id must "
+            f"be the model's config.{kind}_token_id, and its number of tokens per {kind} the model's."
+        ),
+    )
+
+
+def put_in_place(
+    inputs_embeds: torch.Tensor,
+    input_ids: torch.LongTensor,
+    token_id: int | None,
+    features: list[torch.Tensor] | torch.Tensor,
+    kind: str,
+) -> torch.Tensor:
+    """Replaces the embeddings (B, S, D) of placeholders by visual tokens; see [`check_placeholders`]."""
+    check_placeholders(input_ids, token_id, features, kind)
+    features = torch.cat(list(features)).to(inputs_embeds.device, inputs_embeds.dtype)
+    where = (input_ids == token_id).unsqueeze(-1).to(inputs_embeds.device)
+    return inputs_embeds.masked_scatter(where, features)

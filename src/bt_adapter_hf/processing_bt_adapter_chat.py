@@ -1,0 +1,337 @@
+"""Processors of the chat models: text, images and videos to prompts with the model's own number of visual tokens."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import (
+    AddedToken,
+    AutoProcessor,
+    LlavaProcessor,
+    PreTrainedTokenizerBase,
+)
+from transformers.image_processing_utils import BatchFeature
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
+from transformers.utils import logging
+
+from .configuration_bt_adapter_chat import BTAdapterLlavaConfig
+from .video_processing_bt_adapter import (
+    BTAdapterVideoProcessor,
+    BTAdapterVideoProcessorKwargs,
+    _collate,
+    flatten_videos,
+)
+
+
+logger = logging.get_logger(__name__)
+
+# As the released video-LLM: 64 frames, from the centres of 64 equal segments.
+NUM_FRAMES, SAMPLING = 64, "centers"
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+_VIDEO_FIELDS = ("num_frames", "sampling", "video_backend", "on_damage", "background")
+
+# Macro of all templates: the pictures of a message in order, then its text.
+_PARTS = """
+{%- macro visuals(message, after) -%}
+  {%- if message['content'] is not string -%}
+    {%- for part in message['content'] -%}
+      {%- if part['type'] in ('image', 'video') %}{{ '<' + part['type'] + '>' + after }}{% endif -%}
+    {%- endfor -%}
+  {%- endif -%}
+{%- endmacro -%}
+{%- macro words(message) -%}
+  {%- if message['content'] is string %}{{ message['content'] }}{% else -%}
+    {%- for part in message['content'] if part['type'] == 'text' -%}
+      {{ part['text'] }}{% if not loop.last %}{{ ' ' }}{% endif -%}
+    {%- endfor -%}
+  {%- endif -%}
+{%- endmacro -%}
+"""
+
+# Vicuna 1.1, in which LLaVA is tuned: user turns end with a blank, answers with the end-of-sequence token.
+LLAVA_CHAT_TEMPLATE = (
+    _PARTS
+    + """
+{%- for message in messages -%}
+  {%- if message['role'] == 'system' %}{{ words(message) + ' ' }}
+  {%- elif message['role'] == 'assistant' -%}
+    {{ 'ASSISTANT: ' }}{% generation %}{{ words(message) + eos_token }}{% endgeneration -%}
+  {%- else %}{{ 'USER: ' + visuals(message, '\n') + words(message) + ' ' }}{% endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif -%}
+"""
+)
+
+
+class BTAdapterClipsKwargs(BTAdapterVideoProcessorKwargs, total=False):
+    """
+    num_clips (`int`, *optional*):
+        Consecutive clips that each video is cut into.
+    """
+
+    num_clips: int | None
+
+
+class BTAdapterChatProcessorKwargs(ProcessingKwargs, total=False):
+    videos_kwargs: BTAdapterClipsKwargs
+
+
+class BTAdapterChatProcessorMixin(ProcessorMixin):
+    """What the three processors share: videos, clips, checks, native checkpoints.
+
+    `processor(images=None, text=None, videos=None, num_clips=None, **kwargs)` returns `input_ids` and
+    `attention_mask` (texts, S), padded on the left as generation needs it, `pixel_values` (images, 3, H, W),
+    `pixel_values_videos` (videos, T, 3, H, W) and, where the videos differ in length, `frame_mask` (videos, T). Images
+    and videos belong, in order, to the placeholders `<image>` and `<video>` in the texts.
+
+    With `num_clips=k` each video is cut into k consecutive clips, which stand for k videos: k times the frames and
+    k times the tokens. `return_metadata=True` adds `video_metadata`, with the indices and times of the frames of each
+    video; take it out before `model.generate`.
+
+    `apply_chat_template(conversation, tokenize=True, return_dict=True, return_tensors="pt",
+    add_generation_prompt=True, processor_kwargs={...})` does the same from messages, in which a part
+    `{"type": "video", "path" | "url" | "video": ...}` is a video.
+    """
+
+    valid_processor_kwargs = BTAdapterChatProcessorKwargs
+    text_kwargs = {"padding": True}
+    default_chat_template: str
+
+    def _add_placeholders(self, tokenizer: PreTrainedTokenizerBase, num_clips: int) -> None:
+        """Makes `<image>` and `<video>` tokens of the tokenizer, where they are not yet."""
+        if isinstance(num_clips, bool) or not isinstance(num_clips, int) or num_clips < 1:
+            raise ValueError(f"`num_clips` must be an integer of at least 1, got {num_clips!r}.")
+        self.num_clips = num_clips
+        for token in (self.image_token, self.video_token):
+            if token not in tokenizer.get_vocab():
+                tokenizer.add_tokens([AddedToken(token, normalized=False, special=True)], special_tokens=True)
+        self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids(
+            [self.image_token, self.video_token]
+        )
+
+    def _chat_template(self, given: str | Mapping[str, str] | None) -> str | Mapping[str, str]:
+        """The template of a native checkpoint knows no videos."""
+        text = given.get("default", "") if isinstance(given, Mapping) else given
+        return given if text and "video" in text else self.default_chat_template
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """From a checkpoint of ours, or from the native host's, whose tokenizer then gets a video token.
+
+        Fields of the video processor (`num_frames`, `sampling`, ...) and `num_clips` replace the saved ones.
+        """
+        fields = {name: kwargs.pop(name) for name in _VIDEO_FIELDS if name in kwargs}
+        num_clips = kwargs.pop("num_clips", None)
+        hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+        saved, _ = cls.get_processor_dict(pretrained_model_name_or_path, **hub)
+        if saved.get("processor_class") == cls.__name__:
+            processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        else:
+            processor = cls._from_native(pretrained_model_name_or_path, hub)
+        if fields:
+            processor.video_processor = BTAdapterVideoProcessor(**{**processor.video_processor.to_dict(), **fields})
+        if num_clips is not None:
+            processor._add_placeholders(processor.tokenizer, num_clips)
+        return processor
+
+    @classmethod
+    def _from_native(cls, source: str, hub: dict[str, Any]):
+        raise NotImplementedError
+
+    def __call__(self, images=None, text=None, videos=None, num_clips: int | None = None, **kwargs) -> BatchFeature:
+        """See the class.
+
+        Raises:
+            ValueError: placeholders and visuals differ in number; a text is empty; truncation would cut visual tokens.
+            VideoError: a video cannot be used.
+        """
+        if "padding_side" not in kwargs and "padding_side" not in kwargs.get("text_kwargs", {}):
+            kwargs["padding_side"] = "left"
+        num_clips = self.num_clips if num_clips is None else num_clips
+        kwargs["videos_kwargs"] = {**kwargs.get("videos_kwargs", {}), "num_clips": num_clips}
+        return super().__call__(images=images, text=text, videos=videos, **kwargs)
+
+    def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        images, text, videos, audio = super().prepare_inputs_layout(images, text, videos, audio, **kwargs)
+        # Text-only rows of a batch come with empty lists.
+        if isinstance(images, (list, tuple)):
+            images = [image for item in images for image in (item if isinstance(item, (list, tuple)) else [item])]
+        elif images is not None:
+            images = [images]
+        if isinstance(videos, (list, tuple)):
+            videos = [item for item in videos if not (isinstance(item, (list, tuple)) and not item)]
+        videos = flatten_videos(videos) if videos is not None and len(videos) else None
+        return images or None, text, videos, audio
+
+    def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs) -> None:
+        if text is None and images is None and videos is None:
+            raise ValueError(f"{type(self).__name__} needs text, images or videos.")
+        if text is None:
+            return
+        if not all(isinstance(sample, str) for sample in text):
+            raise ValueError("`text` must be a string or a list of strings.")
+        for kind, token, given in (("image", self.image_token, images), ("video", self.video_token, videos)):
+            counts = [sample.count(token) for sample in text]
+            given = 0 if given is None else len(given)
+            if sum(counts) != given:
+                raise ValueError(
+                    f"The texts have {sum(counts)} {token} placeholders ({counts} per text) and {given} {kind}s were "
+                    f"passed: give one {kind} per placeholder, in the order of the texts."
+                )
+        for index, sample in enumerate(text):
+            if not re.sub(f"{re.escape(self.image_token)}|{re.escape(self.video_token)}", "", sample).strip():
+                raise ValueError(f"text[{index}] is empty but for placeholders: ask a question.")
+
+    def apply_chat_template(self, conversation, *args, **kwargs):
+        """As in transformers; a user's message without a word, and a part of unknown type, are errors."""
+        batch = [conversation] if conversation and isinstance(conversation[0], Mapping) else conversation
+        for index, messages in enumerate(batch):
+            self._check_messages(messages, index)
+        return super().apply_chat_template(conversation, *args, **kwargs)
+
+    @staticmethod
+    def _check_messages(messages: Sequence[Mapping[str, Any]], index: int) -> None:
+        where = f"conversation[{index}]"
+        if not messages:
+            raise ValueError(f"{where} has no messages.")
+        for message in messages:
+            content = message["content"]
+            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            for part in parts:
+                if part.get("type") not in ("text", "image", "video"):
+                    raise ValueError(
+                        f"{where} has a part of type {part.get('type')!r}; expected text, image or video."
+                    )
+            words = "".join(part["text"] for part in parts if part["type"] == "text")
+            if message["role"] == "user" and not words.strip():
+                raise ValueError(f"{where} has a user's message without text: ask a question.")
+
+    def _process_videos(self, videos, num_clips: int = 1, **kwargs) -> tuple[BatchFeature, list[str]]:
+        processed = self.video_processor(videos, **self._clip_options(num_clips, kwargs))
+        if num_clips > 1:
+            self._cut(processed, num_clips)
+        replacement = self.replace_video_token(processed, 0) * num_clips
+        if num_clips > 1:
+            tokens = replacement.count(self.video_token)
+            logger.warning(
+                f"{len(videos)} videos of {num_clips} clips each: {tokens} tokens per video, {tokens * len(videos)} "
+                "in all."
+            )
+        return processed, [replacement] * len(videos)
+
+    def _clip_options(self, num_clips: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if num_clips == 1:
+            return kwargs
+        if isinstance(num_clips, bool) or not isinstance(num_clips, int) or num_clips < 1:
+            raise ValueError(f"`num_clips` must be an integer of at least 1, got {num_clips!r}.")
+        num_frames = kwargs.get("num_frames") or self.video_processor.num_frames
+        return {**kwargs, "num_frames": num_frames * num_clips}
+
+    @staticmethod
+    def _cut(processed: BatchFeature, num_clips: int) -> None:
+        """Cuts each video (T, 3, H, W) into consecutive clips, as equal in length as can be, which become rows."""
+        masks = processed.pop("frame_mask", None)
+        clips = []
+        for index, video in enumerate(processed["pixel_values_videos"]):
+            video = torch.as_tensor(video)
+            video = video if masks is None else video[torch.as_tensor(masks[index])]
+            if len(video) < num_clips:
+                raise ValueError(f"videos[{index}] has {len(video)} frames, too few for {num_clips} clips.")
+            clips.extend(video.tensor_split(num_clips))
+        processed.update(_collate(clips, "pt"))
+
+    def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens=True, **kwargs) -> list[str]:
+        """Token ids (B, S) -> texts. Pass the new ids only: `output[:, inputs["input_ids"].shape[1]:]`."""
+        texts = self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
+        return [text.strip() for text in texts]
+
+    @property
+    def model_input_names(self) -> list[str]:
+        names = [*self.tokenizer.model_input_names, "pixel_values", "pixel_values_videos", "frame_mask"]
+        return [name for name in names if name != "token_type_ids"]
+
+
+def _video_processor(image_processor: Any) -> BTAdapterVideoProcessor:
+    """A video processor for the size and the statistics of a host's image processor."""
+    size = getattr(image_processor, "crop_size", None) or image_processor.size
+    side = size["height"]
+    return BTAdapterVideoProcessor(
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        image_mean=list(image_processor.image_mean),
+        image_std=list(image_processor.image_std),
+        num_frames=NUM_FRAMES,
+        sampling=SAMPLING,
+    )
+
+
+class BTAdapterLlavaProcessor(BTAdapterChatProcessorMixin):
+    __doc__ = f"""Processor of [`BTAdapterLlavaForConditionalGeneration`].
+
+    Args:
+        image_processor, video_processor, tokenizer:
+            The parts: LLaVA's own, and a [`BTAdapterVideoProcessor`].
+        patch_size (`int`): of the image tower.
+        vision_feature_select_strategy (`"default"` or `"full"`): as in the model's config.
+        num_additional_image_tokens (`int`): CLS tokens of the image tower, 1 for CLIP and 0 for SigLIP.
+        num_clips (`int`): clips that a video is cut into, see below.
+        chat_template (`str`, *optional*): by default Vicuna's, for images and videos.
+
+    {BTAdapterChatProcessorMixin.__doc__}"""
+
+    default_chat_template = LLAVA_CHAT_TEMPLATE
+
+    def __init__(
+        self,
+        image_processor=None,
+        video_processor=None,
+        tokenizer=None,
+        patch_size: int = 14,
+        vision_feature_select_strategy: str = "default",
+        num_additional_image_tokens: int = 1,
+        num_clips: int = 1,
+        image_token: str = "<image>",
+        video_token: str = "<video>",
+        chat_template: str | None = None,
+        **kwargs,
+    ):
+        self.patch_size = patch_size
+        self.vision_feature_select_strategy = vision_feature_select_strategy
+        self.num_additional_image_tokens = num_additional_image_tokens
+        self.image_token, self.video_token = image_token, video_token
+        self._add_placeholders(tokenizer, num_clips)
+        super().__init__(
+            image_processor, video_processor, tokenizer, chat_template=self._chat_template(chat_template)
+        )
+
+    @classmethod
+    def _from_native(cls, source: str, hub: dict[str, Any]) -> "BTAdapterLlavaProcessor":
+        native = LlavaProcessor.from_pretrained(source, **hub)
+        # The model decides how many tokens an image has; old processors do not say.
+        config = BTAdapterLlavaConfig.from_pretrained(source, **hub)
+        tower = config.vision_config
+        return cls(
+            native.image_processor,
+            _video_processor(native.image_processor),
+            native.tokenizer,
+            patch_size=tower.patch_size,
+            vision_feature_select_strategy=config.vision_feature_select_strategy,
+            num_additional_image_tokens=0 if tower.backbone.model_type == "siglip_vision_model" else 1,
+            image_token=native.image_token,
+            chat_template=native.chat_template,
+        )
+
+    def _num_tokens(self, pixels: Any) -> int:
+        height, width = pixels.shape[-2:]
+        count = (height // self.patch_size) * (width // self.patch_size) + self.num_additional_image_tokens
+        return count - (self.vision_feature_select_strategy == "default")
+
+    def replace_image_token(self, image_inputs: Mapping[str, Any], image_idx: int, **kwargs) -> str:
+        return self.image_token * self._num_tokens(image_inputs["pixel_values"][image_idx])
+
+    def replace_video_token(self, video_inputs: Mapping[str, Any], video_idx: int, **kwargs) -> str:
+        return self.video_token * self._num_tokens(video_inputs["pixel_values_videos"][video_idx])
+
+
+AutoProcessor.register(BTAdapterLlavaConfig, BTAdapterLlavaProcessor, exist_ok=True)
