@@ -23,6 +23,7 @@ from torch import nn
 from transformers import CLIPModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from .compat_bt_adapter import resolve_revision
 from .configuration_bt_adapter import BTAdapterConfig, BTAdapterVisionConfig
 from .modeling_bt_adapter import BACKBONES, BTAdapterModel, BTAdapterVisionModel
 
@@ -176,7 +177,6 @@ def load_bt_adapter(
         adapter_layers=layers,
         **_branch_fields(adapter_config, len(layers)),
     )
-    config._attn_implementation = backbone.config._attn_implementation
     # The backbone on the meta device costs nothing, and is replaced by the real one; so the branch is not
     # warm-started.
     with torch.device("meta"):
@@ -596,10 +596,10 @@ def _read_weights(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torc
 
 
 def _source(model: PreTrainedModel, tower: BTAdapterVisionModel) -> tuple[str | None, str | None]:
-    """Name and commit of the checkpoint that the backbone came from."""
+    """Name of the checkpoint that the backbone came from, and its commit in the local cache of the Hub."""
     for config in (tower.config.backbone, tower.config, model.config):
-        if getattr(config, "_name_or_path", ""):
-            return config._name_or_path, getattr(config, "_commit_hash", None)
+        if name := getattr(config, "_name_or_path", ""):
+            return name, getattr(resolve_revision(name, local_files_only=True), "resolved", None)
     return None, None
 
 

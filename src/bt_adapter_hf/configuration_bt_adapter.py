@@ -120,6 +120,9 @@ class BTAdapterVisionConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
+        if isinstance(self.backbone, PreTrainedConfig):
+            # A config sets the attention implementation of its parts: take over what this one has.
+            kwargs.setdefault("attn_implementation", self.backbone._attn_implementation)
         super().__post_init__(**kwargs)
         if self.adapter_layers is None:
             depth = self.backbone.num_hidden_layers

@@ -571,8 +571,6 @@ class BTAdapterVisionModel(BTAdapterPreTrainedModel):
             if not 1 <= num_adapter_layers <= depth:
                 raise ValueError(f"num_adapter_layers={num_adapter_layers} must be between 1 and {depth}.")
             config_fields["adapter_layers"] = list(range(depth - num_adapter_layers, depth))
-        # A config passes its attention implementation on to its parts: here the part's own is taken over instead.
-        config_fields.setdefault("attn_implementation", backbone.config._attn_implementation)
         config = BTAdapterVisionConfig(backbone=backbone.config, **config_fields)
         for module in backbone.modules():
             module._is_hf_initialized = True

@@ -23,7 +23,7 @@ from .adapters import (
 )
 from .configuration_bt_adapter import BTAdapterVisionConfig
 from .configuration_bt_adapter_chat import TOWER_FIELDS
-from .modeling_bt_adapter import BTAdapterPreTrainedModel
+from .modeling_bt_adapter import BTAdapterPreTrainedModel, BTAdapterVisionModel
 
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -101,6 +101,10 @@ class BTAdapterChatMixin:
         )
         if is_ours:
             model._new_modules = ()  # what it lacks was lost
+        else:
+            tower = find_tower(model)
+            prefix = next(name for name, module in model.named_modules() if module is tower)
+            _check_branch_is_there(tower, prefix)
         if adapter is not None:
             branch = set(model.load_branch(folder, adapter, allow_backbone_mismatch))
             info["missing_keys"] = {key for key in info["missing_keys"] if key not in branch}
@@ -148,19 +152,30 @@ def _tower_config(
     return BTAdapterVisionConfig(backbone=backbone, adapter_layers=layers, **fields)
 
 
+def _offloaded(module: nn.Module, leaf: str) -> torch.Tensor | None:
+    """The CPU copy of a parameter that accelerate moves to its device for each call only; None if there is none."""
+    weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+    return weights[leaf] if weights is not None and leaf in weights else None
+
+
 @torch.no_grad()
 def _fill(model: PreTrainedModel, name: str, value: torch.Tensor):
-    """Overwrites a parameter, also one that accelerate keeps in CPU memory beside a faster device."""
+    """Overwrites a parameter, also an offloaded one."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     parameter = getattr(module, leaf)
-    if parameter.is_meta:
-        hook = getattr(module, "_hf_hook", None)
-        weights = getattr(hook, "weights_map", None)
-        if weights is None:
-            raise ValueError(f"{name} is on the meta device and cannot be filled; load the model without offloading.")
-        parameter = weights[leaf]
-    parameter.copy_(value)
+    (_offloaded(module, leaf) if parameter.is_meta else parameter).copy_(value)
+
+
+def _check_branch_is_there(tower: BTAdapterVisionModel, prefix: str):
+    """Disk offloading reads from the checkpoint, and a new branch is not in it."""
+    for name, parameter in tower.bt_adapter.named_parameters():
+        path, _, leaf = name.rpartition(".")
+        if parameter.is_meta and _offloaded(tower.bt_adapter.get_submodule(path), leaf) is None:
+            raise ValueError(
+                f"The branch is new, and device_map puts it on the disk. Keep {prefix} on a device or the CPU, or "
+                "save the model once and load the result."
+            )
 
 
 def embed_text(embedding: nn.Module, input_ids: torch.LongTensor, video_token_id: int | None) -> torch.Tensor:
