@@ -56,14 +56,14 @@ logger = logging.getLogger("moving_digits")
 ASSETS = Path(__file__).parents[2] / "src" / "bt_adapter_hf" / "assets" / "moving-digits"
 
 TRAIN_SEED, TEST_SEED = 0, 1000
-TRAIN_CLIPS, TEST_CLIPS = 12 * len(all_captions()), 2 * len(all_captions())
+TRAIN_CLIPS, TEST_CLIPS = 12 * len(all_captions()), len(all_captions())
 
 # CLIP
 IMAGE_SIZE, PATCH_SIZE = 48, 8
 IMAGE_MEAN, IMAGE_STD = [0.1, 0.1, 0.1], [0.2, 0.2, 0.2]  # of the stills: their dark background becomes nearly zero
 WIDTH, VISION_LAYERS, TEXT_LAYERS, HEADS, PROJECTION = 128, 4, 2, 4, 64
 MAX_TEXT_LENGTH = 32
-CLIP_STEPS, CLIP_BATCH, CLIP_LR = 1400, 120, 1e-3
+CLIP_STEPS, CLIP_BATCH, CLIP_LR = 1800, 120, 1e-3
 EASY_STEPS = 150
 
 # Branch
@@ -300,7 +300,9 @@ def main() -> None:
     print(f"digit {stills['digit']:.3f}\n{len(all_captions())} captions, {TEST_CLIPS} held-out clips:")
     print(format_scores(scores))
     if args.ship:
-        shutil.copytree(folder, ASSETS, ignore=shutil.ignore_patterns("log", "pretraining"), dirs_exist_ok=True)
+        ASSETS.mkdir(parents=True, exist_ok=True)
+        for file in filter(Path.is_file, folder.iterdir()):
+            shutil.copyfile(file, ASSETS / file.name)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,9 @@ class BTAdapterHostConfigMixin:
             backbone = AutoConfig.for_model(model_type, **backbone)
         depth = backbone.num_hidden_layers
         if tower.get("adapter_layers") is None:
-            tower["adapter_layers"] = list(range(max(0, depth - 4), min(depth, self.last_state(depth))))
+            top = self.last_state(depth)
+            last_four = [layer for layer in range(max(0, depth - 4), depth) if layer < top]
+            tower["adapter_layers"] = last_four or list(range(max(0, top - 4), top))
         return {**self.fit_branch(tower), "backbone": backbone}
 
     def fit_branch(self, fields: dict[str, Any]) -> dict[str, Any]:

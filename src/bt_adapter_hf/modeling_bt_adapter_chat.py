@@ -1,6 +1,11 @@
 """What the chat models share: loading a native host together with an adapter, and putting visual tokens in place."""
 
+import contextlib
 import copy
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,19 +91,12 @@ class BTAdapterChatMixin:
         else:
             config, tower_fields = copy.deepcopy(config), {}
 
-        adapter = None
-        if bt_adapter is not None:
-            adapter_hub = {name: hub.get(name) for name in ("token", "cache_dir")}
-            folder = _resolve(
-                bt_adapter, bt_adapter_revision, local_files_only=hub.get("local_files_only", False), **adapter_hub
+        adapter = cls.read_adapter(config, bt_adapter, hub, bt_adapter_revision, tower_fields)
+        # With an adapter what the report calls new is not: the branch is filled below.
+        with _without_load_report() if adapter is not None else contextlib.nullcontext():
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
             )
-            adapter = AdapterConfig.read(folder)
-            config.vision_config = _tower_config(config, adapter, tower_fields)
-            config.validate()
-
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
-        )
         if is_ours:
             model._new_modules = ()  # what it lacks was lost
         else:
@@ -106,13 +104,35 @@ class BTAdapterChatMixin:
             prefix = next(name for name, module in model.named_modules() if module is tower)
             _check_branch_is_there(tower, prefix)
         if adapter is not None:
-            branch = set(model.load_branch(folder, adapter, allow_backbone_mismatch))
+            branch = set(model.load_branch(*adapter, allow_backbone_mismatch))
             info["missing_keys"] = {key for key in info["missing_keys"] if key not in branch}
         model._check_loading(info, pretrained_model_name_or_path)
         model.freeze_backbone()  # loading replaces parameters, and new ones learn
         return (model, info) if output_loading_info else model
 
-    def load_branch(self, folder: Any, adapter: AdapterConfig, allow_backbone_mismatch: bool) -> list[str]:
+    @staticmethod
+    def read_adapter(
+        config: PreTrainedConfig,
+        bt_adapter: str | os.PathLike | None,
+        hub: Mapping[str, Any],
+        revision: str | None = None,
+        tower_fields: Mapping[str, Any] | None = None,
+    ) -> tuple[Path, AdapterConfig] | None:
+        """Finds an adapter and makes the host's config one for it.
+
+        Returns:
+            The adapter's folder and config; None without an adapter.
+        """
+        if bt_adapter is None:
+            return None
+        options = {name: hub.get(name) for name in ("token", "cache_dir")}
+        folder = _resolve(bt_adapter, revision, local_files_only=hub.get("local_files_only", False), **options)
+        adapter = AdapterConfig.read(folder)
+        config.vision_config = _tower_config(config, adapter, dict(tower_fields or {}))
+        config.validate()
+        return folder, adapter
+
+    def load_branch(self, folder: Path, adapter: AdapterConfig, allow_backbone_mismatch: bool) -> list[str]:
         """Copies an adapter's tensors into the branch, which has the adapter's shape already.
 
         Returns:
@@ -152,6 +172,21 @@ def _tower_config(
     return BTAdapterVisionConfig(backbone=backbone, adapter_layers=layers, **fields)
 
 
+@contextlib.contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Silences transformers' table of weights; `_check_loading` makes errors of what it would tell."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
+
+
 def _offloaded(module: nn.Module, leaf: str) -> torch.Tensor | None:
     """The CPU copy of a parameter that accelerate moves to its device for each call only; None if there is none."""
     weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
@@ -178,10 +213,11 @@ def _check_branch_is_there(tower: BTAdapterVisionModel, prefix: str):
             )
 
 
-def embed_text(embedding: nn.Module, input_ids: torch.LongTensor, video_token_id: int | None) -> torch.Tensor:
-    """Embeddings of a prompt whose video placeholders may lie beyond the vocabulary: (B, S) -> (B, S, D)."""
-    if video_token_id is not None:
-        input_ids = input_ids.masked_fill(input_ids == video_token_id, 0)
+def embed_text(embedding: nn.Module, input_ids: torch.LongTensor, *placeholders: int | None) -> torch.Tensor:
+    """Embeddings of a prompt whose placeholders may lie beyond the vocabulary: (B, S) -> (B, S, D)."""
+    for token_id in placeholders:
+        if token_id is not None:
+            input_ids = input_ids.masked_fill(input_ids == token_id, 0)
     return embedding(input_ids)
 
 
@@ -199,28 +235,26 @@ def check_length(config: PreTrainedConfig, length: int):
         )
 
 
-def check_placeholders(
-    input_ids: torch.LongTensor, token_id: int | None, features: list[torch.Tensor] | torch.Tensor, kind: str
-):
+def check_placeholders(input_ids: torch.LongTensor, token_id: int | None, visuals: int, tokens: int, kind: str):
     """Compares the placeholders of a prompt with the visual tokens that are to stand there.
 
     Args:
         input_ids: (B, S).
         token_id: of the placeholder.
-        features: one tensor (tokens, D) per image or video, in the order of the prompt.
+        visuals: number of images or videos passed.
+        tokens: number of tokens that they make in all.
         kind: "image" or "video".
 
     Raises:
-        ValueError: if they are not equally many.
+        ValueError: if there are not as many placeholders.
     """
-    tokens = sum(len(feature) for feature in features)
     found = (input_ids == token_id).sum() if token_id is not None else torch.zeros((), dtype=torch.long)
     torch_compilable_check(
         found == tokens,
         lambda: (
-            f"The prompt has {int(found)} {kind} tokens (id {token_id}), and {len(features)} {kind}s with {tokens} "
-            f"tokens in all were passed. Prepare prompts with the processor of this model: its {kind}_token_id must "
-            f"be the model's config.{kind}_token_id, and its number of tokens per {kind} the model's."
+            f"The prompt has {int(found)} {kind} tokens (id {token_id}), and {visuals} {kind}s with {tokens} tokens "
+            f"in all were passed. Prepare prompts with the processor of this model: its {kind}_token_id must be the "
+            f"model's config.{kind}_token_id, and its number of tokens per {kind} the model's."
         ),
     )
 
@@ -232,8 +266,14 @@ def put_in_place(
     features: list[torch.Tensor] | torch.Tensor,
     kind: str,
 ) -> torch.Tensor:
-    """Replaces the embeddings (B, S, D) of placeholders by visual tokens; see [`check_placeholders`]."""
-    check_placeholders(input_ids, token_id, features, kind)
+    """Replaces the embeddings (B, S, D) of placeholders by visual tokens, a tensor (tokens, D) per image or video.
+
+    Raises:
+        ValueError: if placeholders and tokens are not equally many.
+    """
+    check_placeholders(input_ids, token_id, len(features), sum(len(feature) for feature in features), kind)
+    if not len(features):
+        return inputs_embeds
     features = torch.cat(list(features)).to(inputs_embeds.device, inputs_embeds.dtype)
     where = (input_ids == token_id).unsqueeze(-1).to(inputs_embeds.device)
     return inputs_embeds.masked_scatter(where, features)

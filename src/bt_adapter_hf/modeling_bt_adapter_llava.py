@@ -86,7 +86,7 @@ class BTAdapterLlavaModel(LlavaModel):
             check_length(self.config, prompt.shape[1])
         if pixel_values_videos is None and encoded.get("video") is None:
             if input_ids is not None and input_ids.shape[1] > 1:  # a step of generation has no placeholder
-                check_placeholders(input_ids, self.config.video_token_id, [], "video")
+                check_placeholders(input_ids, self.config.video_token_id, 0, 0, "video")
             return super().forward(
                 input_ids=input_ids,
                 pixel_values=pixel_values,
@@ -110,10 +110,7 @@ class BTAdapterLlavaModel(LlavaModel):
         for kind, token_id in (("image", self.config.image_token_id), ("video", self.config.video_token_id)):
             output = encoded.get(kind)
             features = [] if output is None else output.pooler_output
-            if len(features):
-                inputs_embeds = put_in_place(inputs_embeds, input_ids, token_id, features, kind)
-            else:
-                check_placeholders(input_ids, token_id, features, kind)
+            inputs_embeds = put_in_place(inputs_embeds, input_ids, token_id, features, kind)
         image_features = None if encoded.get("image") is None else torch.cat(list(encoded["image"].pooler_output))
         outputs = self.language_model(inputs_embeds=inputs_embeds, **kwargs)
         return LlavaModelOutputWithPast(
@@ -203,7 +200,7 @@ def llava_projector(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.T
     if found.keys() != {"weight", "bias"} or found["weight"].ndim != 2 or len(found["weight"]) != len(found["bias"]):
         raise ValueError(
             "Expected mm_projector.weight (width, vision width) and mm_projector.bias (width,), the single linear "
-            f"layer of LLaVA-1.0; found {({key: tuple(value.shape) for key, value in found.items()})} among "
+            f"layer of LLaVA-1.0; found { ({key: tuple(value.shape) for key, value in found.items()}) } among "
             f"{len(state_dict)} tensors."
         )
     weight, bias = found["weight"], found["bias"]

@@ -7,7 +7,12 @@ from typing import Any
 import torch
 from transformers import (
     AddedToken,
+    AutoImageProcessor,
     AutoProcessor,
+    AutoTokenizer,
+    Blip2Config,
+    Blip2Processor,
+    InstructBlipProcessor,
     LlavaProcessor,
     PreTrainedTokenizerBase,
 )
@@ -15,7 +20,17 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 from transformers.utils import logging
 
-from .configuration_bt_adapter_chat import BTAdapterLlavaConfig
+from .chat_templates_bt_adapter import (
+    INSTRUCTBLIP_CHAT_TEMPLATE,
+    LLAVA_CHAT_TEMPLATE,
+    MINIGPT4_CHAT_TEMPLATE,
+    MINIGPT4_STOP,
+)
+from .configuration_bt_adapter_chat import (
+    BTAdapterInstructBlipConfig,
+    BTAdapterLlavaConfig,
+    BTAdapterMiniGPT4Config,
+)
 from .video_processing_bt_adapter import (
     BTAdapterVideoProcessor,
     BTAdapterVideoProcessorKwargs,
@@ -30,38 +45,6 @@ logger = logging.get_logger(__name__)
 NUM_FRAMES, SAMPLING = 64, "centers"
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 _VIDEO_FIELDS = ("num_frames", "sampling", "video_backend", "on_damage", "background")
-
-# Macro of all templates: the pictures of a message in order, then its text.
-_PARTS = """
-{%- macro visuals(message, after) -%}
-  {%- if message['content'] is not string -%}
-    {%- for part in message['content'] -%}
-      {%- if part['type'] in ('image', 'video') %}{{ '<' + part['type'] + '>' + after }}{% endif -%}
-    {%- endfor -%}
-  {%- endif -%}
-{%- endmacro -%}
-{%- macro words(message) -%}
-  {%- if message['content'] is string %}{{ message['content'] }}{% else -%}
-    {%- for part in message['content'] if part['type'] == 'text' -%}
-      {{ part['text'] }}{% if not loop.last %}{{ ' ' }}{% endif -%}
-    {%- endfor -%}
-  {%- endif -%}
-{%- endmacro -%}
-"""
-
-# Vicuna 1.1, in which LLaVA is tuned: user turns end with a blank, answers with the end-of-sequence token.
-LLAVA_CHAT_TEMPLATE = (
-    _PARTS
-    + """
-{%- for message in messages -%}
-  {%- if message['role'] == 'system' %}{{ words(message) + ' ' }}
-  {%- elif message['role'] == 'assistant' -%}
-    {{ 'ASSISTANT: ' }}{% generation %}{{ words(message) + eos_token }}{% endgeneration -%}
-  {%- else %}{{ 'USER: ' + visuals(message, '\n') + words(message) + ' ' }}{% endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif -%}
-"""
-)
 
 
 class BTAdapterClipsKwargs(BTAdapterVideoProcessorKwargs, total=False):
@@ -301,9 +284,7 @@ class BTAdapterLlavaProcessor(BTAdapterChatProcessorMixin):
         self.num_additional_image_tokens = num_additional_image_tokens
         self.image_token, self.video_token = image_token, video_token
         self._add_placeholders(tokenizer, num_clips)
-        super().__init__(
-            image_processor, video_processor, tokenizer, chat_template=self._chat_template(chat_template)
-        )
+        super().__init__(image_processor, video_processor, tokenizer, chat_template=self._chat_template(chat_template))
 
     @classmethod
     def _from_native(cls, source: str, hub: dict[str, Any]) -> "BTAdapterLlavaProcessor":
@@ -334,4 +315,222 @@ class BTAdapterLlavaProcessor(BTAdapterChatProcessorMixin):
         return self.video_token * self._num_tokens(video_inputs["pixel_values_videos"][video_idx])
 
 
+class BTAdapterQFormerProcessorMixin(BTAdapterChatProcessorMixin):
+    """Prompts of the hosts with a Q-Former: text is tokenized in the segments between the visuals."""
+
+    def __call__(self, images=None, text=None, videos=None, num_clips: int | None = None, **kwargs) -> BatchFeature:
+        """See [`BTAdapterChatProcessorMixin`]."""
+        images, text, videos, _ = self.prepare_inputs_layout(images, text, videos)
+        if text is not None:
+            text = self._with_placeholders(text, images or [], videos or [])
+        self.validate_inputs(images=images, text=text, videos=videos)
+        num_clips = self.num_clips if num_clips is None else num_clips
+        kwargs["videos_kwargs"] = {**kwargs.get("videos_kwargs", {}), "num_clips": num_clips}
+        merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        data = {}
+        if images is not None:
+            data.update(self.image_processor(images, **merged["images_kwargs"]))
+        if videos is not None:
+            data.update(self._process_videos(videos, **merged["videos_kwargs"])[0])
+        if text is not None:
+            data.update(self._encode(text, merged["videos_kwargs"]["num_clips"], merged["text_kwargs"]))
+        return BatchFeature(
+            data,
+            tensor_type=merged["text_kwargs"].get("return_tensors"),
+            skip_tensor_conversion=self.skip_tensor_conversion,
+        )
+
+    def _with_placeholders(self, text: list[str], images: list, videos: list) -> list[str]:
+        return text
+
+    def _split(self, text: str) -> list[str]:
+        """Segments of a prompt and, between them, its placeholders."""
+        pattern = f"({re.escape(self.image_token)}|{re.escape(self.video_token)})"
+        return [part for part in re.split(pattern, text) if part]
+
+    def _encode(self, text: list[str], num_clips: int, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Prompts to padded ids; visual tokens are never cut.
+
+        Raises:
+            ValueError: if they would be.
+        """
+        visual = {
+            self.image_token: [self.image_token_id] * self.num_query_tokens,
+            self.video_token: [self.video_token_id] * self.num_query_tokens * num_clips,
+        }
+        rows = []
+        for index, prompt in enumerate(text):
+            ids, special = [], options.get("add_special_tokens", True)
+            for part in self._split(prompt):
+                if part in visual:
+                    ids += visual[part]
+                else:
+                    ids += self.tokenizer(part, add_special_tokens=special)["input_ids"]
+                    special = False  # the start token stands once
+            if options.get("truncation") and len(ids) > self._limit(options):
+                cut = ids[self._limit(options) :]
+                if {self.image_token_id, self.video_token_id} & set(cut):
+                    raise ValueError(
+                        f"text[{index}] has {len(ids)} tokens, and cutting it to {self._limit(options)} would cut "
+                        "visual tokens: raise max_length, or use fewer images, videos or clips."
+                    )
+                ids = ids[: self._limit(options)]
+            rows.append(ids)
+        padding = {key: options[key] for key in ("padding", "max_length", "pad_to_multiple_of") if key in options}
+        side = options.get("padding_side") or "left"
+        return dict(self.tokenizer.pad({"input_ids": rows}, padding_side=side, **padding))
+
+    def _limit(self, options: Mapping[str, Any]) -> int:
+        return options.get("max_length") or self.tokenizer.model_max_length
+
+    def replace_image_token(self, image_inputs: Mapping[str, Any], image_idx: int, **kwargs) -> str:
+        return self.image_token * self.num_query_tokens
+
+    def replace_video_token(self, video_inputs: Mapping[str, Any], video_idx: int, **kwargs) -> str:
+        return self.video_token * self.num_query_tokens
+
+
+class BTAdapterInstructBlipProcessor(BTAdapterQFormerProcessorMixin):
+    __doc__ = f"""Processor of [`BTAdapterInstructBlipForConditionalGeneration`].
+
+    Visual tokens stand in front, before the start token, as in InstructBLIP. Texts without any placeholder, as many
+    as images and videos, get one each. The Q-Former reads the words: `qformer_input_ids`, `qformer_attention_mask`.
+
+    Args:
+        image_processor, video_processor, tokenizer, qformer_tokenizer:
+            The parts: InstructBLIP's own, and a [`BTAdapterVideoProcessor`].
+        num_query_tokens (`int`): tokens per image or video, as in the model's config.
+        num_clips (`int`): clips that a video is cut into, see below.
+        chat_template (`str`, *optional*): by default what is seen, then the words.
+
+    {BTAdapterChatProcessorMixin.__doc__}"""
+
+    default_chat_template = INSTRUCTBLIP_CHAT_TEMPLATE
+
+    def __init__(
+        self,
+        image_processor=None,
+        video_processor=None,
+        tokenizer=None,
+        qformer_tokenizer=None,
+        num_query_tokens: int = 32,
+        num_clips: int = 1,
+        image_token: str = "<image>",
+        video_token: str = "<video>",
+        chat_template: str | None = None,
+        **kwargs,
+    ):
+        self.num_query_tokens = num_query_tokens
+        self.image_token, self.video_token = image_token, video_token
+        self._add_placeholders(tokenizer, num_clips)
+        super().__init__(
+            image_processor,
+            video_processor,
+            tokenizer,
+            qformer_tokenizer,
+            chat_template=self._chat_template(chat_template),
+        )
+
+    @classmethod
+    def _from_native(cls, source: str, hub: dict[str, Any]) -> "BTAdapterInstructBlipProcessor":
+        native = InstructBlipProcessor.from_pretrained(source, **hub)
+        return cls(
+            native.image_processor,
+            _video_processor(native.image_processor),
+            native.tokenizer,
+            native.qformer_tokenizer,
+            num_query_tokens=BTAdapterInstructBlipConfig.from_pretrained(source, **hub).num_query_tokens,
+        )
+
+    def _with_placeholders(self, text: list[str], images: list, videos: list) -> list[str]:
+        if any(token in sample for sample in text for token in (self.image_token, self.video_token)):
+            return text
+        for token, given, other in ((self.image_token, images, videos), (self.video_token, videos, images)):
+            if len(given) == len(text) and not other:
+                return [token + sample for sample in text]
+        return text
+
+    def _split(self, text: str) -> list[str]:
+        return [part.strip() for part in super()._split(text) if part.strip()]
+
+    def _encode(self, text: list[str], num_clips: int, options: Mapping[str, Any]) -> dict[str, Any]:
+        data = super()._encode(text, num_clips, options)
+        visual = (self.image_token, self.video_token)
+        words = [" ".join(part for part in self._split(prompt) if part not in visual) for prompt in text]
+        encoded = self.qformer_tokenizer(words, padding=True, return_token_type_ids=False)
+        limit, longest = self.qformer_tokenizer.model_max_length, max(map(len, encoded["input_ids"]))
+        if longest > limit:
+            raise ValueError(f"The Q-Former reads {limit} tokens of text and got {longest}: shorten the question.")
+        data["qformer_input_ids"] = encoded["input_ids"]
+        data["qformer_attention_mask"] = encoded["attention_mask"]
+        return data
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [*super().model_input_names, "qformer_input_ids", "qformer_attention_mask"]
+
+
+class BTAdapterMiniGPT4Processor(BTAdapterQFormerProcessorMixin):
+    __doc__ = f"""Processor of [`BTAdapterMiniGPT4ForConditionalGeneration`].
+
+    Prompts as in MiniGPT-4's demo: "###Human: <Img>" + visual tokens + "</Img> question###Assistant:". The text
+    before, between and after visuals is tokenized in separate pieces, and only the first has the start token.
+
+    Args:
+        image_processor, video_processor, tokenizer:
+            The parts: BLIP-2's image processor, a [`BTAdapterVideoProcessor`] and the tokenizer of Vicuna.
+        num_query_tokens (`int`): tokens per image or video, as in the model's config.
+        num_clips (`int`): clips that a video is cut into, see below.
+        chat_template (`str`, *optional*): by default MiniGPT-4's.
+
+    {BTAdapterChatProcessorMixin.__doc__}"""
+
+    default_chat_template = MINIGPT4_CHAT_TEMPLATE
+
+    def __init__(
+        self,
+        image_processor=None,
+        video_processor=None,
+        tokenizer=None,
+        num_query_tokens: int = 32,
+        num_clips: int = 1,
+        image_token: str = "<image>",
+        video_token: str = "<video>",
+        chat_template: str | None = None,
+        **kwargs,
+    ):
+        self.num_query_tokens = num_query_tokens
+        self.image_token, self.video_token = image_token, video_token
+        self._add_placeholders(tokenizer, num_clips)
+        super().__init__(image_processor, video_processor, tokenizer, chat_template=self._chat_template(chat_template))
+
+    @classmethod
+    def _from_native(cls, source: str, hub: dict[str, Any]) -> "BTAdapterMiniGPT4Processor":
+        native = Blip2Processor.from_pretrained(source, **hub)
+        return cls(
+            native.image_processor,
+            _video_processor(native.image_processor),
+            native.tokenizer,
+            num_query_tokens=BTAdapterMiniGPT4Config.from_pretrained(source, **hub).num_query_tokens,
+        )
+
+    @classmethod
+    def from_components(cls, *, vision_qformer: str, language_model: str, **hub) -> "BTAdapterMiniGPT4Processor":
+        """The processor for [`BTAdapterMiniGPT4ForConditionalGeneration.from_components`] of the same pieces."""
+        image_processor = AutoImageProcessor.from_pretrained(vision_qformer, **hub)
+        return cls(
+            image_processor,
+            _video_processor(image_processor),
+            AutoTokenizer.from_pretrained(language_model, **hub),
+            num_query_tokens=Blip2Config.from_pretrained(vision_qformer, **hub).num_query_tokens,
+        )
+
+    def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens=True, **kwargs) -> list[str]:
+        """Token ids (B, S) of answers -> texts, up to the "###" that ends them."""
+        texts = super().post_process_image_text_to_text(generated_outputs, skip_special_tokens, **kwargs)
+        return [text.split(MINIGPT4_STOP)[0].split("Assistant:")[-1].strip() for text in texts]
+
+
 AutoProcessor.register(BTAdapterLlavaConfig, BTAdapterLlavaProcessor, exist_ok=True)
+AutoProcessor.register(BTAdapterInstructBlipConfig, BTAdapterInstructBlipProcessor, exist_ok=True)
+AutoProcessor.register(BTAdapterMiniGPT4Config, BTAdapterMiniGPT4Processor, exist_ok=True)

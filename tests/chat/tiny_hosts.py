@@ -3,8 +3,15 @@
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2VisionConfig,
+    BlipImageProcessorPil,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
+    InstructBlipVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -92,3 +99,68 @@ def images(count: int = 1) -> torch.Tensor:
 
 def video(T: int = 4, seed: int = 3) -> torch.Tensor:
     return torch.randn(1, T, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def prompt(*parts: str | int, tokens: int = PATCHES) -> torch.LongTensor:
+    """Ids (1, S) of "<s>" and the parts: "image" and "video" are runs of placeholders, numbers are words."""
+    ids = [1]
+    for part in parts:
+        ids += {"image": [18] * tokens, "video": [19] * tokens}.get(part, [part])
+    return torch.tensor([ids])
+
+
+def left_padded(*rows: torch.LongTensor) -> dict[str, torch.LongTensor]:
+    longest = max(row.shape[1] for row in rows)
+    ids = torch.cat([torch.nn.functional.pad(row, (longest - row.shape[1], 0)) for row in rows])
+    return {"input_ids": ids, "attention_mask": (ids != 0).long()}
+
+
+def right_padded(*videos: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Videos (1, T, 3, 32, 32) of unequal T -> pixel_values_videos and frame_mask."""
+    longest = max(video.shape[1] for video in videos)
+    pixels = torch.cat([torch.nn.functional.pad(v, (0, 0) * 3 + (0, longest - v.shape[1])) for v in videos])
+    mask = torch.tensor([[t < video.shape[1] for t in range(longest)] for video in videos])
+    return {"pixel_values_videos": pixels, "frame_mask": mask}
+
+
+# ---------------------------------------------------------------------------------------------- hosts with a Q-Former
+
+QUERIES = 4
+QFORMER = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "vocab_size": 40,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+
+
+def _blip(model_class, config_class, vision_class, vision_fields: dict):
+    torch.manual_seed(0)
+    config = config_class(
+        vision_config=vision_class(**SIZES, **vision_fields),
+        qformer_config=QFORMER,
+        text_config=text_config(),
+        num_query_tokens=QUERIES,
+        image_token_index=18,
+    )
+    model = model_class(config).eval()
+    torch.nn.init.normal_(model.query_tokens)  # zero at first: all queries alike
+    return model
+
+
+def instructblip(**vision_fields) -> InstructBlipForConditionalGeneration:
+    return _blip(
+        InstructBlipForConditionalGeneration, InstructBlipConfig, InstructBlipVisionConfig, vision_fields
+    )
+
+
+def blip2(**vision_fields) -> Blip2ForConditionalGeneration:
+    """What MiniGPT-4 is in transformers: a BLIP-2 with a Llama."""
+    return _blip(Blip2ForConditionalGeneration, Blip2Config, Blip2VisionConfig, vision_fields)
+
+
+def blip_image_processor() -> BlipImageProcessorPil:
+    return BlipImageProcessorPil(size={"height": 32, "width": 32})
