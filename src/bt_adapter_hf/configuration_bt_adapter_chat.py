@@ -48,9 +48,7 @@ class BTAdapterHostConfigMixin:
             backbone = AutoConfig.for_model(model_type, **backbone)
         depth = backbone.num_hidden_layers
         if tower.get("adapter_layers") is None:
-            top = self.last_state(depth)
-            last_four = [layer for layer in range(max(0, depth - 4), depth) if layer < top]
-            tower["adapter_layers"] = last_four or list(range(max(0, top - 4), top))
+            tower["adapter_layers"] = self.default_layers(depth)
         return {**self.fit_branch(tower), "backbone": backbone}
 
     def fit_branch(self, fields: dict[str, Any]) -> dict[str, Any]:
@@ -62,6 +60,10 @@ class BTAdapterHostConfigMixin:
     def last_state(self, depth: int) -> int:
         """The highest index into a tower's `depth + 1` hidden states that reaches the language model."""
         return depth
+
+    def default_layers(self, depth: int) -> list[int]:
+        """Layers for a fresh branch: three, as the EVA towers of these hosts lack the last of EVA-CLIP's 40 layers."""
+        return list(range(max(0, depth - 3), depth))
 
     def _pad_token_id(self) -> int | None:
         ids = (getattr(self, "pad_token_id", None), getattr(self.text_config, "pad_token_id", None))
@@ -154,6 +156,11 @@ class BTAdapterLlavaConfig(BTAdapterHostConfigMixin, LlavaConfig):
     def last_state(self, depth: int) -> int:
         layers = self.vision_feature_layer
         return max(layer % (depth + 1) for layer in ([layers] if isinstance(layers, int) else layers))
+
+    def default_layers(self, depth: int) -> list[int]:
+        top = self.last_state(depth)
+        last_four = [layer for layer in range(max(0, depth - 4), depth) if layer < top]
+        return last_four or list(range(max(0, top - 4), top))
 
     def validate_architecture(self):
         super().validate_architecture()

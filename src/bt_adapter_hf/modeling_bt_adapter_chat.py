@@ -160,7 +160,7 @@ def _tower_config(
     backbone, own = config.vision_config.backbone, adapter.adapter_layers
     asked = overrides.pop("adapter_layers", None)
     top = config.last_state(backbone.num_hidden_layers)
-    if asked is None and own[-1] >= top:
+    if asked is None and top < backbone.num_hidden_layers and own[-1] >= top:
         asked = [layer for layer in own if layer < top]
         if not asked:
             raise AdapterError(

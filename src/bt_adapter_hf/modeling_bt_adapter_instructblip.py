@@ -98,7 +98,7 @@ class BTAdapterInstructBlipForConditionalGeneration(BTAdapterQFormerChatMixin, I
             ValueError: if placeholders and visual tokens differ in number, or the prompt is too long for the model.
         """
         visuals = (pixel_values, pixel_values_videos, frame_mask, interpolate_pos_encoding)
-        encoded = self._encode(input_ids, *visuals, _text(qformer_input_ids, qformer_attention_mask))
+        encoded = self._encode(input_ids, *visuals, _qformer_text(qformer_input_ids, qformer_attention_mask))
         if decoder_input_ids is not None:
             kwargs["decoder_input_ids"] = decoder_input_ids
         if decoder_attention_mask is not None:
@@ -127,11 +127,17 @@ class BTAdapterInstructBlipForConditionalGeneration(BTAdapterQFormerChatMixin, I
         if input_ids is None:
             input_ids = self._prompt(pixel_values, pixel_values_videos)
         visuals = (pixel_values, pixel_values_videos, frame_mask, interpolate_pos_encoding)
-        encoded = self._encode(input_ids, *visuals, _text(qformer_input_ids, qformer_attention_mask))
+        encoded = self._encode(input_ids, *visuals, _qformer_text(qformer_input_ids, qformer_attention_mask))
         return self._generate(input_ids, attention_mask, encoded, **generate_kwargs)
 
 
-def _text(input_ids: torch.LongTensor | None, attention_mask: torch.LongTensor | None) -> dict[str, torch.Tensor]:
+def _qformer_text(
+    input_ids: torch.LongTensor | None, attention_mask: torch.LongTensor | None
+) -> dict[str, torch.Tensor]:
+    if input_ids is None:
+        raise ValueError(
+            "InstructBLIP's Q-Former reads the instruction: pass qformer_input_ids, as its processor does."
+        )
     text = {"qformer_input_ids": input_ids, "qformer_attention_mask": attention_mask}
     return {key: value for key, value in text.items() if value is not None}
 

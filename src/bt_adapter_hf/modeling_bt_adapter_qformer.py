@@ -66,6 +66,9 @@ class BTAdapterQFormerChatMixin(BTAdapterChatMixin):
             "image": {"interpolate_pos_encoding": interpolate_pos_encoding},
             "video": {"frame_mask": frame_mask},
         }
+        for key, value in text.items():
+            if len(value) != len(input_ids):
+                raise ValueError(f"{key} has {len(value)} rows, and input_ids has {len(input_ids)}.")
         encoded = {}
         for kind, pixels in (("image", pixel_values), ("video", pixel_values_videos)):
             token_id, Q = getattr(self.config, f"{kind}_token_id"), self.config.num_query_tokens
@@ -109,7 +112,7 @@ class BTAdapterQFormerChatMixin(BTAdapterChatMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(
-                logits=outputs.logits, labels=labels, vocab_size=self.config.text_config.vocab_size
+                logits=outputs.logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
         return {"loss": loss, "logits": outputs.logits, "language_model_outputs": outputs}
 

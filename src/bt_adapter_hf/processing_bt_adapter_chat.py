@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 from transformers.utils import logging
 
@@ -83,8 +84,7 @@ class BTAdapterChatProcessorMixin(ProcessorMixin):
 
     def _add_placeholders(self, tokenizer: PreTrainedTokenizerBase, num_clips: int) -> None:
         """Makes `<image>` and `<video>` tokens of the tokenizer, where they are not yet."""
-        if isinstance(num_clips, bool) or not isinstance(num_clips, int) or num_clips < 1:
-            raise ValueError(f"`num_clips` must be an integer of at least 1, got {num_clips!r}.")
+        _check_num_clips(num_clips)
         self.num_clips = num_clips
         for token in (self.image_token, self.video_token):
             if token not in tokenizer.get_vocab():
@@ -137,15 +137,10 @@ class BTAdapterChatProcessorMixin(ProcessorMixin):
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         images, text, videos, audio = super().prepare_inputs_layout(images, text, videos, audio, **kwargs)
-        # Text-only rows of a batch come with empty lists.
-        if isinstance(images, (list, tuple)):
-            images = [image for item in images for image in (item if isinstance(item, (list, tuple)) else [item])]
-        elif images is not None:
-            images = [images]
-        if isinstance(videos, (list, tuple)):
-            videos = [item for item in videos if not (isinstance(item, (list, tuple)) and not item)]
-        videos = flatten_videos(videos) if videos is not None and len(videos) else None
-        return images or None, text, videos, audio
+        images, videos = _without_empty_rows(images), _without_empty_rows(videos)
+        images = None if images is None else make_flat_list_of_images(images)
+        videos = None if videos is None else flatten_videos(videos)
+        return images, text, videos, audio
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs) -> None:
         if text is None and images is None and videos is None:
@@ -191,7 +186,10 @@ class BTAdapterChatProcessorMixin(ProcessorMixin):
                 raise ValueError(f"{where} has a user's message without text: ask a question.")
 
     def _process_videos(self, videos, num_clips: int = 1, **kwargs) -> tuple[BatchFeature, list[str]]:
-        processed = self.video_processor(videos, **self._clip_options(num_clips, kwargs))
+        _check_num_clips(num_clips)
+        if num_clips > 1:
+            kwargs["num_frames"] = num_clips * (kwargs.get("num_frames") or self.video_processor.num_frames)
+        processed = self.video_processor(videos, **kwargs)
         if num_clips > 1:
             self._cut(processed, num_clips)
         replacement = self.replace_video_token(processed, 0) * num_clips
@@ -202,14 +200,6 @@ class BTAdapterChatProcessorMixin(ProcessorMixin):
                 "in all."
             )
         return processed, [replacement] * len(videos)
-
-    def _clip_options(self, num_clips: int, kwargs: dict[str, Any]) -> dict[str, Any]:
-        if num_clips == 1:
-            return kwargs
-        if isinstance(num_clips, bool) or not isinstance(num_clips, int) or num_clips < 1:
-            raise ValueError(f"`num_clips` must be an integer of at least 1, got {num_clips!r}.")
-        num_frames = kwargs.get("num_frames") or self.video_processor.num_frames
-        return {**kwargs, "num_frames": num_frames * num_clips}
 
     @staticmethod
     def _cut(processed: BatchFeature, num_clips: int) -> None:
@@ -233,6 +223,19 @@ class BTAdapterChatProcessorMixin(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         names = [*self.tokenizer.model_input_names, "pixel_values", "pixel_values_videos", "frame_mask"]
         return [name for name in names if name != "token_type_ids"]
+
+
+def _check_num_clips(num_clips: Any) -> None:
+    if isinstance(num_clips, bool) or not isinstance(num_clips, int) or num_clips < 1:
+        raise ValueError(f"`num_clips` must be an integer of at least 1, got {num_clips!r}.")
+
+
+def _without_empty_rows(visuals: Any) -> Any:
+    """Text-only rows of a batch come with empty lists; None if nothing is left."""
+    if isinstance(visuals, (list, tuple)):
+        visuals = [item for item in visuals if not (isinstance(item, (list, tuple)) and not item)]
+        return visuals or None
+    return visuals
 
 
 def _video_processor(image_processor: Any) -> BTAdapterVideoProcessor:
@@ -321,7 +324,7 @@ class BTAdapterQFormerProcessorMixin(BTAdapterChatProcessorMixin):
     def __call__(self, images=None, text=None, videos=None, num_clips: int | None = None, **kwargs) -> BatchFeature:
         """See [`BTAdapterChatProcessorMixin`]."""
         images, text, videos, _ = self.prepare_inputs_layout(images, text, videos)
-        if text is not None:
+        if text is not None and all(isinstance(sample, str) for sample in text):
             text = self._with_placeholders(text, images or [], videos or [])
         self.validate_inputs(images=images, text=text, videos=videos)
         num_clips = self.num_clips if num_clips is None else num_clips
@@ -376,7 +379,9 @@ class BTAdapterQFormerProcessorMixin(BTAdapterChatProcessorMixin):
                     )
                 ids = ids[: self._limit(options)]
             rows.append(ids)
-        padding = {key: options[key] for key in ("padding", "max_length", "pad_to_multiple_of") if key in options}
+        padding = {key: options[key] for key in ("padding", "pad_to_multiple_of") if key in options}
+        if options.get("padding") == "max_length":
+            padding["max_length"] = self._limit(options)
         side = options.get("padding_side") or "left"
         return dict(self.tokenizer.pad({"input_ids": rows}, padding_side=side, **padding))
 

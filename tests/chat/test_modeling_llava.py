@@ -1,5 +1,6 @@
 """LLaVA with a branch: native images, videos, mixed batches, generation, every loading route, strictness."""
 
+import copy
 import json
 import logging
 import tempfile
@@ -20,7 +21,8 @@ from transformers.utils import logging as transformers_logging
 
 from bt_adapter_hf import BTAdapterVisionConfig, BTAdapterVisionModel
 from bt_adapter_hf.adapters import AdapterError, save_bt_adapter
-from bt_adapter_hf.configuration_bt_adapter_chat import BTAdapterLlavaConfig
+from bt_adapter_hf.configuration_bt_adapter_chat import BTAdapterInstructBlipConfig, BTAdapterLlavaConfig
+from bt_adapter_hf.modeling_bt_adapter_instructblip import BTAdapterInstructBlipForConditionalGeneration
 from bt_adapter_hf.modeling_bt_adapter_llava import BTAdapterLlavaForConditionalGeneration, llava_projector
 from tests.chat import tiny_hosts
 from tests.chat.tiny_hosts import PATCHES, images, left_padded, prompt, right_padded, video
@@ -96,6 +98,19 @@ def test_a_video_is_the_fused_tokens_of_the_released_rule(model):
 
 
 @torch.no_grad()
+def test_the_released_order_with_the_cls_last(native, adapter, model):
+    """As released: all tokens of a video, the CLS behind the patches. Images stay as LLaVA has them."""
+    options = {"vision_feature_select_strategy": "full", "cls_position": "last"}
+    full = BTAdapterLlavaForConditionalGeneration.from_pretrained(native, bt_adapter=adapter, **options)
+    tokens = full.get_video_features(video()).pooler_output[0]
+    assert len(tokens) == PATCHES + 1
+    torch.testing.assert_close(tokens[:-1], model.get_video_features(video()).pooler_output[0], atol=1e-5, rtol=1e-5)
+    host = LlavaForConditionalGeneration.from_pretrained(native, vision_feature_select_strategy="full")
+    expected = host.get_image_features(images(), return_dict=True).pooler_output[0]
+    assert torch.equal(full.get_image_features(images(), return_dict=True).pooler_output[0], expected)
+
+
+@torch.no_grad()
 def test_tokens_per_video_do_not_depend_on_frames_and_frames_matter(model):
     for T in (1, 4, 70):  # more than the time table, and than one chunk
         assert [len(f) for f in model.get_video_features(video(T)).pooler_output] == [PATCHES]
@@ -103,6 +118,26 @@ def test_tokens_per_video_do_not_depend_on_frames_and_frames_matter(model):
     ids = prompt("video", 4)
     there, back = (model(input_ids=ids, pixel_values_videos=v).logits for v in (clip, clip.flip(1)))
     assert (there - back).abs().max() > 1e-2
+
+
+def test_full_size_adapters_add_little():
+    """LLaVA-7B and InstructBLIP-7B shapes: less than 1.5 % of the parameters."""
+    llama = LlamaConfig(vocab_size=32064)
+    clip = CLIPVisionConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14
+    )
+    with torch.device("meta"):
+        llava = BTAdapterLlavaForConditionalGeneration(
+            BTAdapterLlavaConfig(vision_config=clip, text_config=llama, image_token_index=32000)
+        )
+        blip = BTAdapterInstructBlipForConditionalGeneration(
+            BTAdapterInstructBlipConfig(text_config=llama, image_token_index=32000)
+        )
+    assert llava.model.vision_tower.config.adapter_layers == [20, 21, 22]
+    assert blip.vision_model.config.adapter_layers == [36, 37, 38]
+    for model, tower in ((llava, llava.model.vision_tower), (blip, blip.vision_model)):
+        added = sum(p.numel() for p in tower.bt_adapter.parameters())
+        assert added < 0.015 * (model.num_parameters() - added)
 
 
 def test_at_224_pixels_a_video_has_256_tokens():
@@ -321,6 +356,14 @@ def test_an_adapter_brings_its_tensors(native, adapter, model, log):
     assert "newly initialised" not in log.text and "LOAD REPORT" not in log.text
 
 
+def test_an_adapter_saved_from_the_host_comes_back(native, model, tmp_path):
+    tuned = copy.deepcopy(model)
+    tiny_hosts.stir(tuned.model.multi_modal_projector)
+    save_bt_adapter(tuned, tmp_path, extra_modules=["model.multi_modal_projector"])
+    again = BTAdapterLlavaForConditionalGeneration.from_pretrained(native, bt_adapter=tmp_path)
+    assert bit_equal(again.state_dict(), tuned.state_dict())
+
+
 def test_saves_and_reloads_by_itself(model, tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
@@ -437,7 +480,7 @@ def test_a_new_branch_on_the_disk_is_refused(native, adapter, tmp_path):
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ({"input_ids": prompt("video", "video"), "pixel_values_videos": video()}, "has 32 video tokens .* 1 videos with 16"),
+        ({"input_ids": prompt("video", "video"), "pixel_values_videos": video()}, "32 video tokens .* 1 videos"),
         ({"input_ids": prompt("video", 4)}, "16 video tokens .* 0 videos"),
         ({"input_ids": prompt(4, 5), "pixel_values_videos": video()}, "0 video tokens .* 1 videos"),
         ({"input_ids": prompt("video", "image"), "pixel_values_videos": video()}, "16 image tokens .* 0 images"),

@@ -15,6 +15,7 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
 
@@ -137,12 +138,12 @@ QFORMER = {
 }
 
 
-def _blip(model_class, config_class, vision_class, vision_fields: dict):
+def _blip(model_class, config_class, vision_class, language_config=None):
     torch.manual_seed(0)
     config = config_class(
-        vision_config=vision_class(**SIZES, **vision_fields),
+        vision_config=vision_class(**SIZES),
         qformer_config=QFORMER,
-        text_config=text_config(),
+        text_config=language_config or text_config(),
         num_query_tokens=QUERIES,
         image_token_index=18,
     )
@@ -151,15 +152,13 @@ def _blip(model_class, config_class, vision_class, vision_fields: dict):
     return model
 
 
-def instructblip(**vision_fields) -> InstructBlipForConditionalGeneration:
-    return _blip(
-        InstructBlipForConditionalGeneration, InstructBlipConfig, InstructBlipVisionConfig, vision_fields
-    )
+def instructblip(language_config: PreTrainedConfig | None = None) -> InstructBlipForConditionalGeneration:
+    return _blip(InstructBlipForConditionalGeneration, InstructBlipConfig, InstructBlipVisionConfig, language_config)
 
 
-def blip2(**vision_fields) -> Blip2ForConditionalGeneration:
+def blip2() -> Blip2ForConditionalGeneration:
     """What MiniGPT-4 is in transformers: a BLIP-2 with a Llama."""
-    return _blip(Blip2ForConditionalGeneration, Blip2Config, Blip2VisionConfig, vision_fields)
+    return _blip(Blip2ForConditionalGeneration, Blip2Config, Blip2VisionConfig)
 
 
 def blip_image_processor() -> BlipImageProcessorPil:
