@@ -70,3 +70,17 @@ def test_unknown_names_are_attribute_errors():
         bt_adapter_hf.BTAdapterNothing  # noqa: B018
     for name in bt_adapter_hf.__all__:
         assert getattr(bt_adapter_hf, name) is not None
+
+
+@pytest.mark.parametrize("host", ["Llava", "InstructBlip", "MiniGPT4"])
+def test_auto_classes_know_the_chat_models(host):
+    code = (
+        "import bt_adapter_hf\n"
+        "from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor\n"
+        f"config = type(AutoConfig.for_model('bt_adapter_{host.lower()}'))\n"
+        "print(config.__name__, AutoModelForImageTextToText._model_mapping[config].__name__)\n"
+        "from transformers.models.auto.processing_auto import PROCESSOR_MAPPING\n"
+        "print(PROCESSOR_MAPPING[config].__name__)"
+    )
+    names = ["Config", "ForConditionalGeneration", "Processor"]
+    assert run(code).split() == [f"BTAdapter{host}{name}" for name in names]

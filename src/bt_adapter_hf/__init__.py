@@ -12,9 +12,22 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "configuration_bt_adapter": ("BTAdapterConfig", "BTAdapterVisionConfig"),
+    "configuration_bt_adapter_chat": (
+        "BTAdapterInstructBlipConfig",
+        "BTAdapterLlavaConfig",
+        "BTAdapterMiniGPT4Config",
+    ),
     "modeling_bt_adapter": ("BTAdapterModel", "BTAdapterVisionModel"),
+    "modeling_bt_adapter_instructblip": ("BTAdapterInstructBlipForConditionalGeneration",),
+    "modeling_bt_adapter_llava": ("BTAdapterLlavaForConditionalGeneration", "llava_projector"),
+    "modeling_bt_adapter_minigpt4": ("BTAdapterMiniGPT4ForConditionalGeneration",),
     "modeling_bt_adapter_pretraining": ("BTAdapterForPreTraining",),
     "processing_bt_adapter": ("BTAdapterProcessor",),
+    "processing_bt_adapter_chat": (
+        "BTAdapterInstructBlipProcessor",
+        "BTAdapterLlavaProcessor",
+        "BTAdapterMiniGPT4Processor",
+    ),
     "video_processing_bt_adapter": ("BTAdapterVideoProcessor",),
     "adapters": ("get_bt_adapter_model", "load_bt_adapter", "save_bt_adapter", "unload_bt_adapter"),
     "conversion": ("convert_original_checkpoint",),

@@ -11,10 +11,15 @@ import sys
 
 
 _REGISTERS_WITH = {
-    "transformers.models.auto.configuration_auto": "configuration_bt_adapter",
-    "transformers.models.auto.modeling_auto": "modeling_bt_adapter",
-    "transformers.models.auto.processing_auto": "processing_bt_adapter",
-    "transformers.models.auto.video_processing_auto": "video_processing_bt_adapter",
+    "transformers.models.auto.configuration_auto": ("configuration_bt_adapter", "configuration_bt_adapter_chat"),
+    "transformers.models.auto.modeling_auto": (
+        "modeling_bt_adapter",
+        "modeling_bt_adapter_llava",
+        "modeling_bt_adapter_instructblip",
+        "modeling_bt_adapter_minigpt4",
+    ),
+    "transformers.models.auto.processing_auto": ("processing_bt_adapter", "processing_bt_adapter_chat"),
+    "transformers.models.auto.video_processing_auto": ("video_processing_bt_adapter",),
 }
 
 
@@ -54,10 +59,11 @@ class _Loader(importlib.abc.Loader):
 
 
 def register_with_loaded_auto_classes():
-    for auto_module, name in _REGISTERS_WITH.items():
-        name = f"{__package__}.{name}"
-        if auto_module in sys.modules and name not in sys.modules:  # in there: it registers at its end
-            importlib.import_module(name)
+    for auto_module, names in _REGISTERS_WITH.items():
+        for name in names:
+            name = f"{__package__}.{name}"
+            if auto_module in sys.modules and name not in sys.modules:  # in there: it registers at its end
+                importlib.import_module(name)
 
 
 def install():

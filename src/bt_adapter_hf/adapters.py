@@ -520,6 +520,9 @@ def _check_extra(folder: Path, config: AdapterConfig, extra: Mapping[str, torch.
 
 def _weight(name: str, module: nn.Module) -> torch.Tensor:
     weight = getattr(module, "weight", None)
+    if weight is not None and weight.is_meta:  # accelerate keeps it elsewhere between calls
+        offloaded = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+        weight = offloaded["weight"] if offloaded is not None else weight
     if weight is None or weight.is_meta:
         raise AdapterError(
             f"The backbone's {name} cannot be read ({type(module).__name__}; offloaded, or quantized in an unknown "

@@ -5,7 +5,10 @@ with a single dot so that `trust_remote_code` finds it too.
 """
 
 from transformers.configuration_utils import SubConfigSpec
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
@@ -17,6 +20,7 @@ __all__ = [
     "SubConfigSpec",
     "WeightRenaming",
     "can_return_tuple",
+    "get_checkpoint_conversion_mapping",
     "register_checkpoint_conversion_mapping",
     "resolve_revision",
 ]

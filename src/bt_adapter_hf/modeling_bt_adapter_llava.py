@@ -5,7 +5,6 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForImageTextToText, LlavaForConditionalGeneration, LlavaModel
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.models.llava.modeling_llava import (
     LlavaCausalLMOutputWithPast,
     LlavaModelOutputWithPast,
@@ -15,6 +14,7 @@ from transformers.models.llava.modeling_llava import (
 from .compat_bt_adapter import (
     BaseModelOutputWithPooling,
     can_return_tuple,
+    get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
 from .configuration_bt_adapter_chat import BTAdapterLlavaConfig

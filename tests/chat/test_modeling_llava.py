@@ -5,6 +5,7 @@ import json
 import logging
 import tempfile
 
+import accelerate
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
@@ -20,7 +21,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from bt_adapter_hf import BTAdapterVisionConfig, BTAdapterVisionModel
-from bt_adapter_hf.adapters import AdapterError, save_bt_adapter
+from bt_adapter_hf.adapters import AdapterConfig, AdapterError, save_bt_adapter
 from bt_adapter_hf.configuration_bt_adapter_chat import BTAdapterInstructBlipConfig, BTAdapterLlavaConfig
 from bt_adapter_hf.modeling_bt_adapter_instructblip import BTAdapterInstructBlipForConditionalGeneration
 from bt_adapter_hf.modeling_bt_adapter_llava import BTAdapterLlavaForConditionalGeneration, llava_projector
@@ -494,3 +495,13 @@ def test_bad_input_is_refused_before_any_generation(model, inputs, message):
         model(**inputs)
     with pytest.raises(ValueError, match=message):
         model.generate(**inputs, max_new_tokens=2)
+
+
+@torch.no_grad()
+def test_an_adapter_into_an_offloaded_model(native, adapter, model):
+    """As with `device_map="auto"` where a part does not fit on the accelerator: parameters wait in CPU memory."""
+    fresh = BTAdapterLlavaForConditionalGeneration.from_pretrained(native)
+    accelerate.cpu_offload(fresh, execution_device=torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in fresh.parameters())
+    fresh.load_branch(adapter, AdapterConfig.read(adapter), allow_backbone_mismatch=False)
+    torch.testing.assert_close(fresh(**mixed_batch()).logits, model(**mixed_batch()).logits)
