@@ -40,6 +40,9 @@ CONFIG_OPTIONS = (
     ("gate_on", str, "which side the gates multiply: backbone or branch (default: backbone)"),
     ("drop_path_rate", float, "stochastic depth of the last branch layer (default: 0.1)"),
     ("time_embedding_init_std", float, "standard deviation of fresh time embeddings (default: 1)"),
+    ("fusion_gate_scale", float, "factor on the gate inside the branch (default: 100)"),
+    ("output_gate_scale", float, "factor on the gate at the end (default: 10000)"),
+    ("max_frames", int, "rows of the time embedding table; longer videos interpolate (default: 64)"),
 )
 TRAINING_OPTIONS = {
     "batch_size": "per_device_train_batch_size",
