@@ -30,10 +30,11 @@ EXTRAS = {
     "eval": ["datasets>=4.0", "ftfy>=6.1"],
     "search": ["datasets>=4.0", "faiss-cpu>=1.9"],
     "quickstart": ["scikit-learn>=1.4"],
+    "torchcodec": ["torchcodec>=0.9"],  # a further decoder; needs FFmpeg's libraries
     "test": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff==0.17.*", "bitsandbytes>=0.46", "open_clip_torch>=2.30"],
 }
 # The tests cover every part. ruff is pinned to the series whose formatting the code follows.
-EXTRAS["test"] += sorted({package for extra in ("train", "eval", "search", "quickstart") for package in EXTRAS[extra]})
+EXTRAS["test"] += sorted({package for extra in ("train", "eval", "search", "quickstart", "torchcodec") for package in EXTRAS[extra]})
 EXTRAS["all"] = sorted({package for packages in EXTRAS.values() for package in packages})
 
 setup(
