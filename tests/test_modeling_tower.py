@@ -459,6 +459,19 @@ def test_bfloat16():
     assert cosine.min() > 0.995
 
 
+def test_a_branch_in_float32_learns_beside_a_backbone_in_bfloat16():
+    model, exact = tower().to(torch.bfloat16), tower()
+    model.bt_adapter.float().load_state_dict(exact.bt_adapter.state_dict())
+    output = model(videos().to(torch.bfloat16), output_hidden_states=True)
+    assert {x.dtype for x in (output.pooler_output, output.last_hidden_state, *output.hidden_states)} == {
+        torch.bfloat16
+    }
+    cosine = torch.cosine_similarity(output.pooler_output.float(), exact(videos()).pooler_output)
+    assert cosine.min() > 0.995
+    output.pooler_output.float().square().mean().backward()
+    assert model.bt_adapter.video_cls.grad.dtype == torch.float32
+
+
 def test_parameter_count_of_the_released_shape():
     with torch.device("meta"):
         config = CLIPVisionConfig(

@@ -229,6 +229,9 @@ class BTAdapterBranch(nn.Module):
             to_fuse: {key: (backbone state (B, T, C+N, D), branch layer)}, the states to fuse with branch outputs.
         """
         config = self.config
+        # The branch may be kept in another precision than a frozen backbone in half precision.
+        dtype, outer_dtype = self.time_embedding.weight.dtype, final_state.dtype
+        states, position = [x.to(dtype) for x in states], position.to(dtype)
         T = states[0].shape[1]
         window = T
         if config.temporal_window == "released":
@@ -256,11 +259,11 @@ class BTAdapterBranch(nn.Module):
 
         # Paper Eq. 5: the video CLS (B, 1, D) joins the CLS of each frame (B, T, D). Without a CLS patches are joined.
         if self.num_cls:
-            joined = self._join(self.output_gate, config.output_gate_scale, final_state[:, :, 0], video_cls)
+            final, branch = final_state[:, :, 0], video_cls
         else:
-            final_patches = self._take(final_state, index)
-            joined = self._join(self.output_gate, config.output_gate_scale, final_patches, patches)
-        fused = {key: self._fuse(x, *outputs[j]) for key, (x, j) in (to_fuse or {}).items()}
+            final, branch = self._take(final_state, index), patches
+        joined = self._join(self.output_gate, config.output_gate_scale, final.to(dtype), branch).to(outer_dtype)
+        fused = {key: self._fuse(x.to(dtype), *outputs[j]).to(outer_dtype) for key, (x, j) in (to_fuse or {}).items()}
         return BTAdapterBranchOutput(patches, video_cls, index, joined, fused)
 
     def _average_pairs(self, x: torch.Tensor) -> torch.Tensor:
