@@ -124,9 +124,8 @@ def main():
 
     device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     print(f"{args.size}, {'4 bit' if args.load_in_4bit else 'bfloat16'}; {device}, torch {torch.__version__}")
-    print(
-        f"{'':<18} {'frames':>6} {'visual tokens':>13} {'model GiB':>10} {'activations GiB':>16} {'prefill s':>10} ratio"
-    )
+    columns = f"{'frames':>6} {'visual tokens':>13} {'model GiB':>10} {'activations GiB':>16} {'prefill s':>10}"
+    print(f"{'':<18} {columns} ratio")
     reference = statistics.median(times["LLaVA-NeXT-Video"])
     for name, (model, frames) in models.items():
         took = statistics.median(times[name])
