@@ -245,14 +245,20 @@ def test_time_embeddings_beyond_the_table_are_interpolated():
     assert tower(max_frames=4)(videos(1, 9)).pooler_output.isfinite().all()
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("frames_per_chunk", [1, 3, 100])
-def test_frames_pass_the_backbone_in_chunks(frames_per_chunk):
+@pytest.mark.parametrize("frames_per_chunk", [1, 3, 11, 100])
+@pytest.mark.parametrize("learning", [True, False])
+def test_frames_pass_in_chunks(frames_per_chunk, learning):
     model, whole = tower(frames_per_chunk=frames_per_chunk), tower()
-    sizes = []
+    sizes, videos_at_once = [], []
     model.vision_model.embeddings.register_forward_hook(lambda _, args, out: sizes.append(len(out)))
-    output, expected = model(videos(2, 5)), whole(videos(2, 5))
-    assert max(sizes) <= frames_per_chunk and sum(sizes) == 10
+    model.bt_adapter.layers[0].register_forward_hook(lambda _, args, out: videos_at_once.append(len(out[0])))
+    with torch.set_grad_enabled(learning):
+        output, expected = model(videos(4, 5)), whole(videos(4, 5))
+    assert max(sizes) <= frames_per_chunk and sum(sizes) == 20
+    # what learns needs all videos at once; else at least one, and as many as the frames allow
+    assert videos_at_once == (
+        [4] if learning or frames_per_chunk == 100 else [2, 2] if frames_per_chunk == 11 else [1] * 4
+    )
     torch.testing.assert_close(output.pooler_output, expected.pooler_output, atol=1e-6, rtol=0)
     torch.testing.assert_close(output.last_hidden_state, expected.last_hidden_state, atol=2e-6, rtol=0)
 
@@ -304,6 +310,10 @@ def test_attentions_are_the_backbones_per_frame():
     attentions = model(videos(), output_attentions=True).attentions
     assert len(attentions) == 5 and attentions[0].shape == (8, 3, 17, 17)
     assert model(videos()).attentions is None
+    frame_mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    some = model(videos(), frame_mask=frame_mask, output_attentions=True).attentions
+    kept = attentions[2][frame_mask.flatten().bool()]
+    torch.testing.assert_close(some[2], kept, atol=1e-6, rtol=0)
 
 
 @torch.no_grad()
@@ -354,7 +364,10 @@ def test_time_embeddings_start_as_configured():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_step_teaches_order_and_only_the_branch(family):
-    model = BTAdapterVisionModel.from_backbone(backbone(family), 2, drop_path_rate=0.0).train()
+    torch.manual_seed(0)
+    # gates of scale 1: a step of this size saturates the released ones, and only one side is left
+    scales = {"fusion_gate_scale": 1.0, "output_gate_scale": 1.0}
+    model = BTAdapterVisionModel.from_backbone(backbone(family), 2, drop_path_rate=0.0, **scales).train()
     frozen = {name: p.clone() for name, p in model.vision_model.named_parameters()}
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     output = model(videos())

@@ -84,7 +84,8 @@ class BTAdapterVisionConfig(PreTrainedConfig):
             `"full"`: temporal attention spans all frames. `"released"` reproduces the released LLaVA tower: two halves
             that do not see each other up to 64 frames, adjacent frames averaged in pairs above.
         frames_per_chunk (`int`, *optional*, defaults to 64):
-            Frames that pass a frozen backbone at once; bounds its peak memory.
+            Frames that pass a frozen backbone at once, and frames of the videos that pass the branch at once where
+            nothing is learned (at least one video); bounds the peak memory.
         initializer_range (`float`, *optional*, defaults to 0.02):
             Not used by the branch, which is initialised as released; kept for the hosts that read it.
 

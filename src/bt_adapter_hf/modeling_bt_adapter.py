@@ -646,37 +646,45 @@ class BTAdapterVisionModel(BTAdapterPreTrainedModel):
 
         B, T = pixel_values.shape[:2]
         selected = self._select(output_hidden_states)
-        if frame_mask is None:
-            frames, lengths = pixel_values.flatten(0, 1), [T] * B
-        else:
+        lengths = [T] * B
+        if frame_mask is not None:
             frame_mask = frame_mask.to(pixel_values.device, torch.bool)
-            frames, lengths = pixel_values[frame_mask], frame_mask.sum(dim=1).tolist()
-        states, attentions = self._run_backbone(
-            frames, selected, output_attentions=output_attentions, interpolate_pos_encoding=interpolate_pos_encoding
-        )
-        position = self._position_embeddings(frames, interpolate_pos_encoding)
+            lengths = frame_mask.sum(dim=1).tolist()
+        groups = self._groups(lengths, whole=torch.is_grad_enabled() or output_branch_states)
+        if bool_masked_pos is not None and len(set(lengths)) > 1:
+            raise ValueError(f"bool_masked_pos needs videos of one length; frame_mask gives {sorted(set(lengths))}.")
+        position = self._position_embeddings(pixel_values, interpolate_pos_encoding)
+        results = []
+        for rows in groups:
+            chosen = slice(None) if len(rows) == B else rows
+            videos, masked = pixel_values[chosen], None if bool_masked_pos is None else bool_masked_pos[chosen]
+            frames = videos.flatten(0, 1) if frame_mask is None else videos[frame_mask[chosen]]
+            states, attentions = self._run_backbone(
+                frames,
+                selected,
+                output_attentions=output_attentions,
+                interpolate_pos_encoding=interpolate_pos_encoding,
+            )
+            states = {n: x.unflatten(0, (len(rows), -1)) for n, x in states.items()}
+            output = self._run_branch(states, position, masked, selected, output_branch_states)
+            output.attentions = attentions
+            results.append(output)
+        return results[0] if len(results) == 1 else self._regroup(results, groups, lengths)
 
-        # Videos of one length go through the branch together, so that no padding exists there.
+    def _groups(self, lengths: list[int], whole: bool) -> list[list[int]]:
+        """Rows of the batch that go through together: of one length, so that no padding exists anywhere.
+
+        Unless they are to stay `whole`, as learning from them needs, only so many at once as `frames_per_chunk`
+        allows: memory does not grow with the number of videos.
+        """
         rows_of = defaultdict(list)
         for row, length in enumerate(lengths):
             rows_of[length].append(row)
-        if bool_masked_pos is not None and len(rows_of) > 1:
-            raise ValueError(
-                f"bool_masked_pos needs videos of one length; frame_mask gives several: {sorted(rows_of)}."
-            )
-        starts = [sum(lengths[:row]) for row in range(B)]
-        results = []
+        groups = []
         for length, rows in rows_of.items():
-            if len(rows_of) == 1:
-                group = {n: x.unflatten(0, (B, length)) for n, x in states.items()}
-            else:
-                group = {
-                    n: torch.stack([x[starts[row] : starts[row] + length] for row in rows]) for n, x in states.items()
-                }
-            results.append(self._run_branch(group, position, bool_masked_pos, selected, output_branch_states))
-        output = results[0] if len(results) == 1 else self._regroup(results, list(rows_of.values()))
-        output.attentions = attentions
-        return output
+            at_once = len(rows) if whole else max(1, self.config.frames_per_chunk // length)
+            groups += [rows[start : start + at_once] for start in range(0, len(rows), at_once)]
+        return groups
 
     def _check_video(self, pixel_values: torch.Tensor, frame_mask: torch.Tensor | None):
         shape, channels = tuple(pixel_values.shape), self.config.num_channels
@@ -723,13 +731,13 @@ class BTAdapterVisionModel(BTAdapterPreTrainedModel):
             attentions = tuple(_cat(list(x)) for x in zip(*(chunk.attentions for chunk in chunks), strict=True))
         return states, attentions
 
-    def _position_embeddings(self, frames: torch.Tensor, interpolate_pos_encoding: bool) -> torch.Tensor:
+    def _position_embeddings(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool) -> torch.Tensor:
         """Spatial position embeddings of the backbone, (C+N, D), frozen."""
         embeddings = self.vision_model.embeddings
         if interpolate_pos_encoding:
-            H, W = frames.shape[-2:]
+            H, W = pixel_values.shape[-2:]
             count = self.family.num_cls + (H // self.config.patch_size) * (W // self.config.patch_size)
-            like = frames.new_empty(1, count, self.config.hidden_size)
+            like = pixel_values.new_empty(1, count, self.config.hidden_size)
             return embeddings.interpolate_pos_encoding(like, H, W)[0]
         table = embeddings.position_embedding  # a parameter (1, C+N, D) in the EVA towers
         return table[0] if isinstance(table, nn.Parameter) else table(embeddings.position_ids)[0]
@@ -791,23 +799,28 @@ class BTAdapterVisionModel(BTAdapterPreTrainedModel):
             return torch.cat([tokens[:, 1:], tokens[:, :1]], dim=1)
         return tokens
 
-    def _regroup(self, results: list[ModelOutput], rows: list[list[int]]) -> ModelOutput:
-        """Puts the outputs of videos of several lengths back into the order of the batch."""
-        order = torch.tensor([row for group in rows for row in group]).argsort()
-
-        def merge(parts: list):
-            if parts[0] is None:
-                return None
-            if isinstance(parts[0], tuple):
-                return tuple(merge(list(entries)) for entries in zip(*parts, strict=True))
-            return torch.cat(parts)[order.to(parts[0].device)]
-
+    def _regroup(self, results: list[ModelOutput], groups: list[list[int]], lengths: list[int]) -> ModelOutput:
+        """Puts the outputs of several groups of videos back into the order of the batch."""
         if isinstance(results[0], BTAdapterVisionOutput):
             raise ValueError("output_branch_states needs videos of one length; run unequal videos in groups.")
+        rows = [row for group in groups for row in group]
+        frames = [(row, t) for row in rows for t in range(lengths[row])]
+
+        def merge(name: str, order: list) -> torch.Tensor | tuple | None:
+            parts = [result[name] if name in result else None for result in results]
+            if parts[0] is None:
+                return None
+            index = torch.tensor(sorted(range(len(order)), key=order.__getitem__))
+            if isinstance(parts[0], tuple):
+                entries = zip(*parts, strict=True)
+                return tuple(None if x[0] is None else torch.cat(x)[index.to(x[0].device)] for x in entries)
+            return torch.cat(parts)[index.to(parts[0].device)]
+
         return BaseModelOutputWithPooling(
-            last_hidden_state=merge([r.last_hidden_state for r in results]),
-            pooler_output=merge([r.pooler_output for r in results]),
-            hidden_states=merge([r.hidden_states for r in results]),
+            last_hidden_state=merge("last_hidden_state", rows),
+            pooler_output=merge("pooler_output", rows),
+            hidden_states=merge("hidden_states", rows),
+            attentions=merge("attentions", frames),
         )
 
 
