@@ -26,14 +26,13 @@ from bt_adapter_hf.adapters import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     AdapterError,
-    _distance,
-    backbone_fingerprint,
     find_tower,
     get_bt_adapter_model,
     load_bt_adapter,
     save_bt_adapter,
     unload_bt_adapter,
 )
+from bt_adapter_hf.fingerprint import backbone_fingerprint, distance as distance_of
 
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "image_size": 16, "patch_size": 8}
@@ -370,7 +369,7 @@ def wide():
 
 def distance(model, reference):
     ours, theirs = backbone_fingerprint(model, 1), backbone_fingerprint(reference, 1)
-    return max(_distance(ours[name], theirs[name]) for name in theirs)
+    return max(distance_of(ours[name], theirs[name]) for name in theirs)
 
 
 def test_fingerprint_is_the_same_everywhere():

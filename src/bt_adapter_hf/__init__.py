@@ -30,6 +30,8 @@ _EXPORTS = {
     ),
     "video_processing_bt_adapter": ("BTAdapterVideoProcessor",),
     "adapters": ("get_bt_adapter_model", "load_bt_adapter", "save_bt_adapter", "unload_bt_adapter"),
+    "lora": ("lora_config",),
+    "quantization": ("quantization_config",),
     "conversion": ("convert_original_checkpoint",),
     "video_io": ("VideoError", "available_video_backends", "load_video"),
 }

@@ -10,25 +10,25 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.utils import torch_compilable_check
 
-from .adapters import (
+from .adapter_files import (
     AdapterConfig,
     AdapterError,
-    _branch_fields,
-    _check_backbone,
-    _check_branch,
-    _check_extra,
-    _fit_layers,
-    _read_weights,
-    _resolve,
-    find_tower,
-    first_layers,
+    branch_fields,
+    check_extra,
+    fit_layers,
+    is_peft_folder,
+    read_branch,
+    resolve_adapter,
 )
 from .configuration_bt_adapter import BTAdapterVisionConfig
 from .configuration_bt_adapter_chat import TOWER_FIELDS
+from .fingerprint import check_backbone
+from .host_modules import fill_parameter, find_tower, offloaded_value, path_of
 from .modeling_bt_adapter import BTAdapterPreTrainedModel, BTAdapterVisionModel
+from .quantization import check_kept_out, language_model_only
 
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -66,6 +66,8 @@ class BTAdapterChatMixin:
             config: replaces the checkpoint's own.
             output_loading_info: also return the report on the weights.
             kwargs: as in transformers; fields of the tower's config are passed on to it, `adapter_layers` among them.
+                A `quantization_config` of bitsandbytes quantizes the language model alone (see
+                [`quantization_config`]).
 
         Raises:
             ValueError: if the checkpoint does not fill the model, or holds weights that the model has no place for.
@@ -91,6 +93,10 @@ class BTAdapterChatMixin:
         else:
             config, tower_fields = copy.deepcopy(config), {}
 
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = language_model_only(kwargs["quantization_config"])
+        elif getattr(config, "quantization_config", None) is not None and not is_ours:
+            check_kept_out(config.quantization_config, pretrained_model_name_or_path)
         adapter = cls.read_adapter(config, bt_adapter, hub, bt_adapter_revision, tower_fields)
         # With an adapter what the report calls new is not: the branch is filled below.
         with _without_load_report() if adapter is not None else contextlib.nullcontext():
@@ -101,14 +107,29 @@ class BTAdapterChatMixin:
             model._new_modules = ()  # what it lacks was lost
         else:
             tower = find_tower(model)
-            prefix = next(name for name, module in model.named_modules() if module is tower)
-            _check_branch_is_there(tower, prefix)
+            _check_branch_is_there(tower, path_of(model, tower))
         if adapter is not None:
             branch = set(model.load_branch(*adapter, allow_backbone_mismatch))
             info["missing_keys"] = {key for key in info["missing_keys"] if key not in branch}
         model._check_loading(info, pretrained_model_name_or_path)
         model.freeze_backbone()  # loading replaces parameters, and new ones learn
         return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+        """As in transformers.
+
+        Raises:
+            ValueError: if peft's adapters are in the model (`add_adapter`), and the branch is not among what of them
+                would be saved.
+        """
+        if getattr(self, "_hf_peft_config_loaded", False):
+            if not any(".bt_adapter." in f".{key}" for key in self.get_adapter_state_dict()):
+                raise ValueError(
+                    "The model has adapters of peft, and save_pretrained would write these alone, without the branch. "
+                    "Train with peft.get_peft_model(model, bt_adapter_hf.lora_config(model)), whose save_pretrained "
+                    "writes all that was trained; or save the branch with save_bt_adapter."
+                )
+        return super().save_pretrained(save_directory, **kwargs)
 
     @staticmethod
     def read_adapter(
@@ -126,9 +147,14 @@ class BTAdapterChatMixin:
         if bt_adapter is None:
             return None
         options = {name: hub.get(name) for name in ("token", "cache_dir")}
-        folder = _resolve(bt_adapter, revision, local_files_only=hub.get("local_files_only", False), **options)
+        folder = resolve_adapter(bt_adapter, revision, local_files_only=hub.get("local_files_only", False), **options)
+        if is_peft_folder(folder):
+            raise AdapterError(
+                f"{folder} was saved by peft and holds more than a branch. Load the model without it, and call "
+                "load_bt_adapter(model, folder), which restores the branch, LoRA and what else was trained."
+            )
         adapter = AdapterConfig.read(folder)
-        config.vision_config = _tower_config(config, adapter, dict(tower_fields or {}))
+        config.vision_config = tower_config(config, adapter, dict(tower_fields or {}))
         config.validate()
         return folder, adapter
 
@@ -139,23 +165,17 @@ class BTAdapterChatMixin:
             Names of the tensors that were filled.
         """
         tower = find_tower(self)
-        _check_backbone(folder, adapter, tower.vision_model, allow_backbone_mismatch)
-        state, extra = _read_weights(folder)
-        state = first_layers(state, len(tower.bt_adapter.layers))
-        if tower.bt_adapter.output_gate is None:
-            state.pop("output_gate", None)
-        _check_branch(folder, state, tower.bt_adapter)
-        _check_extra(folder, adapter, extra, self)
-        prefix = next(name for name, module in self.named_modules() if module is tower.bt_adapter)
+        check_backbone(folder, adapter, tower.vision_model, allow_backbone_mismatch)
+        state, extra = read_branch(folder, adapter, tower.bt_adapter)
+        check_extra(folder, adapter, extra, self)
+        prefix = path_of(self, tower.bt_adapter)
         values = {f"{prefix}.{key}": value for key, value in state.items()} | extra
         for name, value in values.items():
-            _fill(self, name, value)
+            fill_parameter(self, name, value)
         return list(values)
 
 
-def _tower_config(
-    config: PreTrainedConfig, adapter: AdapterConfig, overrides: dict[str, Any]
-) -> BTAdapterVisionConfig:
+def tower_config(config: PreTrainedConfig, adapter: AdapterConfig, overrides: dict[str, Any]) -> BTAdapterVisionConfig:
     """The tower that this host and this adapter make: the adapter's first layers, as far as the host reads."""
     backbone, own = config.vision_config.backbone, adapter.adapter_layers
     asked = overrides.pop("adapter_layers", None)
@@ -167,8 +187,8 @@ def _tower_config(
                 f"The adapter is fed by the backbone layers {own}; this model reads its image tower after layer "
                 f"{top - 1} of {backbone.num_hidden_layers}, so none of it can be attached."
             )
-    layers = _fit_layers(adapter, backbone, asked)
-    fields = config.fit_branch({**_branch_fields(adapter, len(layers)), **overrides})
+    layers = fit_layers(adapter, backbone, asked)
+    fields = config.fit_branch({**branch_fields(adapter, len(layers)), **overrides})
     return BTAdapterVisionConfig(backbone=backbone, adapter_layers=layers, **fields)
 
 
@@ -187,26 +207,11 @@ def _without_load_report() -> Iterator[None]:
         logger.removeFilter(is_other)
 
 
-def _offloaded(module: nn.Module, leaf: str) -> torch.Tensor | None:
-    """The CPU copy of a parameter that accelerate moves to its device for each call only; None if there is none."""
-    weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
-    return weights[leaf] if weights is not None and leaf in weights else None
-
-
-@torch.no_grad()
-def _fill(model: PreTrainedModel, name: str, value: torch.Tensor):
-    """Overwrites a parameter, also an offloaded one."""
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    parameter = getattr(module, leaf)
-    (_offloaded(module, leaf) if parameter.is_meta else parameter).copy_(value)
-
-
 def _check_branch_is_there(tower: BTAdapterVisionModel, prefix: str):
     """Disk offloading reads from the checkpoint, and a new branch is not in it."""
     for name, parameter in tower.bt_adapter.named_parameters():
         path, _, leaf = name.rpartition(".")
-        if parameter.is_meta and _offloaded(tower.bt_adapter.get_submodule(path), leaf) is None:
+        if parameter.is_meta and offloaded_value(tower.bt_adapter.get_submodule(path), leaf) is None:
             raise ValueError(
                 f"The branch is new, and device_map puts it on the disk. Keep {prefix} on a device or the CPU, or "
                 "save the model once and load the result."
