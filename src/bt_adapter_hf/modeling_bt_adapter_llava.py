@@ -8,6 +8,7 @@ from transformers import AutoModel, AutoModelForImageTextToText, LlavaForConditi
 from transformers.models.llava.modeling_llava import (
     LlavaCausalLMOutputWithPast,
     LlavaModelOutputWithPast,
+    LlavaMultiModalProjector,
     LlavaPreTrainedModel,
 )
 
@@ -18,6 +19,7 @@ from .compat_bt_adapter import (
     register_checkpoint_conversion_mapping,
 )
 from .configuration_bt_adapter_chat import BTAdapterLlavaConfig
+from .modeling_bt_adapter import BTAdapterVisionModel
 from .modeling_bt_adapter_chat import (
     BTAdapterChatMixin,
     check_length,
@@ -32,6 +34,14 @@ class BTAdapterLlavaModel(LlavaModel):
 
     config: BTAdapterLlavaConfig
     input_modalities = ("image", "video", "text")
+
+    def __init__(self, config: BTAdapterLlavaConfig):
+        # As the native one, which asks AutoModel for the tower: code that came with a checkpoint is not known there.
+        LlavaPreTrainedModel.__init__(self, config)
+        self.vision_tower = BTAdapterVisionModel._from_config(config.vision_config)
+        self.multi_modal_projector = LlavaMultiModalProjector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
 
     def get_video_features(
         self,
