@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 
-COMMANDS = ("quickstart", "index", "search", "classify", "pretrain", "convert", "env")
+COMMANDS = ("quickstart", "index", "search", "classify", "chat", "pretrain", "convert", "env")
 
 
 def build_parser(commands: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:

@@ -1,0 +1,230 @@
+"""`bt-adapter chat`: questions about videos and images, once or in conversation."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from ._options import add_device_option, quiet_transformers
+
+
+# Type of a native host, or of ours -> the middle of our classes' names.
+HOSTS = {
+    "llava": "Llava",
+    "bt_adapter_llava": "Llava",
+    "instructblip": "InstructBlip",
+    "bt_adapter_instructblip": "InstructBlip",
+    "blip-2": "MiniGPT4",
+    "bt_adapter_minigpt4": "MiniGPT4",
+}
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # a GIF is a video
+
+
+def register(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "chat",
+        help="ask about videos and images",
+        description="Ask a LLaVA, InstructBLIP or MiniGPT-4 with a BT-Adapter about videos and images: the given "
+        "questions one after the other, or without any what is typed (or piped in), line by line. Answers are "
+        "greedy and appear as they are made; the number of visual tokens goes to stderr first.",
+        epilog='example: bt-adapter chat clip.mp4 --question "How does it move?"',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("files", nargs="*", metavar="FILE", help="video or image, path or URL; all are seen at once")
+    parser.add_argument(
+        "-q", "--question", action="append", dest="questions", metavar="TEXT", help="may be given several times"
+    )
+    parser.add_argument(
+        "--model",
+        metavar="ID_OR_PATH",
+        help="Hub id or folder of a chat model, native or with its adapter in (default: the moving-digits chat model "
+        "inside the package)",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
+    parser.add_argument("--bt-adapter", metavar="ID_OR_PATH", help="adapter for a native model")
+    parser.add_argument("--num-frames", type=int, metavar="T", help="frames per clip (default: as the model says)")
+    parser.add_argument(
+        "--num-clips", type=int, metavar="K", help="cut each video into K clips, for K times the frames and tokens"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="per answer (default: 256)")
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="default: as saved"
+    )
+    add_device_option(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON; needs --question")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    _check(args)
+    quiet_transformers()
+    processor, load_model = _find_model(args)
+    seen = [_look(file, processor) for file in args.files]  # all of them, before anything large is loaded
+    model = load_model()
+
+    # Pixels, not paths: each file is decoded once, however long the conversation.
+    messages, answers, parts = [], [], [part for part, _ in seen]
+    for question in args.questions or _typed():
+        messages.append({"role": "user", "content": [*parts, {"type": "text", "text": question}]})
+        parts = []
+        inputs = processor.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+        ).to(model.device, model.dtype)
+        if not answers:
+            visual_tokens = _announce(inputs["input_ids"], [facts for _, facts in seen], processor)
+        answer = _answer(model, processor, inputs, args.max_new_tokens, show=not args.json)
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        answers.append({"question": question, "answer": answer})
+    if args.json:
+        files = [facts for _, facts in seen]
+        print(json.dumps({"files": files, "visual_tokens": visual_tokens, "answers": answers}, indent=2))
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """What can be told without loading anything.
+
+    Raises:
+        ValueError: a question is empty, or JSON is wanted without a question, or no answer could have a token.
+        FileNotFoundError: a file is not there.
+    """
+    if args.json and not args.questions:
+        raise ValueError("--json needs a --question.")
+    if any(not question.strip() for question in args.questions or []):
+        raise ValueError("a --question is empty.")
+    if args.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens {args.max_new_tokens}: expected at least 1.")
+    for file in args.files:
+        if not _is_url(file) and not os.path.isfile(file):
+            raise FileNotFoundError(f"'{file}' is not a file.")
+
+
+def _find_model(args: argparse.Namespace):
+    """The processor, and a function that loads the model."""
+    from transformers import AutoConfig
+
+    import bt_adapter_hf
+
+    from ..assets import default_chat_model_path
+
+    name = str(default_chat_model_path()) if args.model is None else args.model
+    model_type = AutoConfig.from_pretrained(name, revision=args.revision).model_type
+    if model_type not in HOSTS:
+        raise ValueError(f"'{name}' holds a model of type '{model_type}'; expected one of {', '.join(HOSTS)}.")
+    is_native = not model_type.startswith("bt_adapter_")
+    if is_native and args.bt_adapter is None and not all(map(_is_image, args.files)):
+        raise ValueError(f"'{name}' has no adapter, and there are videos: name one with --bt-adapter.")
+    fields = {"num_frames": args.num_frames, "num_clips": args.num_clips}
+    processor = getattr(bt_adapter_hf, f"BTAdapter{HOSTS[model_type]}Processor").from_pretrained(
+        name, revision=args.revision, **{key: value for key, value in fields.items() if value is not None}
+    )
+
+    def load():
+        import torch
+
+        device = args.device
+        if device is None:
+            device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+        model = getattr(bt_adapter_hf, f"BTAdapter{HOSTS[model_type]}ForConditionalGeneration").from_pretrained(
+            name, revision=args.revision, bt_adapter=args.bt_adapter, dtype=args.dtype
+        )
+        try:
+            model.to(device)
+        except (RuntimeError, AssertionError) as error:  # torch's ways to say that there is no such device
+            raise ValueError(f"device '{device}' cannot be used: {str(error).splitlines()[0]}") from error
+        return model.eval()
+
+    return processor, load
+
+
+def _look(file: str, processor) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A file's part of a message, decoded, and what is told about it."""
+    if _is_image(file):
+        from transformers.image_utils import load_image
+
+        try:
+            image = load_image(file)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"'{file}' cannot be read as an image: {error}") from error
+        return {"type": "image", "image": image}, {"file": file, "kind": "image"}
+
+    from ..video_io import load_video
+
+    rules = processor.video_processor
+    frames, metadata = load_video(
+        file,
+        num_frames=rules.num_frames * processor.num_clips,
+        sampling=rules.sampling,
+        backend=rules.video_backend,
+        on_damage=rules.on_damage,
+        background=tuple(rules.background),
+    )
+    facts = {"file": file, "kind": "video", "frames": [int(index) for index in metadata.frames_indices]}
+    return {"type": "video", "video": frames}, facts
+
+
+def _is_url(file: str) -> bool:
+    return file.startswith(("http://", "https://"))
+
+
+def _is_image(file: str) -> bool:
+    return file.lower().endswith(IMAGE_SUFFIXES)
+
+
+def _typed() -> Iterator[str]:
+    """Questions from the terminal or a pipe, until the end of the input."""
+    if sys.stdin.isatty():
+        print("Ask; an empty line ends.", file=sys.stderr)
+        while True:
+            try:
+                line = input("> ").strip()
+            except EOFError:
+                return
+            if not line:
+                return
+            yield line
+    yield from filter(None, map(str.strip, sys.stdin))
+
+
+def _announce(input_ids, files: list[dict[str, Any]], processor) -> int:
+    """Tells the cost before anything runs; returns the number of visual tokens."""
+    visual = sum(int((input_ids == token).sum()) for token in (processor.image_token_id, processor.video_token_id))
+    if files:
+        kinds = [f"video of {len(file['frames'])} frames" if file["kind"] == "video" else "image" for file in files]
+        print(f"{', '.join(kinds)}: {visual} visual tokens of {input_ids.shape[1]} in the prompt", file=sys.stderr)
+    return visual
+
+
+def _answer(model, processor, inputs, max_new_tokens: int, show: bool) -> str:
+    from transformers.generation.streamers import BaseStreamer
+
+    class Answer(BaseStreamer):
+        """Prints whole words as they are made, and keeps the text."""
+
+        def __init__(self):
+            self.ids: list[int] = []
+            self.text, self.shown, self.is_prompt = "", 0, True
+
+        def put(self, value) -> None:
+            if self.is_prompt:  # comes first
+                self.is_prompt = False
+                return
+            self.ids.extend(value.flatten().tolist())
+            self.text = processor.post_process_image_text_to_text([self.ids])[0]
+            self._show(self.text.rfind(" ") + 1)
+
+        def end(self) -> None:
+            self._show(len(self.text))
+            if show:
+                print(flush=True)
+
+        def _show(self, end: int) -> None:
+            if show and end > self.shown:
+                print(self.text[self.shown : end], end="", flush=True)
+            self.shown = max(end, self.shown)
+
+    answer = Answer()
+    model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=answer)
+    return answer.text

@@ -1,0 +1,136 @@
+"""`chat` as a user runs it: the shipped model for what it says, tiny random hosts for the rest."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bt_adapter_hf import BTAdapterLlavaForConditionalGeneration, BTAdapterLlavaProcessor
+from bt_adapter_hf.cli.main import main
+from tests import clip_tools
+from tests.chat import saved_hosts
+from tests.chat.tiny_hosts import PATCHES, QUERIES
+
+
+HOSTS = {"llava": PATCHES, "instructblip": QUERIES, "blip-2": QUERIES}
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory):
+    """(native checkpoint, adapter) by type."""
+    return {name: saved_hosts.save(name, tmp_path_factory.mktemp(name)) for name in HOSTS}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Two videos and an image."""
+    folder = tmp_path_factory.mktemp("files")
+    paths = clip_tools.write_clip(folder / "a.mp4", count=12), clip_tools.write_gif(folder / "b.gif"), folder / "c.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 48, 3), dtype=np.uint8)).save(paths[2])
+    return [str(path) for path in paths]
+
+
+def chat(*argv) -> int:
+    return main(["chat", *map(str, argv), "--device", "cpu"])
+
+
+def error_of(argv: list, capsys) -> str:
+    """Runs a command that must fail with exactly one line on stderr, and returns it."""
+    assert chat(*argv) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1, captured.err
+    return captured.err
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_every_host_answers_about_videos_and_images(name, hosts, files, capsys):
+    native, adapter = hosts[name]
+    argv = [*files, "--model", native, "--bt-adapter", adapter, "--num-frames", 4, "--max-new-tokens", 5]
+    argv += ["--question", "what happens ?", "-q", "where is the red square ?"]
+    assert chat(*argv, "--json") == 0
+    captured = capsys.readouterr()
+    told = json.loads(captured.out)
+    assert [file["kind"] for file in told["files"]] == ["video", "video", "image"]
+    assert [len(file.get("frames", [])) for file in told["files"]] == [4, 4, 0]
+    assert told["visual_tokens"] == 3 * HOSTS[name]
+    assert [turn["question"] for turn in told["answers"]] == ["what happens ?", "where is the red square ?"]
+    assert all(turn["answer"] for turn in told["answers"])
+    line = f"video of 4 frames, video of 4 frames, image: {told['visual_tokens']} visual tokens of"
+    assert captured.err.splitlines()[-1].startswith(line)
+    # the same for people
+    assert chat(*argv) == 0
+    assert capsys.readouterr().out.splitlines() == [turn["answer"] for turn in told["answers"]]
+
+
+@torch.no_grad()
+def test_the_answer_is_the_models(hosts, files, capsys):
+    native, adapter = hosts["llava"]
+    assert (
+        chat(files[0], "--model", native, "--bt-adapter", adapter, "-q", "what happens ?", "--max-new-tokens", 5) == 0
+    )
+    model = BTAdapterLlavaForConditionalGeneration.from_pretrained(native, bt_adapter=adapter)
+    processor = BTAdapterLlavaProcessor.from_pretrained(native)
+    message = [{"type": "video", "path": files[0]}, {"type": "text", "text": "what happens ?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": message}],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
+    )
+    output = model.generate(**inputs, max_new_tokens=5, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    assert capsys.readouterr().out.strip() == processor.post_process_image_text_to_text(output)[0]
+
+
+def test_clips_multiply_the_tokens(hosts, files, capsys):
+    native, adapter = hosts["llava"]
+    argv = [files[0], "--model", native, "--bt-adapter", adapter, "-q", "what ?", "--max-new-tokens", 2, "--json"]
+    assert chat(*argv, "--num-frames", 2, "--num-clips", 3) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["visual_tokens"] == 3 * PATCHES and len(told["files"][0]["frames"]) == 6
+
+
+def test_a_conversation_from_a_pipe(hosts, files, capsys, monkeypatch):
+    native, adapter = hosts["llava"]
+    argv = [files[0], "--model", native, "--bt-adapter", adapter, "--num-frames", 4, "--max-new-tokens", 4]
+    assert chat(*argv, "-q", "what happens ?", "-q", "where ?") == 0
+    asked = capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", io.StringIO("what happens ?\n\nwhere ?\n"))
+    assert chat(*argv) == 0
+    assert capsys.readouterr().out == asked
+
+
+def test_an_image_needs_no_adapter(hosts, files, capsys):
+    assert chat(files[2], "--model", hosts["llava"][0], "-q", "what ?", "--max-new-tokens", 2) == 0
+    assert capsys.readouterr().out.strip()
+
+
+def test_bad_input_ends_in_one_line(hosts, files, tiny_checkpoint, tmp_path, capsys):
+    native, adapter = hosts["llava"]
+    model = ["--model", native, "--bt-adapter", adapter]
+    ask = ["-q", "what ?"]
+    assert "'no.mp4' is not a file" in error_of([files[0], "no.mp4", files[1], *model, *ask], capsys)
+    assert "is not a file" in error_of([tmp_path, *model, *ask], capsys)
+    for name in ("broken.mp4", "broken.png"):
+        (tmp_path / name).write_bytes(b"not what it is called")
+        assert name in error_of([files[0], tmp_path / name, *model, *ask], capsys)
+    assert "has no adapter" in error_of([files[0], "--model", native, *ask], capsys)
+    assert "type 'bt_adapter'" in error_of([files[0], "--model", tiny_checkpoint, *ask], capsys)
+    assert "no-such-model" in error_of([files[0], "--model", "./no-such-model", *ask], capsys)
+    assert "--question is empty" in error_of([files[0], *model, "-q", " "], capsys)
+    assert "--json needs" in error_of([files[0], *model, "--json"], capsys)
+    assert "num_clips" in error_of([files[0], *model, *ask, "--num-clips", 0], capsys)
+    assert "num_frames" in error_of([files[0], *model, *ask, "--num-frames", 0], capsys)
+    assert "--max-new-tokens 0" in error_of([files[0], *model, *ask, "--max-new-tokens", 0], capsys)
+
+
+def test_a_conversation_longer_than_the_context(hosts, files, capsys):
+    native, adapter = hosts["llava"]
+    assert chat(*[files[0]] * 12, "--model", native, "--bt-adapter", adapter, "--num-frames", 2, "-q", "what ?") == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "drop earlier turns" in captured.err.splitlines()[-1]
