@@ -3,6 +3,7 @@
 import argparse
 import json
 import time
+from functools import lru_cache
 from pathlib import Path
 
 from ._options import add_device_option, progress, quiet_transformers
@@ -16,6 +17,7 @@ QUERIES = (
     "a blue two grows from small to big",
     "a yellow five moves from the bottom to the top",
 )
+CHAT_QUESTION = "How does it move?"
 
 
 def register(subparsers) -> None:
@@ -24,7 +26,8 @@ def register(subparsers) -> None:
         help="see it work: write clips, index, search, label and score them (offline, under two minutes)",
         description="Writes short clips of moving handwritten digits as mp4 and GIF files, none of which the model "
         "has seen, indexes them with the model inside the package, searches them by text, names their motions, and "
-        "compares its scores with those of frame-averaged CLIP and of clips with their frames shuffled or reversed.",
+        "compares its scores with those of frame-averaged CLIP and of clips with their frames shuffled or reversed; "
+        "then asks the chat model inside the package how some of them move.",
         epilog="example: bt-adapter quickstart -o quickstart",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -102,6 +105,14 @@ def run(args: argparse.Namespace) -> int:
     say("   and colour of the nearest caption. R@1: each caption finds its clip. Frame-averaged CLIP is the same CLIP")
     say("   without the branch; shuffled frames come in a new order for every clip, three times over.")
 
+    say("\n5. Chat: bt-adapter chat")
+    answers = []
+    for number in range(len(MOTIONS)):
+        row, path = rows[number * 67 % CLIPS], paths[number * 67 % CLIPS]
+        answer = _ask(path, CHAT_QUESTION, encoder.model.device)
+        answers.append({"file": row["file_name"], "question": CHAT_QUESTION, "answer": answer, "caption": row["text"]})
+        say(f"   {row['file_name']:<20}  {CHAT_QUESTION}  {answer}  (shows: {row['text']})")
+
     seconds = time.monotonic() - start
     summary = {
         "folder": str(folder),
@@ -115,6 +126,7 @@ def run(args: argparse.Namespace) -> int:
         },
         "labels": labels,
         "scores": scores,
+        "chat": answers,
         "seconds": round(seconds, 1),
     }
     (folder / "scores.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -123,3 +135,28 @@ def run(args: argparse.Namespace) -> int:
     say(f"\nDone in {seconds:.0f} s. Look at {sheet}; then try your own sentence:")
     say(f'   bt-adapter search {index_folder} "a green nine shrinks from big to small" --sheet hits.png')
     return 0
+
+
+def _ask(path: str, question: str, device) -> str:
+    """The answer of the chat model inside the package to a question about a video."""
+    model, processor = _chat_model(device)
+    content = [{"type": "video", "path": path}, {"type": "text", "text": question}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    ).to(device)
+    output = model.generate(**inputs, max_new_tokens=32, do_sample=False)
+    return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+@lru_cache(maxsize=1)
+def _chat_model(device):
+    from .. import BTAdapterLlavaForConditionalGeneration, BTAdapterLlavaProcessor
+    from ..assets import default_chat_model_path
+
+    path = default_chat_model_path()
+    model = BTAdapterLlavaForConditionalGeneration.from_pretrained(path).to(device).eval()
+    return model, BTAdapterLlavaProcessor.from_pretrained(path)
