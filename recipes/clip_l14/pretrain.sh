@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Pretrain a BT-Adapter branch for CLIP-L/14 with the released settings.
+#
+#   bash recipes/clip_l14/pretrain.sh TRAIN VALIDATION OUTPUT [MODEL] [further options of `bt-adapter pretrain`]
+#
+# TRAIN and VALIDATION are tables of (video, caption), see `bt-adapter pretrain --help`. MODEL is
+# openai/clip-vit-large-patch14 (224 pixels, the paper's) by default; openai/clip-vit-large-patch14-336 is the image
+# tower of LLaVA-1.5 and takes an adapter of its own. On 8 GPUs the released global batch is 8 x 52:
+#
+#   LAUNCH="torchrun --nproc-per-node 8" bash recipes/clip_l14/pretrain.sh ...
+set -euo pipefail
+if [ $# -lt 3 ]; then
+    sed -n '2,12s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+fi
+train=$1 validation=$2 output=$3 model=${4:-openai/clip-vit-large-patch14}
+shift $(($# < 4 ? $# : 4))
+
+# shellcheck disable=SC2086  # LAUNCH is a command with its options
+${LAUNCH:-python} -m bt_adapter_hf.cli.main pretrain \
+    --model "$model" --train "$train" --validation "$validation" --output-dir "$output" \
+    --num-adapter-layers 4 --num-frames 8 --max-text-length 64 \
+    --mask-ratio 0.7 --vtc-weight 1 --mbta-weight 0.1 --mbca-weight 0.1 --temperature 0.01 \
+    --crop-scale 0.08 1.0 --batch-size 52 --epochs 1 --learning-rate 2e-6 --bf16 --workers 8 \
+    --set warmup_steps=0.5 --set 'lr_scheduler_kwargs={"num_cycles": 0.0555555}' \
+    "$@"
