@@ -653,6 +653,8 @@ class BTAdapterVisionModel(BTAdapterPreTrainedModel):
         groups = self._groups(lengths, whole=torch.is_grad_enabled() or output_branch_states)
         if bool_masked_pos is not None and len(set(lengths)) > 1:
             raise ValueError(f"bool_masked_pos needs videos of one length; frame_mask gives {sorted(set(lengths))}.")
+        if output_branch_states and len(groups) > 1:
+            raise ValueError("output_branch_states needs videos of one length; run unequal videos in groups.")
         position = self._position_embeddings(pixel_values, interpolate_pos_encoding)
         results = []
         for rows in groups:
@@ -801,8 +803,6 @@ class BTAdapterVisionModel(BTAdapterPreTrainedModel):
 
     def _regroup(self, results: list[ModelOutput], groups: list[list[int]], lengths: list[int]) -> ModelOutput:
         """Puts the outputs of several groups of videos back into the order of the batch."""
-        if isinstance(results[0], BTAdapterVisionOutput):
-            raise ValueError("output_branch_states needs videos of one length; run unequal videos in groups.")
         rows = [row for group in groups for row in group]
         frames = [(row, t) for row in rows for t in range(lengths[row])]
 

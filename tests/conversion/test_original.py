@@ -11,8 +11,8 @@ from bt_adapter_hf.conversion import (
     CheckpointError,
     convert_original_checkpoint,
     convert_to_original,
-    llava_projector,
     plan_conversion,
+    read_llava_projector,
 )
 from tests.parity.golden import Golden
 
@@ -250,12 +250,12 @@ def test_unknown_config_fields_are_refused(dual):
 
 def test_projector_of_llava_is_handed_out():
     tensors = {"model.mm_projector.weight": torch.ones(2, 3), "model.mm_projector.bias": torch.ones(2)}
-    assert llava_projector(tensors).keys() == {"mm_projector.weight", "mm_projector.bias"}
+    assert read_llava_projector(tensors).keys() == {"mm_projector.weight", "mm_projector.bias"}
     golden = Golden("hf_norm")
     plan = plan_conversion({**golden.weights, **tensors}, golden.base)
     assert plan.projector["mm_projector.weight"] is tensors["model.mm_projector.weight"]
     with pytest.raises(CheckpointError, match="holds no mm_projector"):
-        llava_projector(golden.weights)
+        read_llava_projector(golden.weights)
 
 
 def test_full_size_names_need_no_base():

@@ -4,8 +4,8 @@ from .original import (
     ConversionPlan,
     convert_original_checkpoint,
     convert_to_original,
-    llava_projector,
     plan_conversion,
+    read_llava_projector,
 )
 from .reading import CheckpointError, read_checkpoint
 from .released_tokens import released_token_ids
@@ -16,7 +16,7 @@ __all__ = [
     "ConversionPlan",
     "convert_original_checkpoint",
     "convert_to_original",
-    "llava_projector",
+    "read_llava_projector",
     "plan_conversion",
     "read_checkpoint",
     "released_token_ids",

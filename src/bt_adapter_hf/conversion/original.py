@@ -204,7 +204,7 @@ def plan_conversion(
     return ConversionPlan(model_class, config, state, rows, notes, found.projector)
 
 
-def llava_projector(checkpoint: str | Path | Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def read_llava_projector(checkpoint: str | Path | Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """LLaVA's projector out of `mm_projector.bin`: `mm_projector.weight`, `mm_projector.bias`, `embed_tokens.weight`.
 
     Raises:
