@@ -26,12 +26,19 @@ CORE = [
 ]
 
 EXTRAS = {
-    "train": ["accelerate>=1.1", "datasets>=4.0", "peft>=0.18"],
+    "train": ["accelerate>=1.1", "datasets>=4.0", "matplotlib>=3.8", "peft>=0.18"],
     "eval": ["datasets>=4.0", "ftfy>=6.1"],
     "search": ["datasets>=4.0", "faiss-cpu>=1.9"],
     "quickstart": ["scikit-learn>=1.4"],
     "torchcodec": ["torchcodec>=0.9"],  # a further decoder; needs FFmpeg's libraries
-    "test": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff==0.17.*", "bitsandbytes>=0.46", "open_clip_torch>=2.30"],
+    "test": [
+        "pytest>=8.0",
+        "pytest-xdist>=3.6",
+        "ruff==0.17.*",
+        "bitsandbytes>=0.46",
+        "open_clip_torch>=2.30",
+        "tensorboard>=2.16",
+    ],
 }
 # The tests cover every part. ruff is pinned to the series whose formatting the code follows.
 EXTRAS["test"] += sorted({package for extra in EXTRAS.keys() - {"test"} for package in EXTRAS[extra]})
