@@ -37,5 +37,9 @@ class TruncatedVideoError(VideoDecodeError):
     """The video is cut or damaged: fewer frames decode than it declares. `on_damage="salvage"` keeps those."""
 
 
+class VideoTimeoutError(VideoDecodeError):
+    """Reading the video took longer than allowed, and was cut off."""
+
+
 class VideoBackendError(VideoError):
     """The named backend is known not to read this file correctly."""

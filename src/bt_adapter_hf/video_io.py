@@ -16,8 +16,6 @@ known to return wrong frames raise [`VideoBackendError`]. There is no silent cha
 import os
 import stat
 import tempfile
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, BinaryIO
@@ -37,6 +35,7 @@ from .video_decoding import (
     load_pyav,
     load_torchcodec,
 )
+from .video_download import download
 from .video_errors import (
     EmptyVideoError,
     NoVideoStreamError,
@@ -48,6 +47,7 @@ from .video_errors import (
     VideoError,
     VideoInputError,
     VideoNotFoundError,
+    VideoTimeoutError,
 )
 
 
@@ -70,6 +70,7 @@ __all__ = [
     "VideoInputError",
     "VideoNotFoundError",
     "VideoSource",
+    "VideoTimeoutError",
     "available_video_backends",
     "load_video",
     "sample_frame_indices",
@@ -83,7 +84,6 @@ _BACKEND_FIXES = {
     "(`apt-get install ffmpeg`), or use backend='pyav'.",
 }
 _GIF_SIGNATURES = (b"GIF87a", b"GIF89a")
-_CHUNK_BYTES = 1 << 20
 
 VideoSource = str | os.PathLike | bytes | BinaryIO | np.ndarray | torch.Tensor | Sequence | Mapping
 
@@ -234,7 +234,8 @@ def _local_source(video: Any, max_download_bytes: int, timeout: float) -> Iterat
     if isinstance(video, str) and video.startswith(("http://", "https://")):
         with tempfile.TemporaryDirectory(prefix="bt_adapter_video_") as folder:
             path = os.path.join(folder, "video")
-            _download(video, path, max_download_bytes, timeout)
+            with open(path, "wb") as file:
+                download(video, file, max_download_bytes, timeout)
             yield Source(path, video)
         return
     if isinstance(video, (str, os.PathLike)):
@@ -276,36 +277,6 @@ def _file_source(name: str) -> Source:
     if empty:
         raise EmptyVideoError(f"{name} is empty (0 bytes).")
     return Source(path, name)
-
-
-def _download(url: str, path: str, max_bytes: int, timeout: float) -> None:
-    received = 0
-    try:
-        request = urllib.request.Request(url, headers={"User-Agent": "bt_adapter_hf"})
-        with urllib.request.urlopen(request, timeout=timeout) as answer, open(path, "wb") as file:
-            declared = answer.headers.get("Content-Length")
-            expected = int(declared) if declared is not None and declared.isdigit() else None
-            if expected is not None and expected > max_bytes:
-                raise VideoDownloadError(_too_large(url, f"{expected} bytes", max_bytes))
-            while chunk := answer.read(_CHUNK_BYTES):
-                received += len(chunk)
-                if received > max_bytes:
-                    raise VideoDownloadError(_too_large(url, f"more than {max_bytes} bytes", max_bytes))
-                file.write(chunk)
-    except VideoError:
-        raise
-    except urllib.error.HTTPError as error:
-        raise VideoDownloadError(f"{url} could not be downloaded: HTTP {error.code} {error.reason}.") from error
-    except (OSError, ValueError) as error:  # URLError and timeouts are OSError; ValueError is a malformed URL
-        raise VideoDownloadError(f"{url} could not be downloaded: {getattr(error, 'reason', error)}.") from error
-    if expected is not None and received < expected:
-        raise VideoDownloadError(f"{url} broke off after {received} of {expected} bytes: download it again.")
-    if received == 0:
-        raise EmptyVideoError(f"{url} is empty (0 bytes).")
-
-
-def _too_large(url: str, found: str, max_bytes: int) -> str:
-    return f"{url} has {found}, the limit is {max_bytes}: raise `max_download_bytes` if that is intended."
 
 
 # Arrays and lists of frames

@@ -32,76 +32,6 @@ def rows(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
 
 
-# Tables
-
-
-@pytest.mark.parametrize("kind", ["folder", "jsonl", "json", "csv", "tsv", "parquet"])
-def test_every_kind_of_table_gives_the_same_pairs(kind, clips, tmp_path):
-    records = rows(clips)
-    path, root = tmp_path / f"table.{kind}", clips
-    if kind == "folder":
-        path, root = clips, None
-    elif kind == "jsonl":
-        path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    elif kind == "json":
-        path.write_text(json.dumps(records))
-    elif kind == "parquet":
-        datasets.Dataset.from_list(records).to_parquet(path)
-    else:
-        sep = {"csv": ",", "tsv": "\t"}[kind]
-        path.write_text("\n".join(sep.join(row) for row in [["file_name", "text"], *(r.values() for r in records)]))
-    table = load_table(path, media_root=root)
-    assert len(table) == 8
-    assert [table.pair(i) for i in range(8)] == [
-        (str(clips.resolve() / record["file_name"]), record["file_name"], [record["text"]]) for record in records
-    ]
-
-
-def test_parquet_with_bytes_and_a_folder_that_datasets_reads(clips, tmp_path):
-    data = [{"video": {"path": "a.mp4", "bytes": (clips / "clip0.mp4").read_bytes()}, "caption": ["one", "two"]}]
-    features = datasets.Features({"video": datasets.Video(decode=False), "caption": [datasets.Value("string")]})
-    (tmp_path / "repo").mkdir()
-    datasets.Dataset.from_list(data, features=features).to_parquet(tmp_path / "repo" / "train.parquet")
-    for source in (tmp_path / "repo", tmp_path / "repo" / "train.parquet"):
-        video, name, texts = load_table(source).pair(0)
-        assert video == data[0]["video"]["bytes"] and name == "a.mp4" and texts == ["one", "two"]
-
-
-def test_words_that_look_like_missing_values_stay_words(tmp_path):
-    path = tmp_path / "table.csv"
-    path.write_text("video,text\nnull.mp4,None\nNA,7\nhttps://host/x.mp4,\n")
-    table = load_table(path)
-    assert [table.pair(i)[1:] for i in range(3)] == [("null.mp4", ["None"]), ("NA", ["7"]), ("https://host/x.mp4", [])]
-    assert table.pair(2)[0] == "https://host/x.mp4"
-
-
-@pytest.mark.parametrize(
-    "name, content, options, message",
-    [
-        ("t.csv", "file,text\na,b\n", {}, "no video column: looked for any of video, .*found file, text"),
-        ("t.csv", "video,label\na,b\n", {}, "no text column.*found video, label.*text_column"),
-        ("t.csv", "video,text\na,b\n", {"text_column": "words"}, "looked for 'words', found video, text"),
-        ("t.csv", "video,text\n", {}, "Cannot read the table .*no data"),
-        ("t.jsonl", "{not json", {}, "Cannot read the table"),
-        ("t.xlsx", "", {}, "must end in one of .jsonl"),
-    ],
-)
-def test_bad_tables(name, content, options, message, tmp_path):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=message):
-        load_table(tmp_path / name, **options)
-
-
-def test_missing_table(tmp_path):
-    with pytest.raises(ValueError, match="no such file or folder"):
-        load_table(tmp_path / "absent.jsonl")
-    with pytest.raises(ValueError, match="Cannot read the table no-one/has-this"):
-        load_table("no-one/has-this")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="Cannot read the table"):
-        load_table(tmp_path / "empty")
-
-
 # Items and batches
 
 
@@ -117,9 +47,8 @@ def test_validation_items_are_what_the_processor_makes(clips, processor):
 def test_training_chance_depends_on_seed_epoch_and_index_only(clips, processor):
     def pixels(seed, epoch, index, **options):
         dataset = PairDataset(load_table(clips), processor, training=True, seed=seed, **options)
-        dataset.set_epoch(epoch)
         dataset[5]  # what was asked before must not matter
-        return dataset[index]["pixel_values_videos"]
+        return dataset[epoch, index]["pixel_values_videos"]
 
     for options in ({}, {"crop_scale": (0.3, 1.0)}):
         reference = pixels(0, 1, 2, **options)
@@ -143,8 +72,7 @@ def test_one_crop_box_for_all_frames(tmp_path, processor):
     dataset = PairDataset(load_table(tmp_path / "t.jsonl"), processor, training=True, crop_scale=(0.1, 0.5))
     crops = []
     for epoch in range(4):
-        dataset.set_epoch(epoch)
-        frames = dataset[0]["pixel_values_videos"]
+        frames = dataset[epoch, 0]["pixel_values_videos"]
         assert (frames - frames[:1]).abs().max() < 0.15  # the same picture four times, up to the codec
         crops.append(frames[0])
     assert (crops[0] - crops[1]).abs().max() > 0.5
@@ -166,8 +94,7 @@ def test_caption_lists(clips, processor, tmp_path):
     training = PairDataset(table, processor, training=True)
     seen = set()
     for epoch in range(20):
-        training.set_epoch(epoch)
-        seen.add(training[0]["text"])
+        seen.add(training[epoch, 0]["text"])
     assert seen == {"one", "two", "three"}
     assert PairDataset(table, processor, training=False)[0]["text"] == "one"
 
@@ -195,18 +122,14 @@ def test_batches(clips, processor):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing_and_see_the_epoch(clips, processor, workers):
     dataset = PairDataset(load_table(clips), processor, training=True, crop_scale=(0.3, 1.0))
-    options = {"batch_size": 4, "collate_fn": PairCollator(processor)}
-    parallel = torch.utils.data.DataLoader(dataset, num_workers=workers, persistent_workers=True, **options)
-    epochs = []
-    for epoch in range(2):
-        dataset.set_epoch(epoch)
-        expected = list(torch.utils.data.DataLoader(dataset, **options))
-        found = list(parallel)
-        for a, b in zip(expected, found, strict=True):
-            assert torch.equal(a["pixel_values_videos"], b["pixel_values_videos"])
-            assert torch.equal(a["input_ids"], b["input_ids"])
-        epochs.append(found[0]["pixel_values_videos"])
-    assert not torch.equal(*epochs)
+    pairs = [(epoch, row) for epoch in range(2) for row in range(8)]
+    options = {"batch_size": 4, "sampler": pairs, "collate_fn": PairCollator(processor)}
+    expected = list(torch.utils.data.DataLoader(dataset, **options))
+    found = list(torch.utils.data.DataLoader(dataset, num_workers=workers, **options))
+    for a, b in zip(expected, found, strict=True):
+        assert torch.equal(a["pixel_values_videos"], b["pixel_values_videos"])
+        assert torch.equal(a["input_ids"], b["input_ids"])
+    assert not torch.equal(found[0]["pixel_values_videos"], found[2]["pixel_values_videos"])
 
 
 def test_bad_options(clips, processor):

@@ -3,6 +3,8 @@
 import json
 import logging
 import re
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TypedDict
 
@@ -50,8 +52,8 @@ class BrokenItemsLog:
         self.path, self.part, self.items, self.max_broken, self.seen = Path(path), part, items, max_broken, seen
         self.broken: dict[tuple[str, int], BrokenItem] = {}
         if self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                record = json.loads(line)
+            _cut_to_whole_lines(self.path)
+            for record in _records(self.path):
                 if record.pop("part") == part:
                     self.broken[record["source"], record["index"]] = record
 
@@ -80,3 +82,34 @@ class BrokenItemsLog:
                 f"than the allowed share of {self.max_broken:.0%}. They are listed with their reasons in {self.path}; "
                 f"the last is {last['video']}: {last['reason']} Repair the table, or allow more with max_broken."
             )
+
+
+def read_broken(output_dir: Path) -> dict[str, list[BrokenItem]]:
+    """What all processes of a run have listed in its folder, by part ("train", "eval"): each item once."""
+    found: dict[str, dict[tuple[str, int], BrokenItem]] = {}
+    for path in sorted(Path(output_dir).glob("broken_items*.jsonl")):
+        for record in _records(path):
+            found.setdefault(record.pop("part"), {})[record["source"], record["index"]] = record
+    return {part: list(records.values()) for part, records in found.items()}
+
+
+def count_reasons(records: Iterable[BrokenItem]) -> dict[str, int]:
+    """How many items each reason accounts for, most frequent first. Names, paths and numbers are left out of it."""
+    counts: Counter[str] = Counter()
+    for record in records:
+        reason = record["reason"].replace(record["video"] or "<path>", "<path>")
+        counts[re.sub(r"\d+", "N", re.sub(r"\S*[/\\]\S*", "<path>", reason))] += 1
+    return dict(counts.most_common())
+
+
+def _cut_to_whole_lines(path: Path) -> None:
+    """Drop a last line that a kill has cut short, before more is appended."""
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        path.write_bytes(whole)
+
+
+def _records(path: Path) -> list[dict]:
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]

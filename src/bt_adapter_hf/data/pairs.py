@@ -1,148 +1,28 @@
-"""(video, text) tables: one description for local files and Hub datasets, and the dataset that decodes them lazily."""
+"""The dataset over a (video, text) table that decodes lazily, and the batches of it. `load_table` opens tables."""
 
-import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.utils.data import default_collate
 
-from ..import_utils import require_package
 from ..video_io import VideoError, load_video
 from .broken import BrokenItem, BrokenItemsError
+from .chunk_store import ChunkStore
+from .decoding_process import DecodingProcess
+from .sources import PairTable, load_table
 
 
 if TYPE_CHECKING:
-    import datasets
-
     from ..processing_bt_adapter import BTAdapterProcessor
 
 
-logger = logging.getLogger(__name__)
+__all__ = ["PairCollator", "PairDataset", "PairTable", "load_table", "random_crop_box"]
 
-VIDEO_COLUMNS = ("video", "file_name", "path", "video_path")
-TEXT_COLUMNS = ("text", "caption", "captions", "sentence", "sentences")
-# Reader of `datasets` and its options for each kind of table file.
-READERS = {
-    ".jsonl": ("json", {}),
-    ".json": ("json", {}),
-    # Captions and file names are text: "None", "NA" and "null" are words here.
-    ".csv": ("csv", {"keep_default_na": False}),
-    ".tsv": ("csv", {"keep_default_na": False, "sep": "\t"}),
-    ".parquet": ("parquet", {}),
-}
 # Attempts to replace a broken item before a table is declared unusable.
 REPLACEMENTS = 100
-
-
-@dataclass
-class PairTable:
-    """Rows of (video, text), nothing decoded.
-
-    Attributes:
-        source: what was given to `load_table`.
-        rows: the `datasets.Dataset` with the two columns.
-        media_root: folder that relative video paths start from.
-    """
-
-    source: str
-    rows: "datasets.Dataset"
-    video_column: str
-    text_column: str
-    media_root: Path | None
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def pair(self, index: int) -> tuple[str | bytes, str, list[str]]:
-        """Video (path, URL or bytes of the file), its name for messages, and the texts of one row, maybe none."""
-        row = self.rows[index]
-        video, texts = row[self.video_column], row[self.text_column]
-        if isinstance(video, dict):  # a Video feature that is not decoded
-            name, video = video["path"], video["bytes"] or video["path"]
-        else:
-            name = video if isinstance(video, str) else None
-        if isinstance(video, str) and video and "://" not in video and self.media_root is not None:
-            video = str(self.media_root / video)
-        texts = texts if isinstance(texts, list) else [texts]
-        return video, name or f"row {index}", [str(text) for text in texts if text is not None and str(text).strip()]
-
-
-def load_table(
-    source: str | Path,
-    *,
-    media_root: str | Path | None = None,
-    video_column: str | None = None,
-    text_column: str | None = None,
-    split: str = "train",
-    config_name: str | None = None,
-) -> PairTable:
-    """Open a (video, text) table. The `datasets` library reads it; no video is decoded.
-
-    Args:
-        source: a `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file; a folder of videos with `metadata.jsonl`,
-            `metadata.csv` or `metadata.parquet` (the video folder layout of `datasets`); any other folder that
-            `datasets` reads; or the id of a Hub dataset.
-        media_root: where relative video paths start; the folder of the table by default.
-        video_column: paths, URLs or `Video` features; by default the first of `VIDEO_COLUMNS` that exists.
-        text_column: captions, or lists of captions; by default the first of `TEXT_COLUMNS` that exists.
-        split, config_name: of a Hub dataset or a folder without metadata file.
-
-    Raises:
-        ImportError: without the `datasets` library.
-        ValueError: for a table that cannot be read, has no rows, or lacks the columns (naming those it has).
-    """
-    require_package("datasets", "train")
-    import datasets
-
-    path = Path(source).expanduser()
-    if path.is_dir():
-        metadata = [path / f"metadata{suffix}" for suffix in READERS]
-        path = next((file for file in metadata if file.is_file()), path)
-    try:
-        if path.is_file():
-            if path.suffix not in READERS:
-                raise ValueError(f"a file must end in one of {', '.join(READERS)}")
-            reader, options = READERS[path.suffix]
-            rows = datasets.load_dataset(reader, data_files=str(path), split="train", **options)
-            media_root = media_root or path.parent
-        elif path.is_absolute() and not path.exists():
-            raise FileNotFoundError("no such file or folder")
-        else:
-            rows = datasets.load_dataset(str(source), config_name, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        cause = error.__cause__ or error
-        raise ValueError(f"Cannot read the table {source}: {cause}") from error
-    if len(rows) == 0:
-        raise ValueError(f"The table {source} has no rows.")
-    video_column = _pick_column(rows, video_column, VIDEO_COLUMNS, "video", source)
-    text_column = _pick_column(rows, text_column, TEXT_COLUMNS, "text", source)
-    rows = rows.select_columns([video_column, text_column])
-    if isinstance(rows.features[video_column], datasets.Video):
-        # We decode ourselves: a torchcodec that does not load must not matter.
-        rows = rows.cast_column(video_column, datasets.Video(decode=False))
-    return PairTable(
-        source=str(source),
-        rows=rows,
-        video_column=video_column,
-        text_column=text_column,
-        media_root=Path(media_root).expanduser().resolve() if media_root is not None else None,
-    )
-
-
-def _pick_column(
-    rows: "datasets.Dataset", wanted: str | None, defaults: tuple[str, ...], kind: str, source: str | Path
-) -> str:
-    for name in (wanted,) if wanted is not None else defaults:
-        if name in rows.column_names:
-            return name
-    looked_for = repr(wanted) if wanted is not None else f"any of {', '.join(defaults)}"
-    raise ValueError(
-        f"The table {source} has no {kind} column: looked for {looked_for}, found {', '.join(rows.column_names)}. "
-        f"Name it with {kind}_column."
-    )
 
 
 def random_crop_box(
@@ -167,13 +47,15 @@ def random_crop_box(
 class PairDataset(torch.utils.data.Dataset):
     """Map-style dataset over a `PairTable`: decodes, samples and preprocesses one video when it is asked for.
 
-    All chance (which frames, which caption, which crop, what replaces a broken item) is a function of
-    `(seed, epoch, index)`, so it does not depend on workers, processes or where a run was resumed.
+    `dataset[epoch, row]` is the item of a row in an epoch; `dataset[row]` is that of epoch 0. All chance (which
+    frames, which caption, which crop, what replaces a broken item) is a function of `(seed, epoch, row)`, so it does
+    not depend on workers, processes or where a run was resumed.
 
     An item whose video or text cannot be used is replaced by another one, and reported in the item that replaces it.
+    The other one is of the same shard if it has a usable one, so that no further shard has to be fetched.
 
     Args:
-        table: the rows.
+        table: the rows. Call its `use_store` first where it needs one.
         processor: its video processor gives size, normalisation and, outside training, the rule for sampling frames.
         training: jittered frames and a random caption of each row, as released; otherwise the processor's sampling
             rule and the first caption.
@@ -182,10 +64,19 @@ class PairDataset(torch.utils.data.Dataset):
         crop_scale: range of the area of a random resized crop, one box for all frames of a clip (released pretraining:
             0.08 to 1); none by default, which leaves the crop to the video processor. Training only.
         group_by_caption: rows with the same (first) caption are right answers for each other in retrieval. Otherwise
-            every row is its own only right answer, as in the usual benchmarks.
+            every row is its own only right answer, as in the usual benchmarks. Reads all texts at once (of packed
+            shards, these only).
+        item_timeout: seconds that reading, decoding and preprocessing one video may take; a video that takes longer
+            is a broken item. For this the work is done in a child process, see `DecodingProcess`. None: no limit, no
+            child.
 
     Items: `pixel_values_videos` float (T, 3, H, W), `text` str, `pair_id` int (what belongs together in retrieval; -1
     where the item replaces a broken one), `broken` list of `BrokenItem`.
+
+    Raises:
+        ValueError: bad options.
+        BrokenItemsError: (from an item) neither the row nor any that could replace it can be used.
+        ChunkStoreError: (from an item) the rows could not be fetched.
     """
 
     def __init__(
@@ -198,6 +89,7 @@ class PairDataset(torch.utils.data.Dataset):
         seed: int = 0,
         crop_scale: tuple[float, float] | None = None,
         group_by_caption: bool = False,
+        item_timeout: float | None = 60.0,
     ):
         self.table, self.training, self.seed = table, training, seed
         self.video_processor = processor.video_processor
@@ -210,40 +102,45 @@ class PairDataset(torch.utils.data.Dataset):
             if len(crop_scale) != 2 or not 0 < crop_scale[0] <= crop_scale[1] <= 1:
                 raise ValueError(f"crop_scale={crop_scale} must be two areas, 0 < smallest <= largest <= 1.")
         self.crop_scale = crop_scale
-        # Shared memory: workers that outlive an epoch must see the next one.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._first_row_of: dict[str, int] | None = None
         if group_by_caption:
             self._first_row_of = {}
-            for index in range(len(table)):
-                for text in table.pair(index)[2][:1]:
-                    self._first_row_of.setdefault(text, index)
+            for row, texts in enumerate(table.texts()):
+                for text in texts[:1]:
+                    self._first_row_of.setdefault(text, row)
+        self._attempt = self._load_row
+        if item_timeout is not None:
+            self._attempt = DecodingProcess(self._load_row, item_timeout)
+
+    @property
+    def shard_rows(self) -> list[int]:
+        """Number of rows of each shard; row numbers run through the shards in order."""
+        return self.table.shard_rows
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of the rows."""
+        return self.table.fingerprint
 
     def __len__(self) -> int:
         return len(self.table)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose frames, captions and crops are drawn."""
-        self._epoch.fill_(epoch)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        generator = np.random.default_rng([self.seed, int(self._epoch), index])
+    def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Any]:
+        epoch, row = (int(number) for number in index) if isinstance(index, tuple) else (0, int(index))
         broken: list[BrokenItem] = []
-        for candidate in self._candidates(index, generator):
-            video, name, texts = self.table.pair(candidate)
+        for attempt, candidate in enumerate(self._candidates(epoch, row)):
+            self.table.wait(candidate)  # outside the time limit
+            # As many numbers as are needed: further zeros at the end would give the same chance.
+            key = [self.seed, epoch, row] + ([attempt] if attempt else [])
             try:
-                if not texts:
-                    raise _UnusableText("it has no text")
-                text = texts[generator.integers(len(texts))] if self.training else texts[0]
-                pixel_values = self._load(video, generator)
-            except (VideoError, _UnusableText) as error:
-                broken.append(
-                    BrokenItem(source=self.table.source, index=candidate, video=name, reason=str(error) or repr(error))
-                )
+                pixel_values, text, texts = self._attempt(self.table.store, candidate, key)
+            except VideoError as error:
+                video, reason = self.table.name(candidate), str(error) or repr(error)
+                broken.append(BrokenItem(source=self.table.source, index=candidate, video=video, reason=reason))
                 continue
             pair_id = candidate if self._first_row_of is None else self._first_row_of[texts[0]]
             return {
-                "pixel_values_videos": pixel_values,
+                "pixel_values_videos": torch.from_numpy(pixel_values),
                 "text": text,
                 "pair_id": -1 if broken else pair_id,
                 "broken": broken,
@@ -253,14 +150,28 @@ class PairDataset(torch.utils.data.Dataset):
             f"{broken[0]['video']}: {broken[0]['reason']}"
         )
 
-    def _candidates(self, index: int, generator: np.random.Generator) -> Iterator[int]:
-        """The item itself, then replacements: a walk that meets every other item once."""
-        yield index
-        others = len(self) - 1
-        if others:
-            start = int(generator.integers(others))
-            for step in range(min(others, REPLACEMENTS)):
-                yield (index + 1 + (start + step) % others) % len(self)
+    def _candidates(self, epoch: int, row: int) -> Iterator[int]:
+        """The item itself, then replacements: every other item of its shard, in a walk, and then those of others."""
+        shard = self.table.shard_range(row)
+        others = len(shard) - 1
+        start = int(np.random.default_rng([self.seed, epoch, row, REPLACEMENTS + 1]).integers(max(others, 1)))
+        inside = (shard[(row - shard.start + 1 + (start + step) % others) % len(shard)] for step in range(others))
+        outside = ((shard.stop + step) % len(self) for step in range(len(self) - len(shard)))
+        yield row
+        yield from islice(chain(inside, outside), REPLACEMENTS)
+
+    def _load_row(self, store: ChunkStore | None, row: int, key: list[int]) -> tuple[np.ndarray, str, list[str]]:
+        """Clip, chosen text and all texts of a row; `key` seeds its chance.
+
+        The store comes along because a child process knows the table as it was when the child was started.
+        """
+        self.table.store = store
+        generator = np.random.default_rng(key)
+        video, _, texts = self.table.pair(row)
+        if not texts:
+            raise UnusableTextError("it has no text")
+        text = texts[generator.integers(len(texts))] if self.training else texts[0]
+        return self._load(video, generator).numpy(), text, texts
 
     def _load(self, video: str | bytes, generator: np.random.Generator) -> torch.Tensor:
         frames, _ = load_video(
@@ -286,8 +197,8 @@ class PairDataset(torch.utils.data.Dataset):
         return batch["pixel_values_videos"][0]
 
 
-class _UnusableText(Exception):
-    """The row has no text."""
+class UnusableTextError(VideoError):
+    """The row of the video has no text."""
 
 
 class PairCollator:
@@ -325,7 +236,8 @@ class PairCollator:
             return_tensors="pt",
         )
         return {
-            "pixel_values_videos": torch.stack([item["pixel_values_videos"] for item in items]),
+            # in a loader worker it stacks into shared memory at once, which spares a copy
+            "pixel_values_videos": default_collate([item["pixel_values_videos"] for item in items]),
             "input_ids": texts["input_ids"],
             "attention_mask": texts["attention_mask"],
             "pair_ids": torch.tensor([item["pair_id"] for item in items]),

@@ -1,0 +1,181 @@
+"""Files on the disk or on the Hub (hf://datasets/...). `datasets` does the remote reading.
+
+Its `xopen` reads remote files by byte ranges and goes on after broken connections and overloaded servers.
+"""
+
+import glob
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from ..hub_access import retried
+from ..import_utils import require_package
+
+
+# Bytes that one request asks for at least: small for looking at headers and footers, large for reading on.
+PEEK_BYTES = 1 << 16
+READ_BYTES = 1 << 23
+
+
+def is_remote(path: str) -> bool:
+    return "://" in path
+
+
+def open_file(path: str, block_size: int = READ_BYTES) -> BinaryIO:
+    """A seekable binary file. Remote ones are read in ranges of at least `block_size` bytes, and only where asked."""
+    if not is_remote(path):
+        return open(path, "rb")
+    from datasets.utils.file_utils import xopen
+
+    return xopen(path, "rb", block_size=block_size)
+
+
+def file_size(file: BinaryIO) -> int:
+    place = file.tell()
+    size = file.seek(0, os.SEEK_END)
+    file.seek(place)
+    return size
+
+
+def join(root: str | None, path: str) -> str:
+    """`path` seen from `root`; absolute paths and URLs stay as they are."""
+    if root is None or is_remote(path) or os.path.isabs(path):
+        return path
+    return f"{root.rstrip('/')}/{path}" if is_remote(root) else str(Path(root) / path)
+
+
+def identity(path: str) -> str:
+    """What changes when the file's content does; a path on the Hub names a commit, which says it."""
+    if is_remote(path):
+        return path
+    status = os.stat(path)
+    return f"{os.path.abspath(path)} {status.st_size} {status.st_mtime_ns}"
+
+
+@dataclass
+class FoundFiles:
+    """The files of a table.
+
+    Attributes:
+        paths: all of one kind, in order.
+        suffix: their kind: ".parquet", ".tar", ".csv", ...
+        root: where relative video paths start.
+        revision: commit of a dataset on the Hub.
+        repo: "hf://datasets/owner/name@commit" of a dataset on the Hub.
+    """
+
+    paths: list[str]
+    suffix: str
+    root: str
+    revision: str | None = None
+    repo: str | None = None
+
+
+def find_files(
+    source: str, suffixes: tuple[str, ...], split: str, config_name: str | None, revision: str | None
+) -> FoundFiles:
+    """The files that `source` means; a dataset on the Hub is pinned to its present commit.
+
+    Raises:
+        ValueError, OSError, DatasetsError: nothing there, or nothing that can be read as a table.
+    """
+    path = Path(source).expanduser()
+    if not is_remote(source):
+        if path.is_dir():
+            metadata = [path / f"metadata{suffix}" for suffix in suffixes]
+            path = next((file for file in metadata if file.is_file()), path)
+        if path.is_file():
+            return _one_kind([str(path)], suffixes)
+        if glob.has_magic(source):
+            return _one_kind(
+                sorted(file for file in glob.glob(str(path), recursive=True) if os.path.isfile(file)), suffixes
+            )
+        if path.is_absolute() and not path.exists():
+            raise FileNotFoundError("no such file or folder")
+        if path.is_dir():
+            return _by_builder(str(path), suffixes, split, config_name, None)
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) or path.suffix in suffixes:
+            raise FileNotFoundError("no such file or folder, and not the id of a Hub dataset")
+        return _by_builder(source, suffixes, split, config_name, _commit(source, revision))
+    if source.startswith("hf://"):
+        repo, commit, inside = _split_hub_path(source, revision)
+        if not inside:
+            return _by_builder(repo, suffixes, split, config_name, commit)
+        base = f"hf://datasets/{repo}@{commit}"
+        paths = [f"{base}/{inside}"]
+        if glob.has_magic(inside):
+            from huggingface_hub import HfFileSystem
+
+            paths = sorted(f"hf://{file}" for file in HfFileSystem().glob(paths[0]))
+        found = _one_kind(paths, suffixes)
+        found.revision, found.repo = commit, base
+        return found
+    raise ValueError(
+        "tables and archives are read from the disk or from the Hub (hf://datasets/...): download it. The videos that "
+        "a table names may have any http(s) address"
+    )
+
+
+def pin(path: str) -> str:
+    """An hf:// path with the commit that its branch stands at; other paths as they are."""
+    if not path.startswith("hf://datasets/"):
+        return path
+    repo, commit, inside = _split_hub_path(path, None)
+    return f"hf://datasets/{repo}@{commit}/{inside}"
+
+
+def _split_hub_path(path: str, revision: str | None) -> tuple[str, str, str]:
+    """(repo, commit, path inside) of hf://datasets/owner/name[@revision]/path."""
+    match = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/?(.*)", path)
+    if match is None:
+        raise ValueError("expected hf://datasets/owner/name/path")
+    repo, written, inside = match.groups()
+    return repo, _commit(repo, written.replace("%2F", "/") if written else revision), inside
+
+
+def _commit(repo: str, revision: str | None) -> str:
+    from huggingface_hub import HfApi
+
+    if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
+    return retried(lambda: HfApi().dataset_info(repo, revision=revision).sha, f"Looking up the dataset {repo}")
+
+
+def _one_kind(paths: list[str], suffixes: tuple[str, ...]) -> FoundFiles:
+    if not paths:
+        raise FileNotFoundError("no file matches")
+    found = {os.path.splitext(path.split("?")[0])[1] for path in paths}
+    if len(found) > 1 or not found <= set(suffixes):
+        raise ValueError(f"a file must end in one of {', '.join(suffixes)}, all of them in the same one")
+    folders = {os.path.dirname(path) for path in paths}
+    root = folders.pop() if len(folders) == 1 else os.path.commonpath([*folders, os.path.dirname(paths[0])])
+    return FoundFiles(paths, found.pop(), root)
+
+
+def _by_builder(
+    source: str, suffixes: tuple[str, ...], split: str, config_name: str | None, commit: str | None
+) -> FoundFiles:
+    """As `datasets` understands a folder or a repository: its card, splits, configurations and naming patterns."""
+    require_package("datasets", "train")
+    import datasets
+    from datasets.packaged_modules.videofolder.videofolder import VideoFolder
+
+    builder = retried(
+        lambda: datasets.load_dataset_builder(source, config_name, revision=commit), f"Listing the files of {source}"
+    )
+    by_split = builder.config.data_files or {}
+    if split not in by_split:
+        raise ValueError(f"there is no split {split!r}, only {', '.join(map(repr, by_split)) or 'none'}")
+    paths = [str(path) for path in by_split[split]]
+    if isinstance(builder, VideoFolder):
+        paths = [path for path in paths if path.rpartition("/")[2] in builder.METADATA_FILENAMES]
+        if len(paths) != 1:
+            raise ValueError(
+                f"a folder of videos needs one metadata.jsonl, metadata.csv or metadata.parquet with the captions; "
+                f"found {len(paths)}. Name a table file instead"
+            )
+    found = _one_kind(paths, suffixes)
+    found.revision, found.repo = commit, f"hf://datasets/{source}@{commit}" if commit else None
+    return found

@@ -1,0 +1,124 @@
+"""Talking to the Hub: another try where it did not answer, and a clear sentence where it said no."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+
+logger = logging.getLogger(__name__)
+
+RETRY_WAITS = [1.0, 2.0, 4.0]  # seconds before each further try
+_GIVE_UP_AFTER = 30.0  # seconds; the client has tried for longer itself by then
+_TRANSIENT = (429, 500, 502, 503, 504)
+
+Result = TypeVar("Result")
+
+
+def retried(call: Callable[[], Result], what: str) -> Result:
+    """What `call` returns, tried again where the Hub was busy or the connection broke.
+
+    Args:
+        call: may be called several times.
+        what: for the log, such as "Creating org/model".
+    """
+    started = time.monotonic()
+    for wait in [*RETRY_WAITS, None]:
+        try:
+            return call()
+        except Exception as error:
+            if wait is None or not is_transient(error) or time.monotonic() - started > _GIVE_UP_AFTER:
+                raise
+            wait = max(wait, _asked_wait(error))
+            logger.warning("%s: %s. Next try in %g s.", what, _in_short(error), wait)
+            time.sleep(wait)
+    raise AssertionError("unreachable")
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same request may succeed a little later."""
+    cause = http_cause(error)
+    if isinstance(cause, HfHubHTTPError):
+        return cause.response.status_code in _TRANSIENT
+    return isinstance(cause, HTTPError) and type(cause).__name__ != "LocalProtocolError"
+
+
+def http_cause(error: BaseException) -> BaseException | None:
+    """The first error in the chain that the Hub's client raised; libraries wrap it, and some hide what it said."""
+    for link in _chain(error):
+        if isinstance(link, HTTPError | OfflineModeIsEnabled):
+            return link
+    return None
+
+
+def explain(error: BaseException, repo_id: str, revision: str | None = None) -> str:
+    """One sentence: why the Hub did not do what was asked with a repository, and what to do."""
+    cause = http_cause(error)
+    at = f" at revision {revision}" if revision else ""
+    if isinstance(cause, GatedRepoError):
+        return (
+            f"{repo_id} is gated: accept its conditions at {constants.ENDPOINT}/{repo_id} with your account, and log "
+            "in with that account (`hf auth login`, or token=...)"
+        )
+    if isinstance(cause, RevisionNotFoundError):
+        return f"{repo_id} has no revision {revision!r}: name a branch, tag or commit that it has"
+    if isinstance(cause, RepositoryNotFoundError):
+        return (
+            f"{repo_id} does not exist on the Hub, or it is private: check the name, or log in with an account that "
+            "has access (`hf auth login`, or token=...)"
+        )
+    if isinstance(cause, OfflineModeIsEnabled):
+        return f"{repo_id}{at} is not in the local cache, and HF_HUB_OFFLINE is set: unset it, or load it once online"
+    if isinstance(cause, HfHubHTTPError):
+        status = cause.response.status_code
+        if status == 401:
+            return f"the Hub refused the token (401): log in again (`hf auth login`) or unset HF_TOKEN for {repo_id}"
+        if status == 403:
+            return f"the Hub refused access to {repo_id} (403): the token lacks the permission that this needs"
+        if status in _TRANSIENT:
+            return f"the Hub did not serve {repo_id} ({_in_short(cause)}), also when asked again: try later"
+        detail = f": {cause.server_message}" if cause.server_message else ""
+        return f"the Hub refused what was asked of {repo_id} ({_in_short(cause)}){detail}"
+    if cause is not None:
+        return f"{constants.ENDPOINT} could not be reached for {repo_id} ({_in_short(cause)}): check the connection"
+    return str(error)
+
+
+def check_token(token: str | bool | None) -> None:
+    """Refuses what no request can carry; the HTTP library's own error would print it.
+
+    Raises:
+        ValueError: if the token has characters that no token has. It is not in the text.
+    """
+    if isinstance(token, str) and not (token.isascii() and token.isprintable() and " " not in token):
+        raise ValueError("The token holds a line break, a space or a letter that no token has: copy it again.")
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _in_short(error: BaseException) -> str:
+    cause = http_cause(error) or error
+    if isinstance(cause, HfHubHTTPError):
+        return f"{cause.response.status_code} {cause.response.reason_phrase}".strip()
+    return type(cause).__name__
+
+
+def _asked_wait(error: BaseException) -> float:
+    """Seconds that a 429 or 503 asks to wait, at most a minute."""
+    cause = http_cause(error)
+    asked = cause.response.headers.get("Retry-After", "") if isinstance(cause, HfHubHTTPError) else ""
+    return min(float(asked), 60.0) if asked.isdigit() else 0.0

@@ -1,0 +1,371 @@
+"""Tables of conversations, and labels token by token for the three hosts."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bt_adapter_hf import BTAdapterLlavaProcessor
+from bt_adapter_hf.assets import default_chat_model_path
+from bt_adapter_hf.data.broken import BrokenItemsError
+from bt_adapter_hf.data.instructions import (
+    InstructionCollator,
+    InstructionDataset,
+    UnusableRow,
+    load_instructions,
+    longest_conversation,
+    visuals_of,
+)
+from bt_adapter_hf.processing_bt_adapter_chat import BTAdapterInstructBlipProcessor, BTAdapterMiniGPT4Processor
+from tests import clip_tools
+from tests.chat import tiny_hosts
+from tests.chat.tiny_hosts import PATCHES, QUERIES
+
+
+IMAGE, VIDEO, EOS, STOP = 18, 19, 2, 20
+
+
+def llava_processor():
+    return BTAdapterLlavaProcessor(
+        tiny_hosts.image_processor(), tiny_hosts.video_processor(), tiny_hosts.tokenizer(), patch_size=8
+    )
+
+
+def instructblip_processor():
+    return BTAdapterInstructBlipProcessor(
+        tiny_hosts.blip_image_processor(),
+        tiny_hosts.video_processor(),
+        tiny_hosts.tokenizer(),
+        tiny_hosts.tokenizer(extra=()),
+        num_query_tokens=QUERIES,
+    )
+
+
+def minigpt4_processor():
+    processor = BTAdapterMiniGPT4Processor(
+        tiny_hosts.blip_image_processor(), tiny_hosts.video_processor(), tiny_hosts.tokenizer(), QUERIES
+    )
+    assert processor.tokenizer.add_tokens(["###"]) == 1
+    return processor
+
+
+PROCESSORS = {"llava": llava_processor, "instructblip": instructblip_processor, "minigpt4": minigpt4_processor}
+
+
+@pytest.fixture(params=list(PROCESSORS))
+def host(request):
+    return request.param, PROCESSORS[request.param]()
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("media")
+    for name in ("a.mp4", "b.mp4"):
+        clip_tools.write_clip(folder / name, count=8)
+    Image.fromarray(np.full((40, 48, 3), 90, np.uint8)).save(folder / "a.png")
+    (folder / "broken.mp4").write_bytes(b"this is no video" * 20)
+    return folder
+
+
+def write(media, *rows, name="train.jsonl"):
+    path = media / name
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def dataset(media, processor, *rows, max_length=192, **options):
+    return InstructionDataset(load_instructions(write(media, *rows)), processor, max_length=max_length, **options)
+
+
+def video(name="a.mp4"):
+    return {"type": "video", "path": name}
+
+
+def text(words):
+    return {"type": "text", "text": words}
+
+
+def chat(*turns, system=None):
+    """("what ?", "red .", ...) with parts in place of a question where there is more than words."""
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    roles = ["user", "assistant"] * (len(turns) // 2)
+    return {"messages": messages + [{"role": r, "content": t} for r, t in zip(roles, turns, strict=True)]}
+
+
+TWO_TURNS = chat([video(), text("what happens ?")], "red square .", "where ?", "left", system="the right .")
+
+
+def expected(name, processor):
+    """The ids of `TWO_TURNS` and which of them are answers, written out piece by piece."""
+    seen, queries = [VIDEO] * PATCHES, [VIDEO] * QUERIES
+    if name == "llava":
+        pieces = [[1], "the right . USER : ", seen, "what happens ? ASSISTANT : ", ("red square .", EOS)]
+        pieces += ["USER : where ? ASSISTANT : ", ("left", EOS)]
+    elif name == "instructblip":
+        pieces = [queries, [1], "the right . what happens ?", ("red square .", EOS), "where ?", ("left", EOS)]
+    else:
+        pieces = [[1], "the right .", [STOP], "Human : < Img >", queries, "< / Img > what happens ?", [STOP]]
+        pieces += ["Assistant :", ("red square .", STOP), "Human : where ?", [STOP], "Assistant :", ("left", STOP)]
+    ids, is_answer = [], []
+    for piece in pieces:
+        words, end = piece if isinstance(piece, tuple) else (piece, None)
+        found = words if isinstance(words, list) else processor.tokenizer.encode(words, add_special_tokens=False)
+        found = found + ([] if end is None else [end])
+        ids += found
+        is_answer += [end is not None] * len(found)
+    return ids, [i if answer else -100 for i, answer in zip(ids, is_answer, strict=True)]
+
+
+def test_labels_token_by_token(host, media):
+    name, processor = host
+    item = dataset(media, processor, TWO_TURNS)[0]
+    ids, labels = expected(name, processor)
+    assert item["input_ids"].tolist() == ids
+    assert item["labels"].tolist() == labels
+    assert sum(label != -100 for label in labels) == 3 + 1 + 1 + 1
+    assert item["pixel_values_videos"].shape == (1, 4, 3, 32, 32) and item["broken"] == []
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_batches_are_padded_on_either_side(host, media, side):
+    name, processor = host
+    rows = [TWO_TURNS, chat([{"type": "image", "path": "a.png"}, text("where ?")], "left ."), chat("what ?", "red")]
+    data = dataset(media, processor, *rows)
+    items = [data[i] for i in range(3)]
+    batch = InstructionCollator(processor, padding_side=side)(items)
+    S = batch["input_ids"].shape[1]
+    for row, item in enumerate(items):
+        n = len(item["input_ids"])
+        real = slice(0, n) if side == "right" else slice(S - n, S)
+        assert torch.equal(batch["input_ids"][row, real], item["input_ids"])
+        assert torch.equal(batch["labels"][row, real], item["labels"])
+        assert batch["attention_mask"][row].sum() == n and batch["attention_mask"][row, real].all()
+        assert (batch["labels"][row] != -100).sum() == (item["labels"] != -100).sum()
+    assert batch["pixel_values_videos"].shape == (1, 4, 3, 32, 32) and batch["pixel_values"].shape == (1, 3, 32, 32)
+    assert ("qformer_input_ids" in batch) == (name == "instructblip")
+
+
+def test_padding_leaves_the_processors_own_ids(host, media):
+    """The collator's batch, padded on the left, is what the processor makes of the same conversations."""
+    _, processor = host
+    rows = [TWO_TURNS, chat([video("b.mp4"), text("where is the square ?")], "left .")]
+    data = dataset(media, processor, *rows)
+    batch = InstructionCollator(processor, padding_side="left")([data[0], data[1]])
+    own = processor.apply_chat_template(
+        [data.table.messages(0), data.table.messages(1)], tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    for key in ("input_ids", "attention_mask", "pixel_values_videos"):
+        assert torch.equal(batch[key], own[key]), key
+
+
+def test_the_q_former_reads_no_answer(media):
+    processor = instructblip_processor()
+    item = dataset(media, processor, TWO_TURNS)[0]
+    assert processor.qformer_tokenizer.decode(item["qformer_input_ids"]) == "<s> the right . what happens ?"
+    batch = [chat("what ?", "red"), chat("where is the red square ?", "left")]
+    batch = [row["messages"] for row in batch]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    learning = processor.apply_chat_template(batch, **options, return_assistant_tokens_mask=True)
+    words = processor.qformer_tokenizer.batch_decode(learning["qformer_input_ids"], skip_special_tokens=True)
+    assert words == ["what ?", "where is the red square ?"]
+    assert learning["qformer_attention_mask"].sum(dim=1).tolist() == [3, 7]
+    answering = processor.apply_chat_template(batch, **options)
+    assert "left" in processor.qformer_tokenizer.decode(answering["qformer_input_ids"][1])
+
+
+def test_labels_with_a_subword_tokenizer(media):
+    """Blanks belong to the words behind them, and what is learned is the answer and its end."""
+    processor = BTAdapterLlavaProcessor.from_pretrained(default_chat_model_path())
+    row = chat([video(), text("How does it move?")], "it grows from small to big", "What colour is it?", "red")
+    item = dataset(media, processor, row, max_length=1024)[0]
+    answers = processor.decode(item["input_ids"][item["labels"] != -100])
+    assert answers == " it grows from small to big</s> red</s>"
+
+
+def test_videos_stand_before_or_behind_the_question(media):
+    processor = llava_processor()
+    before, behind = [video(), text("what ?")], [text("what ?"), video()]
+    prompts = [processor.apply_chat_template(chat(parts, "red")["messages"]) for parts in (before, behind)]
+    assert prompts == ["USER: <video>\nwhat ? ASSISTANT: red</s>", "USER: what ?\n<video> ASSISTANT: red</s>"]
+    mixed = [text("what ?"), {"type": "image", "path": "a.png"}, video()]
+    # an image stands in front, as in LLaVA
+    assert processor.apply_chat_template(chat(mixed, "red")["messages"]).startswith("USER: <image>\nwhat ?\n<video> ")
+    ids = [dataset(media, processor, chat(parts, "red"))[0]["input_ids"].tolist() for parts in (before, behind)]
+    assert sorted(ids[0]) == sorted(ids[1]) and ids[0].index(VIDEO) < ids[1].index(VIDEO)
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+def test_video_chatgpt(media):
+    rows = [{"q": "what happens ?", "a": "red", "video_id": name} for name in ("a", "b", "gone")]
+    path = media / "VideoInstruct.json"
+    path.write_text(json.dumps(rows))
+    table = load_instructions(path)
+    assert len(table) == 3 and table.shard_rows == [3]
+    kinds = [[part["type"] for part in table.messages(row)[0]["content"]] for row in range(3)]
+    assert kinds == [["text", "video"], ["video", "text"], ["text", "video"]]
+    assert list(table.videos()) == [str(media / name) for name in ("a.mp4", "b.mp4", "gone.mp4")]
+    data = InstructionDataset(table, llava_processor(), max_length=192)
+    (record,) = data[2]["broken"]
+    assert record["index"] == 2 and record["video"].endswith("gone.mp4") and "gone.mp4" in record["reason"]
+    (media / "webm").mkdir(exist_ok=True)
+    (media / "webm" / "a.webm").write_bytes((media / "a.mp4").read_bytes())
+    elsewhere = load_instructions(path, media_root=media / "webm")
+    assert visuals_of(elsewhere.messages(0), "video") == [str(media / "webm" / "a.webm")]
+
+
+def test_fingerprint_tells_tables_apart(media):
+    one = load_instructions(write(media, TWO_TURNS, name="one.jsonl"))
+    same = load_instructions(write(media, TWO_TURNS, name="same.jsonl"))
+    other = load_instructions(write(media, chat("what ?", "red"), name="other.jsonl"))
+    assert one.fingerprint == same.fingerprint != other.fingerprint
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.csv", "", "is a .jsonl or a .json file"),
+        ("gone.json", None, "No such file"),
+        ("cut.json", "[{", "Cannot read the table"),
+        ("map.json", "{}", "holds a dict, and no list"),
+        ("empty.jsonl", "\n\n", "has no rows"),
+        ("empty.json", "[]", "has no rows"),
+    ],
+)
+def test_tables_that_cannot_be_read(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_instructions(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ("{not json", "it is no JSON"),
+        ("[1]", "no object with fields"),
+        ({"question": "a"}, "has the fields question; expected messages"),
+        ({"messages": "hello"}, "no list of objects"),
+        ({"messages": []}, "its roles are none"),
+        ({"messages": [{"role": "user", "content": "what ?"}]}, "its roles are user; expected user and assistant"),
+        (chat("what ?", ""), "assistant has no text"),
+        (chat([video()], "red"), "user has no text"),
+        (chat("what ?", [video()]), "message of the assistant has the part"),
+        (chat([{"type": "audio"}, text("what ?")], "red"), "has the part"),
+        (chat([{"type": "video"}, text("what ?")], "red"), "needs a path or a url"),
+        (chat(7, "red"), "content of a message is 7"),
+    ],
+)
+def test_rows_that_are_no_conversation(media, row, message):
+    table = load_instructions(write(media, row, TWO_TURNS))
+    with pytest.raises(UnusableRow, match=message):
+        table.messages(0)
+    data = InstructionDataset(table, llava_processor(), max_length=192)
+    item = data[0]
+    assert message in item["broken"][0]["reason"] and item["broken"][0]["index"] == 0
+    assert torch.equal(item["input_ids"], data[1]["input_ids"])
+
+
+# -------------------------------------------------------------------------------------------------------- broken items
+
+
+def test_broken_items_are_replaced_and_reported(host, media):
+    _, processor = host
+    rows = [
+        chat([video("broken.mp4"), text("what ?")], "red"),
+        chat([{"type": "image", "path": "gone.png"}, text("what ?")], "red"),
+        chat("what is <video> ?", "red"),  # a placeholder in the words
+        TWO_TURNS,
+    ]
+    data = dataset(media, processor, *rows)
+    good = data[3]
+    assert good["broken"] == []
+    reasons = ("broken.mp4", "gone.png cannot be read", "<video>")
+    for row, reason in enumerate(reasons):
+        item = data[(0, row)]
+        assert item["broken"][0]["index"] == row and reason in item["broken"][0]["reason"]
+        assert {record["index"] for record in item["broken"]} <= {0, 1, 2}
+        assert torch.equal(item["input_ids"], good["input_ids"])
+    assert len(InstructionCollator(processor)([data[0], data[3]])["broken"]) == len(data[0]["broken"])
+
+
+def test_what_replaces_a_broken_item_follows_from_seed_epoch_and_row(media):
+    rows = [chat([video("broken.mp4"), text("what ?")], "red")]
+    rows += [chat(f"what {word} ?", "red") for word in ("is", "happens", "red", "left", "right", "square", "the")]
+    first, again = (dataset(media, llava_processor(), *rows, seed=3) for _ in range(2))
+    draws = [first[(epoch, 0)]["input_ids"].tolist() for epoch in range(8)]
+    assert draws == [again[(epoch, 0)]["input_ids"].tolist() for epoch in range(8)]
+    assert len({tuple(ids) for ids in draws}) > 1
+    other = dataset(media, llava_processor(), *rows, seed=4)
+    assert draws != [other[(epoch, 0)]["input_ids"].tolist() for epoch in range(8)]
+    assert first[0]["input_ids"].tolist() == draws[0]
+
+
+def test_jittered_frames_follow_from_seed_epoch_and_row(media):
+    processor = llava_processor()
+    processor.video_processor.sampling, processor.video_processor.num_frames = "jitter", 3
+    data = dataset(media, processor, TWO_TURNS)
+    draws = [data[(epoch, 0)]["pixel_values_videos"] for epoch in range(6)]
+    assert all(torch.equal(a, data[(epoch, 0)]["pixel_values_videos"]) for epoch, a in enumerate(draws))
+    assert any(not torch.equal(draws[0], other) for other in draws[1:])
+
+
+def test_too_long_is_broken_and_never_cut(host, media):
+    _, processor = host
+    long = chat([video(), text("what " * 60 + "?")], "red")
+    data = dataset(media, processor, long, TWO_TURNS, max_length=60)
+    item = data[0]
+    assert "tokens, visual ones included, and the model takes 60" in item["broken"][0]["reason"]
+    assert torch.equal(item["input_ids"], data[1]["input_ids"])
+    only = dataset(media, processor, long, max_length=60)
+    with pytest.raises(BrokenItemsError, match="None of 1 items"):
+        only[0]
+    whole = dataset(media, processor, long)[0]
+    visual = QUERIES if hasattr(processor, "num_query_tokens") else PATCHES
+    assert (whole["input_ids"] == VIDEO).sum() == visual and whole["broken"] == []
+
+
+def test_limit_of_model_and_tokenizer():
+    model, processor = tiny_hosts.llava(), llava_processor()
+    assert longest_conversation(model.config, processor) == 192
+    processor.tokenizer.model_max_length = 50
+    assert longest_conversation(model.config, processor) == 50
+
+
+def test_a_question_too_long_for_the_q_former_is_broken(media):
+    processor = instructblip_processor()
+    processor.qformer_tokenizer.model_max_length = 8
+    data = dataset(media, processor, chat([video(), text("what " * 9)], "red"), chat("what ?", "red " * 9))
+    assert "The Q-Former reads 8 tokens" in data[0]["broken"][0]["reason"]
+    assert data[1]["broken"] == []  # the answer is none of its business
+
+
+def test_clips_of_unequal_length_are_padded(media):
+    processor = llava_processor()
+    items = [dataset(media, processor, TWO_TURNS)[0] for _ in range(2)]
+    items[1]["pixel_values_videos"] = items[1]["pixel_values_videos"][:, :3]
+    batch = InstructionCollator(processor)(items)
+    assert batch["pixel_values_videos"].shape[:2] == (2, 4)
+    assert batch["frame_mask"].tolist() == [[True] * 4, [True] * 3 + [False]]
+
+
+def test_clips_of_one_video(media):
+    processor = llava_processor()
+    processor.num_clips = 2
+    item = dataset(media, processor, TWO_TURNS)[0]
+    assert (item["input_ids"] == VIDEO).sum() == 2 * PATCHES
+    assert item["pixel_values_videos"].shape == (2, 4, 3, 32, 32)
+
+
+def test_a_template_without_marked_answers_is_refused(media):
+    processor = llava_processor()
+    processor.chat_template = "{% for m in messages %}<video>{{ m.content }}{% endfor %}"
+    with pytest.raises(ValueError, match="does not mark the answers"):
+        dataset(media, processor, TWO_TURNS)
+    processor = llava_processor()
+    processor.tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="has no padding token"):
+        InstructionCollator(processor)
