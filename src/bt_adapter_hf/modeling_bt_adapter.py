@@ -215,22 +215,25 @@ class BTAdapterBranch(nn.Module):
     def forward(
         self,
         states: list[torch.Tensor],
-        final_state: torch.Tensor,
+        final_state: torch.Tensor | None,
         position: torch.Tensor,
         bool_masked_pos: torch.Tensor | None = None,
         to_fuse: dict[int, tuple[torch.Tensor, int]] | None = None,
+        kept_patches: int | None = None,
     ) -> "BTAdapterBranchOutput":
         """
         Args:
             states: K backbone states of shape (B, T, C+N, D), one per branch layer.
-            final_state: (B, T, C+N, D), the output of the last backbone layer.
+            final_state: (B, T, C+N, D), the output of the last backbone layer; None where the pooled feature is not
+                wanted.
             position: (C+N, D), the spatial position embeddings of the backbone.
             bool_masked_pos: bool (B, N) or (B, T*N), True = dropped; see [`BTAdapterVisionModel.forward`].
             to_fuse: {key: (backbone state (B, T, C+N, D), branch layer)}, the states to fuse with branch outputs.
+            kept_patches: see [`BTAdapterVisionModel.forward`].
         """
         config = self.config
         # The branch may be kept in another precision than a frozen backbone in half precision.
-        dtype, outer_dtype = self.time_embedding.weight.dtype, final_state.dtype
+        dtype, outer_dtype = self.time_embedding.weight.dtype, states[0].dtype
         states, position = [x.to(dtype) for x in states], position.to(dtype)
         T = states[0].shape[1]
         window = T
@@ -240,7 +243,7 @@ class BTAdapterBranch(nn.Module):
             elif T < 2:
                 raise ValueError('temporal_window="released" needs at least two frames; use temporal_window="full".')
             window = T // 2
-        index = self._token_index(states[0], window, bool_masked_pos)
+        index = self._token_index(states[0], window, bool_masked_pos, kept_patches)
 
         outputs = []
         patches = video_cls = None
@@ -258,11 +261,13 @@ class BTAdapterBranch(nn.Module):
             outputs.append((patches, video_cls))
 
         # Paper Eq. 5: the video CLS (B, 1, D) joins the CLS of each frame (B, T, D). Without a CLS patches are joined.
-        if self.num_cls:
-            final, branch = final_state[:, :, 0], video_cls
-        else:
-            final, branch = self._take(final_state, index), patches
-        joined = self._join(self.output_gate, config.output_gate_scale, final.to(dtype), branch).to(outer_dtype)
+        joined = None
+        if final_state is not None:
+            if self.num_cls:
+                final, branch = final_state[:, :, 0], video_cls
+            else:
+                final, branch = self._take(final_state, index), patches
+            joined = self._join(self.output_gate, config.output_gate_scale, final.to(dtype), branch).to(outer_dtype)
         fused = {key: self._fuse(x.to(dtype), *outputs[j]).to(outer_dtype) for key, (x, j) in (to_fuse or {}).items()}
         return BTAdapterBranchOutput(patches, video_cls, index, joined, fused)
 
@@ -276,7 +281,7 @@ class BTAdapterBranch(nn.Module):
         return x.unflatten(1, (-1, 2)).mean(dim=2)
 
     def _token_index(
-        self, x: torch.Tensor, window: int, bool_masked_pos: torch.Tensor | None
+        self, x: torch.Tensor, window: int, bool_masked_pos: torch.Tensor | None, kept_patches: int | None
     ) -> torch.LongTensor | None:
         """Which backbone patch stands where in the branch, as `frame * N + patch`: (B, T', M); None = all in place.
 
@@ -292,14 +297,14 @@ class BTAdapterBranch(nn.Module):
             keep = torch.ones(B, N * T, dtype=torch.bool, device=x.device)
         else:
             keep = self._kept_tokens(bool_masked_pos.to(x.device, torch.bool), B, T, N)
-        counts = keep.sum(dim=1)
-        count = int(counts[0])
-        if count == 0 or (counts != count).any() or count % window:
+        counts = [kept_patches * T] if kept_patches is not None else keep.sum(dim=1).unique().tolist()
+        count = counts[0]
+        if len(counts) > 1 or count == 0 or count % window:
             raise ValueError(
-                f"After masking, {sorted(set(counts.tolist()))} of {N * T} tokens are left per video; every video "
-                f"must keep the same number, more than 0 and divisible by the temporal window of {window} frames."
+                f"After masking, {counts} of {N * T} tokens are left per video; every video must keep the same "
+                f"number, more than 0 and divisible by the temporal window of {window} frames."
             )
-        listed = keep.nonzero()[:, 1].view(B, -1)  # patch * T + frame
+        listed = true_first(keep)[:, :count]  # patch * T + frame
         listed = listed % T * N + listed // T  # frame * N + patch
         return listed.view(B, -1, window).transpose(1, 2)
 
@@ -314,7 +319,7 @@ class BTAdapterBranch(nn.Module):
         if self.config.mask_order == "released":
             # The defect of the released code: the frame-major vector indexes the patch-major list as it is.
             return ~frames.flatten(1)
-        if (frames != frames[:, :1]).any():
+        if masked.shape != (B, N) and (frames != frames[:, :1]).any():
             raise ValueError(
                 'bool_masked_pos drops other patches in other frames; mask_order="tube" needs the same in all frames.'
             )
@@ -386,7 +391,7 @@ class BTAdapterBranchOutput(NamedTuple):
     patches: torch.Tensor  # (B, T', M, D)
     video_cls: torch.Tensor | None  # (B, 1, D)
     index: torch.LongTensor | None  # (B, T', M)
-    joined: torch.Tensor  # (B, T, D) with a CLS, (B, T', M, D) without: joined with the backbone, to be pooled
+    joined: torch.Tensor | None  # (B, T, D) with a CLS, else (B, T', M, D): joined with the backbone, to be pooled
     fused: dict[int, torch.Tensor]  # (B, C+N, D) each
 
 
@@ -466,12 +471,25 @@ class BTAdapterPreTrainedModel(PreTrainedModel):
         in the log. Anything else that is missing, unexpected or of another shape is an error with counts and nearest
         names.
 
+        An adapter, by folder or id, is put into the base model that it names, at the revision that it was trained on.
+
         Raises:
             ValueError: if the checkpoint does not fill the model, or holds weights that the model has no place for.
+            OSError: if a repository cannot be fetched; of an adapter's base model it says which, and what to do.
         """
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
+        from .adapter_source import from_hub, load_with_base, pinned  # it needs this module
+
+        name, load = pretrained_model_name_or_path, super().from_pretrained
+        kwargs["revision"] = pinned(name, kwargs)  # one commit for all that is read
+        options = {**kwargs, "output_loading_info": True}
+        try:
+            model, info = from_hub(lambda: load(name, *model_args, **options), name, kwargs["revision"])
+            model._loaded_from = (str(name), getattr(kwargs["revision"], "resolved", None))
+        except OSError:
+            found = load_with_base(load, name, kwargs)
+            if found is None:
+                raise
+            model, info = found
         model._check_loading(info, pretrained_model_name_or_path)
         model.freeze_backbone()  # loading replaces parameters, and new ones learn
         return (model, info) if output_loading_info else model
@@ -596,13 +614,15 @@ class BTAdapterVisionModel(BTAdapterPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        pixel_values: torch.FloatTensor,
+        pixel_values: torch.FloatTensor | None = None,
         frame_mask: torch.Tensor | None = None,
         bool_masked_pos: torch.BoolTensor | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
         interpolate_pos_encoding: bool = False,
         output_branch_states: bool = False,
+        kept_patches: int | None = None,
+        backbone_states: dict[int, torch.Tensor] | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
         r"""
@@ -618,16 +638,31 @@ class BTAdapterVisionModel(BTAdapterPreTrainedModel):
             output_attentions: return the backbone's attentions, per frame.
             interpolate_pos_encoding: as in the native model, for images of another size.
             output_branch_states: return [`BTAdapterVisionOutput`] with the states of the branch.
+            kept_patches: how many patches each row of a mask (B, N) keeps, from a caller who knows: the mask is then
+                neither checked nor read back from the device, and the forward pass compiles into one graph.
+            backbone_states: in place of pixel_values, what [`encode_frames`] gave for the videos, (B, T, C+N, D)
+                each: only the branch runs. Unequal videos are padded with any values, see frame_mask.
 
         Returns:
-            `last_hidden_state` (B, C+N, D) and `pooler_output` (B, D); for images the native model's output.
+            `last_hidden_state` (B, C+N, D) and `pooler_output` (B, D); for images the native model's output. Both are
+            None with backbone_states that lack the output of the last backbone layer.
 
         Raises:
             ValueError: if shapes do not fit each other or the backbone.
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        if pixel_values.ndim == 4:
+        selected = self._select(output_hidden_states)
+        if backbone_states is not None:
+            if pixel_values is not None or output_attentions or interpolate_pos_encoding:
+                raise ValueError(
+                    "backbone_states stand in for pixel_values, and come without attentions or interpolated "
+                    "positions: pass them alone."
+                )
+            self._check_states(backbone_states, set(self.needed_states(output_hidden_states)))
+        elif pixel_values is None:
+            raise ValueError("Pass pixel_values, or backbone_states.")
+        elif pixel_values.ndim == 4:
             if frame_mask is not None or bool_masked_pos is not None or output_branch_states:
                 raise ValueError(
                     "frame_mask, bool_masked_pos and output_branch_states are for videos (B, T, 3, H, W); "
@@ -642,13 +677,15 @@ class BTAdapterVisionModel(BTAdapterPreTrainedModel):
                 return_dict=True,
                 **kwargs,
             )
-        self._check_video(pixel_values, frame_mask)
+        else:
+            self._check_video(pixel_values)
 
-        B, T = pixel_values.shape[:2]
-        selected = self._select(output_hidden_states)
+        seen = pixel_values if backbone_states is None else next(iter(backbone_states.values()))
+        B, T = seen.shape[:2]
         lengths = [T] * B
         if frame_mask is not None:
-            frame_mask = frame_mask.to(pixel_values.device, torch.bool)
+            self._check_frame_mask(frame_mask, (B, T))
+            frame_mask = frame_mask.to(seen.device, torch.bool)
             lengths = frame_mask.sum(dim=1).tolist()
         groups = self._groups(lengths, whole=torch.is_grad_enabled() or output_branch_states)
         if bool_masked_pos is not None and len(set(lengths)) > 1:
@@ -659,16 +696,20 @@ class BTAdapterVisionModel(BTAdapterPreTrainedModel):
         results = []
         for rows in groups:
             chosen = slice(None) if len(rows) == B else rows
-            videos, masked = pixel_values[chosen], None if bool_masked_pos is None else bool_masked_pos[chosen]
-            frames = videos.flatten(0, 1) if frame_mask is None else videos[frame_mask[chosen]]
-            states, attentions = self._run_backbone(
-                frames,
-                selected,
-                output_attentions=output_attentions,
-                interpolate_pos_encoding=interpolate_pos_encoding,
-            )
+            masked = None if bool_masked_pos is None else bool_masked_pos[chosen]
+            real = None if frame_mask is None else frame_mask[chosen]
+            if backbone_states is not None:
+                states = {n: _frames(x[chosen], real).to(self.dtype) for n, x in backbone_states.items()}
+                attentions = None
+            else:
+                states, attentions = self._run_backbone(
+                    _frames(pixel_values[chosen], real),
+                    selected,
+                    output_attentions=output_attentions,
+                    interpolate_pos_encoding=interpolate_pos_encoding,
+                )
             states = {n: x.unflatten(0, (len(rows), -1)) for n, x in states.items()}
-            output = self._run_branch(states, position, masked, selected, output_branch_states)
+            output = self._run_branch(states, position, masked, selected, output_branch_states, kept_patches)
             output.attentions = attentions
             results.append(output)
         return results[0] if len(results) == 1 else self._regroup(results, groups, lengths)
@@ -688,20 +729,55 @@ class BTAdapterVisionModel(BTAdapterPreTrainedModel):
             groups += [rows[start : start + at_once] for start in range(0, len(rows), at_once)]
         return groups
 
-    def _check_video(self, pixel_values: torch.Tensor, frame_mask: torch.Tensor | None):
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the backbone: a branch that learns may be kept in another."""
+        return self.vision_model.dtype
+
+    def needed_states(self, output_hidden_states: bool | int | list[int] | None = None) -> list[int]:
+        """Indices into the L+1 hidden states of the backbone that the branch reads, and those asked for."""
+        return sorted(self._select(output_hidden_states) | {layer + 1 for layer in self.config.adapter_layers})
+
+    @torch.no_grad()
+    def encode_frames(
+        self, pixel_values: torch.FloatTensor, output_hidden_states: int | list[int] | None = None
+    ) -> dict[int, torch.Tensor]:
+        """What the branch reads of the frozen backbone, to be computed once and given to [`forward`] ever after.
+
+        Args:
+            pixel_values: videos of one length (B, T, 3, H, W).
+            output_hidden_states: further states that [`forward`] will be asked for.
+
+        Returns:
+            {index of [`needed_states`]: (B, T, C+N, D)}
+        """
+        self._check_video(pixel_values)
+        wanted = self.needed_states(output_hidden_states)
+        states, _ = self._run_backbone(pixel_values.flatten(0, 1), set(wanted), output_attentions=False)
+        return {n: states[n].unflatten(0, pixel_values.shape[:2]) for n in wanted}
+
+    def _check_states(self, states: dict[int, torch.Tensor], needed: set[int]):
+        shapes = {tuple(x.shape) for x in states.values()}
+        if needed - states.keys() or len(shapes) != 1 or len(next(iter(shapes))) != 4:
+            raise ValueError(
+                f"backbone_states has the states {sorted(states)} of shapes {sorted(shapes)}; expected at least "
+                f"{sorted(needed)}, all of one shape (B, T, tokens, {self.config.hidden_size})."
+            )
+
+    def _check_video(self, pixel_values: torch.Tensor):
         shape, channels = tuple(pixel_values.shape), self.config.num_channels
         if pixel_values.ndim != 5 or shape[2] != channels or 0 in shape:
             raise ValueError(
                 f"pixel_values has shape {shape}; expected images (B, {channels}, H, W) or videos "
                 f"(B, T, {channels}, H, W) with at least one frame."
             )
-        if frame_mask is not None:
-            if tuple(frame_mask.shape) != shape[:2]:
-                raise ValueError(
-                    f"frame_mask has shape {tuple(frame_mask.shape)}; the videos have (B, T) = {shape[:2]}."
-                )
-            if not frame_mask.any(dim=1).all():
-                raise ValueError("frame_mask leaves a video without any frame; every row needs at least one.")
+
+    @staticmethod
+    def _check_frame_mask(frame_mask: torch.Tensor, shape: tuple[int, int]):
+        if tuple(frame_mask.shape) != shape:
+            raise ValueError(f"frame_mask has shape {tuple(frame_mask.shape)}; the videos have (B, T) = {shape}.")
+        if not frame_mask.any(dim=1).all():
+            raise ValueError("frame_mask leaves a video without any frame; every row needs at least one.")
 
     def _select(self, output_hidden_states: bool | int | list[int] | None) -> set[int]:
         """Indices into the tuple of L+1 hidden states, counted from 0."""
@@ -733,7 +809,7 @@ class BTAdapterVisionModel(BTAdapterPreTrainedModel):
             attentions = tuple(_cat(list(x)) for x in zip(*(chunk.attentions for chunk in chunks), strict=True))
         return states, attentions
 
-    def _position_embeddings(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool) -> torch.Tensor:
+    def _position_embeddings(self, pixel_values: torch.Tensor | None, interpolate_pos_encoding: bool) -> torch.Tensor:
         """Spatial position embeddings of the backbone, (C+N, D), frozen."""
         embeddings = self.vision_model.embeddings
         if interpolate_pos_encoding:
@@ -751,34 +827,38 @@ class BTAdapterVisionModel(BTAdapterPreTrainedModel):
         bool_masked_pos: torch.Tensor | None,
         selected: set[int],
         output_branch_states: bool,
+        kept_patches: int | None = None,
     ) -> BaseModelOutputWithPooling:
         """Videos of one length. `states` are {index: (B, T, C+N, D)}."""
         L, layers = self.config.num_hidden_layers, self.config.adapter_layers
+        wanted = selected | {L} & states.keys()
         to_fuse = {}
         if bool_masked_pos is None:
             # Entry n is the output of backbone layer n-1, fused with the latest branch layer fed by then.
-            fed_by = {n: sum(layer < n for layer in layers) - 1 for n in selected | {L}}
+            fed_by = {n: sum(layer < n for layer in layers) - 1 for n in wanted}
             to_fuse = {n: (states[n], j) for n, j in fed_by.items() if j >= 0}
-        branch = self.bt_adapter([states[i + 1] for i in layers], states[L], position, bool_masked_pos, to_fuse)
+        inputs = [states[i + 1] for i in layers]
+        branch = self.bt_adapter(inputs, states.get(L), position, bool_masked_pos, to_fuse, kept_patches)
 
         last_hidden_state = hidden_states = None
         if bool_masked_pos is None:
-            fused = {n: branch.fused[n] if n in branch.fused else states[n].mean(dim=1) for n in selected | {L}}
-            last_hidden_state = self._place_cls(
-                self.vision_model.post_layernorm(fused[L]) if self.family.norm_all else fused[L]
-            )
+            fused = {n: branch.fused[n] if n in branch.fused else states[n].mean(dim=1) for n in wanted}
+            if L in fused:
+                last_hidden_state = self._place_cls(
+                    self.vision_model.post_layernorm(fused[L]) if self.family.norm_all else fused[L]
+                )
             if selected:
                 hidden_states = tuple(self._place_cls(fused[n]) if n in selected else None for n in range(L + 1))
         output = {
             "last_hidden_state": last_hidden_state,
-            "pooler_output": self._pool(branch.joined),
+            "pooler_output": None if branch.joined is None else self._pool(branch.joined),
             "hidden_states": hidden_states,
         }
         if not output_branch_states:
             return BaseModelOutputWithPooling(**output)
         return BTAdapterVisionOutput(
             **output,
-            backbone_state=states[L],
+            backbone_state=states.get(L),
             branch_patches=branch.patches,
             branch_cls=branch.video_cls,
             branch_index=branch.index,
@@ -935,6 +1015,16 @@ class BTAdapterModel(BTAdapterPreTrainedModel):
             text_model_output=text_output,
             vision_model_output=vision_output,
         )
+
+
+def true_first(keep: torch.Tensor) -> torch.LongTensor:
+    """bool (B, n) -> (B, n), in each row the positions of the True ones in order, then those of the others."""
+    return keep.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+
+
+def _frames(videos: torch.Tensor, frame_mask: torch.Tensor | None) -> torch.Tensor:
+    """The real frames of videos, one after the other: (B, T, ...) and (B, T) -> (F, ...)"""
+    return videos.flatten(0, 1) if frame_mask is None else videos[frame_mask]
 
 
 def _cat(parts: list[torch.Tensor]) -> torch.Tensor:

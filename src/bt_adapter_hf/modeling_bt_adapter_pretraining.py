@@ -9,7 +9,7 @@ from transformers.utils import ModelOutput
 
 from .compat_bt_adapter import can_return_tuple
 from .configuration_bt_adapter import BTAdapterConfig
-from .modeling_bt_adapter import BTAdapterModel, BTAdapterVisionOutput
+from .modeling_bt_adapter import BTAdapterModel, BTAdapterVisionOutput, true_first
 
 
 @dataclass
@@ -31,6 +31,23 @@ class BTAdapterForPreTrainingOutput(ModelOutput):
     video_embeds: torch.Tensor | None = None
 
 
+@dataclass
+class BTAdapterPreTrainingFeatures(ModelOutput):
+    """What the losses are computed from, one row per video. The losses of a batch need its rows only, not its graph.
+
+    Args:
+        text (`torch.Tensor` of shape `(B, P)`): Text features, not normalised.
+        video (`torch.Tensor` of shape `(B, P)`): Video features, not normalised.
+        patches (`torch.Tensor` of shape `(B, P)`, *optional*): Projected mean of the kept branch patches, for MBCA.
+        token_loss (`torch.Tensor` of shape `(B,)`, *optional*): MBTA of each video, a mean over its kept tokens.
+    """
+
+    text: torch.Tensor | None = None
+    video: torch.Tensor | None = None
+    patches: torch.Tensor | None = None
+    token_loss: torch.Tensor | None = None
+
+
 class BTAdapterForPreTraining(BTAdapterModel):
     """The dual encoder with the pretraining losses; only the branch and the alignment head learn."""
 
@@ -41,6 +58,11 @@ class BTAdapterForPreTraining(BTAdapterModel):
 
     def __init__(self, config: BTAdapterConfig):
         super().__init__(config)
+        # The temperature is fixed here (`config.temperature`). As a buffer it is kept for the dual encoder and saved
+        # as before, but is no parameter without dimensions, which FSDP2 cannot shard.
+        logit_scale = self.logit_scale.detach()
+        del self.logit_scale
+        self.register_buffer("logit_scale", logit_scale)
         D, P = config.vision_config.hidden_size, config.projection_dim
         # The student's own projection W' (Eq. 7). It exists only where it learns.
         self.mbta_head = None
@@ -72,8 +94,10 @@ class BTAdapterForPreTraining(BTAdapterModel):
         pixel_values_videos: torch.FloatTensor,
         attention_mask: torch.Tensor | None = None,
         bool_masked_pos: torch.BoolTensor | None = None,
+        kept_patches: int | None = None,
+        return_loss: bool = True,
         **kwargs,
-    ) -> BTAdapterForPreTrainingOutput:
+    ) -> BTAdapterForPreTrainingOutput | BTAdapterPreTrainingFeatures:
         """
         Args:
             input_ids: (B, length); text i belongs to video i.
@@ -81,6 +105,8 @@ class BTAdapterForPreTraining(BTAdapterModel):
             attention_mask: (B, length).
             bool_masked_pos: bool (B, N) or (B, T*N), True = dropped from the branch. Drawn per video with
                 `config.mask_ratio` when absent in training mode; nothing is dropped in evaluation mode.
+            kept_patches: as [`BTAdapterVisionModel.forward`] takes it.
+            return_loss: False for the features that [`~BTAdapterForPreTraining.losses`] takes.
 
         Raises:
             ValueError: if texts and videos are not equally many, or as the tower raises.
@@ -90,46 +116,68 @@ class BTAdapterForPreTraining(BTAdapterModel):
             raise ValueError(
                 f"Pretraining pairs text i with video i; found {B} texts, {len(pixel_values_videos)} videos."
             )
-        if bool_masked_pos is None and self.training and self.config.mask_ratio > 0:
-            bool_masked_pos = random_tube_mask(B, self._num_patches(pixel_values_videos), self.config.mask_ratio)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._text_learns()):
+        if bool_masked_pos is None:
+            bool_masked_pos, kept_patches = self.draw_mask(pixel_values_videos)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.text_learns()):
             text = self.get_text_features(input_ids, attention_mask=attention_mask).pooler_output
         states = self.get_video_features(
-            pixel_values_videos, bool_masked_pos=bool_masked_pos, output_branch_states=True, **kwargs
+            pixel_values_videos,
+            bool_masked_pos=bool_masked_pos,
+            kept_patches=kept_patches,
+            output_branch_states=True,
+            **kwargs,
         )
+        features = BTAdapterPreTrainingFeatures(text=text, video=states.pooler_output)
+        if self.config.mbca_weight > 0:
+            # Eq. 8 averages projected tokens; the projection is linear, so the mean is projected instead.
+            features.patches = self.visual_projection(states.branch_patches.mean(dim=(1, 2)))
+        if self.mbta_head is not None:
+            features.token_loss = self._token_alignment_loss(states, bool_masked_pos)
+        return self.losses(features) if return_loss else features
+
+    def draw_mask(self, pixel_values_videos: torch.Tensor) -> tuple[torch.BoolTensor | None, int | None]:
+        """A mask (B, N) as `config.mask_ratio` says and the patches it keeps per video; None in evaluation mode."""
+        ratio = self.config.mask_ratio
+        if not self.training or ratio == 0:
+            return None, None
+        B, (H, W), size = (
+            len(pixel_values_videos),
+            pixel_values_videos.shape[-2:],
+            self.config.vision_config.patch_size,
+        )
+        N = (H // size) * (W // size)
+        return random_tube_mask(B, N, ratio), N - int(ratio * N)
+
+    def losses(self, features: BTAdapterPreTrainingFeatures) -> BTAdapterForPreTrainingOutput:
+        """The losses of a batch; in training on several processes, the contrastive ones over the batches of all."""
         config = self.config
-        all_text = self._gather(text)
-        vtc_loss = contrastive_loss(self._gather(states.pooler_output), all_text, config.temperature)
+        all_text = self._gather(features.text)
+        vtc_loss = contrastive_loss(self._gather(features.video), all_text, config.temperature)
         loss = config.vtc_weight * vtc_loss
         mbta_loss = mbca_loss = None
-        if config.mbca_weight > 0:
-            # Eq. 8 averages projected tokens; the projection is linear, so the mean is projected instead.
-            patches = self.visual_projection(states.branch_patches.mean(dim=(1, 2)))
-            mbca_loss = contrastive_loss(self._gather(patches), all_text, config.temperature)
+        if features.patches is not None:
+            mbca_loss = contrastive_loss(self._gather(features.patches), all_text, config.temperature)
             loss = loss + config.mbca_weight * mbca_loss
-        if self.mbta_head is not None:
-            mbta_loss = self._token_alignment_loss(states, bool_masked_pos)
+        if features.token_loss is not None:
+            mbta_loss = features.token_loss.mean()
             loss = loss + config.mbta_weight * mbta_loss
         return BTAdapterForPreTrainingOutput(
             loss=loss,
             vtc_loss=vtc_loss,
             mbta_loss=mbta_loss,
             mbca_loss=mbca_loss,
-            text_embeds=nn.functional.normalize(text, dim=-1),
-            video_embeds=nn.functional.normalize(states.pooler_output, dim=-1),
+            text_embeds=nn.functional.normalize(features.text, dim=-1),
+            video_embeds=nn.functional.normalize(features.video, dim=-1),
         )
 
-    def _num_patches(self, pixel_values_videos: torch.Tensor) -> int:
-        H, W = pixel_values_videos.shape[-2:]
-        return (H // self.config.vision_config.patch_size) * (W // self.config.vision_config.patch_size)
-
-    def _text_learns(self) -> bool:
+    def text_learns(self) -> bool:
+        """Whether the text features carry a gradient; not unless the text tower was taken out of its freeze."""
         return any(p.requires_grad for m in (self.text_model, self.text_projection) for p in m.parameters())
 
     def _token_alignment_loss(
         self, states: BTAdapterVisionOutput, bool_masked_pos: torch.Tensor | None
     ) -> torch.Tensor:
-        """MBTA, paper Eq. 7: kept branch tokens against the backbone's tokens of the same frame and patch."""
+        """MBTA of each video (B,), Eq. 7: kept branch tokens against the backbone's of the same frame and patch."""
         tower = self.vision_model
         num_cls = tower.family.num_cls
         student = states.branch_patches.transpose(1, 2).flatten(1, 2)  # (B, tokens, D), patch-major
@@ -148,16 +196,16 @@ class BTAdapterForPreTraining(BTAdapterModel):
             teacher = self.visual_projection(teacher)
         student = self.mbta_head["linear"](student)
         if self.config.mbta_loss == "mse":
-            return (teacher - student).square().sum(dim=-1).mean()
+            return (teacher - student).square().sum(dim=-1).mean(dim=1)
         student = self.mbta_head["norm"](student)
-        return (2 - 2 * nn.functional.cosine_similarity(teacher, student, dim=-1)).mean()
+        return (2 - 2 * nn.functional.cosine_similarity(teacher, student, dim=-1)).mean(dim=1)
 
     def _frame_major_index(self, states: BTAdapterVisionOutput, masked: torch.Tensor) -> torch.LongTensor:
         """The order in which the released code lists the teacher's tokens; see `mbta_pairing`."""
         B, T, S, _ = states.backbone_state.shape
         N = S - self.vision_model.family.num_cls
         kept = ~masked.to(states.backbone_state.device, torch.bool).view(B, -1, N).expand(B, T, N).flatten(1)
-        index = kept.nonzero()[:, 1].view(B, -1)
+        index = true_first(kept)[:, : states.branch_index[0].numel()]
         return index.view(B, -1, states.branch_index.shape[1]).transpose(1, 2)
 
     def _gather(self, features: torch.Tensor) -> torch.Tensor:
@@ -192,10 +240,15 @@ class _GatherWithGradient(torch.autograd.Function):
 
 
 def contrastive_loss(x: torch.Tensor, y: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Both directions of paper Eq. 6, summed: (B, P), (B, P) -> (). Row i of one belongs to row i of the other."""
-    x = nn.functional.normalize(x.float(), dim=-1, eps=1e-8)
-    y = nn.functional.normalize(y.float(), dim=-1, eps=1e-8)
-    logits = x @ y.t() / temperature
+    """Both directions of paper Eq. 6, summed: (B, P), (B, P) -> (). Row i of one belongs to row i of the other.
+
+    In float32 at least, whatever the autocast: divided by a small temperature, half precision leaves no digits.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        x = nn.functional.normalize(x.to(dtype), dim=-1, eps=1e-8)
+        y = nn.functional.normalize(y.to(dtype), dim=-1, eps=1e-8)
+        logits = x @ y.t() / temperature
     target = torch.arange(len(logits), device=logits.device)
     return nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.t(), target)
 

@@ -50,7 +50,6 @@ def test_survives_serialisation(tmp_path):
         ({"eval_controls": ["blind"]}, "Unknown controls"),
         ({"eval_shuffle_draws": 0}, "at least 1"),
         ({"max_broken": 10}, "share between 0 and 1"),
-        ({"push_to_hub": True, "hub_strategy": "every_save"}, "a repository without a model"),
     ],
 )
 def test_bad_values(options, message, tmp_path):

@@ -14,7 +14,8 @@ from bt_adapter_hf.evaluation.controls import reverse_frames
 from bt_adapter_hf.evaluation.retrieval import retrieval_metrics
 from bt_adapter_hf.training.arguments import RELEASED_LR_MULTIPLIERS, BTAdapterTrainingArguments
 from bt_adapter_hf.training.checkpoint import last_checkpoint, load_trained, save_trained
-from bt_adapter_hf.training.trainer import BTAdapterTrainer, lr_multiplier, parameter_groups
+from bt_adapter_hf.training.resumable import lr_multiplier, parameter_groups
+from bt_adapter_hf.training.trainer import BTAdapterTrainer
 from tests import tiny_pairs
 
 
@@ -165,18 +166,11 @@ def test_the_text_config_is_left_as_it_was(clips, tmp_path):
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (0, 2, 1)
 
 
-def test_the_data_set_is_told_its_epoch(clips, tmp_path):
-    trainer = make_trainer(clips, tmp_path, validation=False, max_steps=-1, num_train_epochs=3)
-    epochs = []
-    set_epoch = trainer.train_dataset.set_epoch
-    trainer.train_dataset.set_epoch = lambda epoch: (epochs.append(epoch), set_epoch(epoch))
-    trainer.train()
-    assert sorted(set(epochs)) == [0, 1, 2] and epochs == sorted(epochs)
-
-
 def test_a_table_smaller_than_a_batch(clips, tmp_path):
     trainer = make_trainer(clips, tmp_path, per_device_train_batch_size=17)
-    with pytest.raises(ValueError, match="An epoch yields no batch: the training table has 16 items"):
+    with pytest.raises(
+        ValueError, match="The training table has 16 rows, fewer than one batch over all processes .17."
+    ):
         trainer.train()
 
 
@@ -220,9 +214,10 @@ def test_evaluation_repeats_itself_and_does_not_disturb_training(clips, tmp_path
 
 def test_pretraining_raises_recall(clips, tmp_path):
     """Eight distinct clips can be learned by heart; the frozen CLIP knows none of them."""
-    trainer = make_trainer(
-        clips, tmp_path, max_steps=60, learning_rate=1e-3, logging_steps=20, per_device_train_batch_size=16
-    )
+    # without mask and stochastic depth: 0.30 to 0.47 of the mean rank before, with five seeds
+    model = tiny_pairs.model(mask_ratio=0.0, vision={"drop_path_rate": 0.0})
+    options = {"max_steps": 60, "learning_rate": 3e-4, "logging_steps": 20, "per_device_train_batch_size": 16}
+    trainer = make_trainer(clips, tmp_path, model=model, **options)
     before = trainer.evaluate()["eval_t2v_MnR"]
     trainer.train()
     after = trainer.evaluate()
@@ -232,34 +227,6 @@ def test_pretraining_raises_recall(clips, tmp_path):
 
 
 # Checkpoints
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("step", [3, 4, 6])
-def test_resume_gives_the_same_losses(workers, step, clips, tmp_path):
-    """Four batches per epoch: step 4 resumes at the start of an epoch, 3 and 6 in the middle of one."""
-    options = {
-        "max_steps": 7,
-        "save_strategy": "steps",
-        "save_steps": step,
-        "eval_strategy": "steps",
-        "eval_steps": 2,
-        "dataloader_num_workers": workers,
-    }
-    whole = make_trainer(clips, tmp_path / "out", **options)
-    whole.train()
-    names = ("loss", "vtc_loss", "mbta_loss", "mbca_loss", "grad_norm", "learning_rate", "step")
-    expected = logged(whole, *names)
-    assert len(set(expected)) == 7
-    for folder in (tmp_path / "out").glob("checkpoint-*"):
-        if folder.name != f"checkpoint-{step}":
-            shutil.rmtree(folder)
-    resumed = make_trainer(clips, tmp_path / "out", **options)
-    torch.rand(17)  # the random state of the new process must not matter
-    resumed.train(resume_from_checkpoint=True)
-    assert logged(resumed, *names) == expected
-    for (name, a), (_, b) in zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True):
-        assert torch.equal(a, b), name
 
 
 def test_checkpoints_hold_only_what_is_trained(clips, tmp_path):

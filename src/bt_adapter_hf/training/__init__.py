@@ -1,1 +1,1 @@
-"""Training with `transformers.Trainer`: arguments and trainer for pretraining the branch."""
+"""Training with `transformers.Trainer`: pretraining of the branch, and instruction tuning of the chat models."""

@@ -19,36 +19,82 @@ RELEASED_LR_MULTIPLIERS = {
 
 
 @dataclass
-class BTAdapterTrainingArguments(TrainingArguments):
-    """`TrainingArguments` of transformers with other defaults and a few fields more.
-
-    The defaults are those of the released CLIP-L/14 pretraining: AdamW with betas 0.9 and 0.98, weight decay 0.05 on
-    every trained parameter, a base learning rate of 2e-6 with the multipliers below, gradients clipped at norm 5, one
-    epoch. Its global batch was 8 x 52 clips of 8 frames.
-
-    The schedule is a cosine to zero after a warm-up over the first tenth. The released one warms up over the first
-    half of its single epoch and then follows a cosine of so long a period that the rate ends at 0.97 of its peak:
-    `warmup_steps=0.5, lr_scheduler_kwargs={"num_cycles": 1 / 18}` gives that curve (but for a warm-up that starts at 0
-    instead of 0.05 of the peak).
-
-    Gradient accumulation divides the losses as usual, but every micro-batch is contrasted with itself alone: it does
-    not stand in for a larger contrastive batch.
+class ResumableArguments(TrainingArguments):
+    """Fields of every `ResumableTrainer`.
 
     Args:
         lr_multipliers (`dict[str, float]`, *optional*):
             Factors on the learning rate by parameter name: a key matches where it occurs in the name (`*` stands for
             anything between two dots), and the longest key that matches wins; without a match the factor is 1. JSON
-            on a command line. By default the released factors.
+            on a command line. None by default.
+        max_broken (`float`, *optional*, defaults to 0.1):
+            Largest share of unusable items (missing or broken files, rows without text) before the run stops.
+        chunk_rows (`int`, *optional*, defaults to 10000):
+            Rows are shuffled inside chunks of at least this many, and a fetched table needs room for two chunks.
+        max_disk (`int`, *optional*, defaults to 50 GB):
+            Bytes that the fetched rows of a table that is not on the local disk may take up.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "lr_multipliers"]
+
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "The batches hold more than the model takes."}
+    )
+    lr_multipliers: dict | str | None = field(
+        default=None, metadata={"help": "Learning rate factors by parameter name, as JSON."}
+    )
+    max_broken: float = field(default=0.1, metadata={"help": "Largest share of broken items before the run stops."})
+    chunk_rows: int = field(default=10_000, metadata={"help": "Smallest number of rows shuffled among each other."})
+    max_disk: int = field(default=50 * 10**9, metadata={"help": "Bytes for fetched rows on the local disk."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.lr_multipliers is None:
+            self.lr_multipliers = {}
+        if not isinstance(self.lr_multipliers, dict):
+            raise ValueError(f"lr_multipliers must be a dict or a JSON object, got {self.lr_multipliers!r}.")
+        for pattern, factor in self.lr_multipliers.items():
+            if not isinstance(factor, int | float) or factor < 0:
+                raise ValueError(f"lr_multipliers[{pattern!r}]={factor!r} must be a number >= 0.")
+        if not 0 <= self.max_broken <= 1:
+            raise ValueError(f"max_broken={self.max_broken} must be a share between 0 and 1.")
+        if self.chunk_rows < 1:
+            raise ValueError(f"chunk_rows={self.chunk_rows} must be at least 1.")
+        if self.max_disk < 1:
+            raise ValueError(f"max_disk={self.max_disk} must be a positive number of bytes.")
+
+
+@dataclass
+class BTAdapterTrainingArguments(ResumableArguments):
+    """`ResumableArguments` with other defaults and a few fields more.
+
+    The defaults are those of the released CLIP-L/14 pretraining: AdamW with betas 0.9 and 0.98, weight decay 0.05 on
+    every trained parameter, a base learning rate of 2e-6 with the multipliers below, gradients clipped at norm 5, one
+    epoch. Its global batch was 8 x 52 clips of 8 frames.
+
+    The schedule is a cosine to zero after a warm-up over the first tenth. The released one rises from 0.05 of the peak
+    over the first half of its single epoch and then follows a cosine of so long a period (4.5 epochs) that the rate
+    ends at 0.97 of the peak: `lr_scheduler_type="cosine_warmup_with_min_lr", warmup_steps=0.5,
+    lr_scheduler_kwargs={"warmup_lr_rate": 0.05, "num_cycles": 1 / 18, "min_lr_rate": 0.0}`.
+
+    What is contrasted with what: each clip with the texts of all clips that are in the same step on any process, so
+    `per_device_train_batch_size` times the number of processes. `gradient_accumulation_steps` does not enlarge that:
+    every micro-batch is contrasted with itself alone, and their gradients are averaged. What does is a larger
+    `per_device_train_batch_size`, and where its activations do not fit, `cached_gradient_batch_size`.
+
+    Args:
+        lr_multipliers (`dict[str, float]`, *optional*):
+            As in `ResumableArguments`; the released factors by default.
         eval_controls (`list[str]`, *optional*, defaults to `["shuffled", "reversed"]`):
             Temporal controls in every evaluation, out of `shuffled`, `reversed`, `one_frame`, `frame_average`: recall
             with the order of the frames, or all but one of them, taken away. An empty list for none.
         eval_shuffle_draws (`int`, *optional*, defaults to 1):
             How many times `shuffled` permutes every clip anew; the metrics are averaged.
-        max_broken (`float`, *optional*, defaults to 0.1):
-            Largest share of unusable items (missing or broken files, rows without text) before the run stops.
+        cached_gradient_batch_size (`int`, *optional*):
+            Clips per forward pass with a graph: activations of so many clips are in memory, and the gradient is that
+            of the whole `per_device_train_batch_size` at the cost of a second forward pass. None to run the batch as
+            it is.
     """
-
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "lr_multipliers"]
 
     learning_rate: float = field(default=2e-6, metadata={"help": "Base learning rate; see lr_multipliers."})
     adam_beta2: float = field(default=0.98, metadata={"help": "Beta2 of AdamW."})
@@ -60,12 +106,9 @@ class BTAdapterTrainingArguments(TrainingArguments):
     dataloader_drop_last: bool = field(
         default=True, metadata={"help": "Drop the last, smaller batch: few clips make a weak contrast."}
     )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "The batches hold more than the model takes."}
-    )
     hub_strategy: str = field(
         default="end",
-        metadata={"help": "When to push to the Hub; checkpoints hold no full model to push on every save."},
+        metadata={"help": "When to push to the Hub: end, every_save, checkpoint or all_checkpoints."},
     )
 
     lr_multipliers: dict | str | None = field(
@@ -77,24 +120,27 @@ class BTAdapterTrainingArguments(TrainingArguments):
         metadata={"help": "Temporal controls: shuffled, reversed, one_frame, frame_average."},
     )
     eval_shuffle_draws: int = field(default=1, metadata={"help": "Permutations of every clip in 'shuffled'."})
-    max_broken: float = field(default=0.1, metadata={"help": "Largest share of broken items before the run stops."})
+    cached_gradient_batch_size: int | None = field(
+        default=None, metadata={"help": "Clips per forward pass with a graph, to fit a large contrastive batch."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Whether DDP looks for parameters without a gradient; there are none."}
+    )
 
     def __post_init__(self):
-        super().__post_init__()
-        if self.push_to_hub and self.hub_strategy == "every_save":
-            raise ValueError(
-                'hub_strategy="every_save" would push a repository without a model: checkpoints hold only what is '
-                'trained. Use "end" for the finished model, or "checkpoint" to keep the last checkpoint there too.'
-            )
         if self.lr_multipliers is None:
             self.lr_multipliers = dict(RELEASED_LR_MULTIPLIERS)
-        if not isinstance(self.lr_multipliers, dict):
-            raise ValueError(f"lr_multipliers must be a dict or a JSON object, got {self.lr_multipliers!r}.")
-        for pattern, factor in self.lr_multipliers.items():
-            if not isinstance(factor, int | float) or factor < 0:
-                raise ValueError(f"lr_multipliers[{pattern!r}]={factor!r} must be a number >= 0.")
+        super().__post_init__()
         check_controls(self.eval_controls)
         if self.eval_shuffle_draws < 1:
             raise ValueError(f"eval_shuffle_draws={self.eval_shuffle_draws} must be at least 1.")
-        if not 0 <= self.max_broken <= 1:
-            raise ValueError(f"max_broken={self.max_broken} must be a share between 0 and 1.")
+        if self.cached_gradient_batch_size is not None:
+            if self.cached_gradient_batch_size < 1:
+                raise ValueError(
+                    f"cached_gradient_batch_size={self.cached_gradient_batch_size} must be at least 1, or None."
+                )
+            if self.torch_compile:
+                raise ValueError(
+                    "cached_gradient_batch_size does not work with torch_compile: compiled, a pass without a graph "
+                    "drops other paths than one with a graph. Use one of the two."
+                )

@@ -1,13 +1,18 @@
-"""Checkpoints that hold only what is trained.
+"""Checkpoints that hold only what is trained, and the place in the data.
 
-The frozen part is the base model's; a checkpoint records a digest of it and refuses to be laid over another one.
+The frozen part is the base model's; a checkpoint records a digest of it and refuses to be laid over another one. It
+records the table and the seeds too, and refuses to go on in another order.
 """
 
 import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
@@ -15,32 +20,52 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 
+from .sharding import sharded_like, whole
+
 
 TRAINED_WEIGHTS_NAME = "trained.safetensors"
+DATA_STATE_NAME = "data_state.json"
 _SAMPLES = 64  # values of each frozen tensor in the digest
 
 
 def frozen_digest(model: nn.Module) -> str:
-    """sha256 over name, shape and a few evenly spaced values (as float32) of every frozen parameter."""
+    """sha256 over name, shape and a few evenly spaced values (as float32) of every frozen parameter.
+
+    Of a sharded model all processes have to ask for it.
+    """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
-            values = parameter.detach().flatten()[:: max(1, parameter.numel() // _SAMPLES)]
+            values = whole(parameter.detach()).flatten()[:: max(1, parameter.numel() // _SAMPLES)]
             digest.update(f"{name} {tuple(parameter.shape)}".encode())
             digest.update(values.float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
-def save_trained(model: nn.Module, folder: str | os.PathLike) -> None:
-    """Write the trainable parameters of `model` to `folder/trained.safetensors`."""
+@contextmanager
+def _whole_file(path: Path) -> Iterator[Path]:
+    """A temporary path to write to, renamed to `path` at the end: `path` never holds half of a file."""
+    temporary = path.with_name(f".{path.name}.partial")
+    yield temporary
+    temporary.replace(path)
+
+
+def save_trained(model: nn.Module, folder: str | os.PathLike, write: bool = True) -> None:
+    """Write the trainable parameters of `model` to `folder/trained.safetensors`.
+
+    Of a sharded model all processes have to come here; the one that is to `write` does.
+    """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     trained = {
-        name: parameter.detach().cpu().contiguous()
+        name: whole(parameter.detach()).cpu().contiguous()
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
-    save_file(trained, folder / TRAINED_WEIGHTS_NAME, metadata={"format": "pt", "frozen_digest": frozen_digest(model)})
+    digest = frozen_digest(model)
+    if write:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _whole_file(folder / TRAINED_WEIGHTS_NAME) as path:
+            save_file(trained, path, metadata={"format": "pt", "frozen_digest": digest})
 
 
 def load_trained(model: nn.Module, folder: str | os.PathLike) -> None:
@@ -78,18 +103,74 @@ def load_trained(model: nn.Module, folder: str | os.PathLike) -> None:
         )
     with torch.no_grad():
         for name, parameter in expected.items():
-            parameter.copy_(found[name])
+            parameter.copy_(sharded_like(found[name], parameter))
+
+
+@dataclass(frozen=True)
+class DataState:
+    """The place of a run in its data.
+
+    Attributes:
+        consumed: rows trained on by all processes; the position in the order of the next one.
+        steps: optimizer steps taken.
+        processes: how many processes took them.
+        data: what makes the order and the items: `source`, `fingerprint`, `rows` and `shards` of the table, and
+            `order_seed`, `item_seed`, `chunk_rows`.
+    """
+
+    consumed: int
+    steps: int
+    processes: int
+    data: dict[str, Any]
+
+
+def save_data_state(state: DataState, folder: str | os.PathLike) -> None:
+    """Write `state` to `folder/data_state.json`."""
+    text = json.dumps(asdict(state), indent=2) + "\n"
+    with _whole_file(Path(folder) / DATA_STATE_NAME) as path:
+        path.write_text(text, encoding="utf-8")
+
+
+def load_data_state(folder: str | os.PathLike, data: dict[str, Any]) -> DataState:
+    """What `save_data_state` wrote, for a run over the same `data`. The table may have moved: `source` may differ.
+
+    Raises:
+        ValueError: where there is no such file, or it is of another table, other seeds or other chunks.
+    """
+    path = Path(folder) / DATA_STATE_NAME
+    if not _is_json(path):
+        raise ValueError(
+            f"{folder} holds no readable {DATA_STATE_NAME}: it is not a checkpoint, was written with save_only_model "
+            "or by another version, or was not written to the end. A run cannot go on from it."
+        )
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if found.keys() != DataState.__annotations__.keys() or found["data"].keys() != data.keys():
+        raise ValueError(f"{path} was written by another version: it holds {found}. A run cannot go on from it.")
+    state = DataState(**found)
+    different = [name for name in data if name != "source" and state.data[name] != data[name]]
+    if different:
+        named = ["source", *different]
+        raise ValueError(
+            f"{folder} is of another run, over "
+            + ", ".join(f"{name}={state.data[name]!r}" for name in named)
+            + "; this run is over "
+            + ", ".join(f"{name}={data[name]!r}" for name in named)
+            + ". Resume with the same table and settings, or train into another folder."
+        )
+    return state
+
+
+def is_complete(folder: str | os.PathLike) -> bool:
+    """Whether a checkpoint was written to its end: its trainer state is readable, which is written last."""
+    return (Path(folder) / TRAINED_WEIGHTS_NAME).is_file() and _is_json(Path(folder) / TRAINER_STATE_NAME)
 
 
 def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The newest complete `checkpoint-N` folder, or None.
-
-    A run that was killed while it saved leaves a folder without a readable trainer state, which is written last.
-    """
+    """The newest complete `checkpoint-N` folder, or None. A run that was killed while it saved leaves others too."""
     found = []
     for folder in Path(output_dir).glob("checkpoint-*"):
         step = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-        if step and (folder / TRAINED_WEIGHTS_NAME).is_file() and _is_json(folder / TRAINER_STATE_NAME):
+        if step and is_complete(folder):
             found.append((int(step.group(1)), str(folder)))
     return max(found)[1] if found else None
 

@@ -1,150 +1,99 @@
-"""`Trainer` for pretraining the branch: learning rates per part, each loss in the log, recall, small checkpoints."""
+"""`Trainer` for pretraining the branch: each loss in the log, and recall."""
 
-import logging
-import re
-from collections import defaultdict
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import EvalPrediction, has_length
+from transformers.trainer_utils import EvalPrediction
 
-from ..data.broken import BrokenItem, BrokenItemsLog
 from ..evaluation.controls import control_features, control_metrics
 from ..evaluation.retrieval import retrieval_metrics
+from ..modeling_bt_adapter_pretraining import BTAdapterForPreTrainingOutput
 from .arguments import BTAdapterTrainingArguments
-from .checkpoint import last_checkpoint, load_trained, save_trained
+from .cached_gradients import cached_gradient_step
+from .resumable import ResumableTrainer
+from .sharding import unsharded
 
-
-logger = logging.getLogger(__name__)
 
 LOSSES = ("vtc_loss", "mbta_loss", "mbca_loss")
 
 
-def lr_multiplier(name: str, multipliers: dict[str, float]) -> float:
-    """The factor of the longest key of `multipliers` that occurs in the parameter's name (`*`: anything but a dot)."""
-    matching = [key for key in multipliers if re.search(re.escape(key).replace(r"\*", "[^.]*"), name)]
-    return multipliers[max(matching, key=len)] if matching else 1.0
-
-
-def parameter_groups(model: nn.Module, args: BTAdapterTrainingArguments) -> list[dict[str, Any]]:
-    """One optimizer group per learning rate over the trainable parameters, slowest first; weight decay on all of them.
-
-    Raises:
-        ValueError: if nothing is trainable.
-    """
-    by_factor: dict[float, list[tuple[str, nn.Parameter]]] = defaultdict(list)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            by_factor[lr_multiplier(name, args.lr_multipliers)].append((name, parameter))
-    if not by_factor:
-        raise ValueError("The model has no trainable parameter: every requires_grad is False.")
-    groups = []
-    for factor, named in sorted(by_factor.items(), key=lambda item: item[0]):
-        lr = args.learning_rate * factor
-        count = sum(parameter.numel() for _, parameter in named)
-        logger.info("Learning rate %g (x%g), %d values: %s", lr, factor, count, ", ".join(name for name, _ in named))
-        groups.append({"params": [parameter for _, parameter in named], "lr": lr, "weight_decay": args.weight_decay})
-    return groups
-
-
-class BTAdapterTrainer(Trainer):
+class BTAdapterTrainer(ResumableTrainer):
     """Pretrains a `BTAdapterForPreTraining` on the batches of `PairCollator`.
 
-    What it does beyond `Trainer`:
+    What it does beyond `ResumableTrainer`:
 
-    - learning rates per part of the model, by `args.lr_multipliers`;
     - logs each loss (`vtc_loss`, `mbta_loss`, `mbca_loss`), averaged over the logging window and all processes;
     - evaluates recall in both directions (`eval_t2v_R1`, ..., see `retrieval_metrics`) over the features of all
       processes, and again under the temporal controls (`eval_shuffled_t2v_R1`, `eval_reversed_t2v_R1`, ...).
       `eval_loss` is the loss of the unmasked model, over evaluation batches;
-    - checkpoints hold only what is trained, and resume continues with the same losses as an uninterrupted run;
-      `save_model()` writes the full model and the processor;
-    - broken items are counted, listed in `output_dir/broken_items.jsonl` (`broken_items-rank1.jsonl`, ... of further
-      processes) and stop the run at `args.max_broken`.
+    - with `args.cached_gradient_batch_size`, takes the gradient of a large batch a few clips at a time.
 
-    Runs on one process or several with DDP (`torchrun`, `accelerate launch`). Pass the `BTAdapterProcessor` as
-    `processing_class`.
-
-    Raises:
-        ValueError: for FSDP or DeepSpeed, whose checkpoints it does not write.
+    Runs on one process or several, with DDP, FSDP2 or DeepSpeed's ZeRO-2 (`torchrun`, `accelerate launch`). Pass the
+    `BTAdapterProcessor` as `processing_class`.
     """
 
     args: BTAdapterTrainingArguments
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("BTAdapterTrainer runs with DDP or on one process; FSDP and DeepSpeed are not supported.")
-        if self.args.device.type == "cpu":
-            self.args.dataloader_pin_memory = False  # torch warns in every epoch that there is nothing to pin for
         # The loss is a mean over the batch, so Trainer has to divide it by the accumulation steps.
         self.model_accepts_loss_kwargs = False
         if self.compute_metrics is None:
             self.compute_metrics = self._compute_recall
-        self.add_callback(_SetEpoch(self.train_dataset))
         self._loss_sums: dict[str, torch.Tensor] = {}
         self._loss_batches = 0
-        self._broken_logs: dict[str, BrokenItemsLog] = {}
         self._shuffling = torch.Generator()
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            model = self.model if model is None else model
-            cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
-            if not isinstance(cls, type) or not issubclass(cls, torch.optim.Optimizer) or "params" in kwargs:
-                raise ValueError(f"optim={self.args.optim!r} makes its own parameter groups; use one that takes ours.")
-            self.optimizer = cls(parameter_groups(model, self.args), **kwargs)
-        return self.optimizer
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As `Trainer.train`; `resume_from_checkpoint=True` takes the newest checkpoint written to its end."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(f"{self.args.output_dir} holds no complete checkpoint to resume from.")
-        if not resume_from_checkpoint:
-            self._broken_list.unlink(missing_ok=True)  # of another run in this folder
-        # Trainer.train writes the special tokens of its processing_class over those of the text config. A CLIP text
-        # tower pools by `eos_token_id`, where 2 stands for its original rule: the saved model would pool otherwise.
-        processing_class, self.processing_class = self.processing_class, None
-        try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        finally:
-            self.processing_class = processing_class
-
-    def _get_dataloader(self, *args, is_training: bool = False, **kwargs):
-        # Trainer would drop the last batch of the validation set too.
-        drop_last = self.args.dataloader_drop_last
-        self.args.dataloader_drop_last = drop_last and is_training
-        try:
-            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
-        finally:
-            self.args.dataloader_drop_last = drop_last
-
-    def set_initial_training_values(self, args, dataloader):
-        if has_length(dataloader) and len(dataloader) == 0:
-            raise ValueError(
-                f"An epoch yields no batch: the training table has {self.num_examples(dataloader)} items and a batch "
-                f"{args.train_batch_size * args.world_size}, with dataloader_drop_last={args.dataloader_drop_last}."
-            )
-        return super().set_initial_training_values(args, dataloader)
 
     # Losses
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self.args.cached_gradient_batch_size is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        inputs = self._model_inputs(self._prepare_inputs(inputs), "train")
+        # Both are divided by the accumulated batches here already; DeepSpeed would do it once more.
+        options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+        outputs = cached_gradient_step(
+            model,
+            inputs,
+            self.args.cached_gradient_batch_size,
+            backward=partial(self.accelerator.backward, **options),
+            no_sync=partial(self._no_sync, model),
+            bare=self.accelerator.unwrap_model(model),
+            scale=1 / self.current_gradient_accumulation_steps,
+        )
+        self._note_losses(outputs)
+        return outputs.loss / self.current_gradient_accumulation_steps
+
+    @contextmanager
+    def _no_sync(self, model: torch.nn.Module) -> Iterator[None]:
+        state = self.accelerator.gradient_state
+        sync_gradients = state.sync_gradients
+        state._set_sync_gradients(False)  # DeepSpeed takes its optimizer step in a backward pass unless told so
+        with self.accelerator.no_sync(model):
+            yield
+        state._set_sync_gradients(sync_gradients)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs = dict(inputs)
-        inputs.pop("pair_ids", None)
-        self._note_broken("train" if model.training else "eval", inputs.pop("broken", []), len(inputs["input_ids"]))
-        outputs = model(**inputs)
+        outputs = model(**self._model_inputs(inputs, "train" if model.training else "eval"))
         if model.training:
-            for name in LOSSES:
-                if outputs.get(name) is not None:
-                    self._loss_sums[name] = self._loss_sums.get(name, 0) + outputs[name].detach().float().mean()
-            self._loss_batches += 1
+            self._note_losses(outputs)
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def _model_inputs(self, inputs: dict[str, Any], part: str) -> dict[str, Any]:
+        """What of a batch the model takes; its broken items are noted."""
+        inputs = {name: value for name, value in inputs.items() if name != "pair_ids"}
+        self.take_broken(inputs, len(inputs["input_ids"]), part)
+        return inputs
+
+    def _note_losses(self, outputs: BTAdapterForPreTrainingOutput) -> None:
+        for name in LOSSES:
+            if outputs.get(name) is not None:
+                self._loss_sums[name] = self._loss_sums.get(name, 0) + outputs[name].detach().float().mean()
+        self._loss_batches += 1
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._loss_batches:  # the end of a logging window, on every process
@@ -175,7 +124,7 @@ class BTAdapterTrainer(Trainer):
             if prediction_loss_only:
                 return loss.detach().mean(), None, None
             features = {"text": outputs["text_embeds"], "video": outputs["video_embeds"]}
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), unsharded(bare):
                 controls = control_features(
                     encode_videos,
                     inputs["pixel_values_videos"],
@@ -203,67 +152,3 @@ class BTAdapterTrainer(Trainer):
             **{name: value for name, value in controls.items() if name.endswith("_R1")},
             "pairs": len(ids),
         }
-
-    # Checkpoints
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the full model and the processor, for `from_pretrained`.
-
-        `Trainer` comes here for its checkpoints as well (an internal call with a folder): those get only what is
-        trained.
-        """
-        is_checkpoint = _internal_call and output_dir is not None
-        output_dir = output_dir or self.args.output_dir
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        if self.args.should_save:
-            if is_checkpoint:
-                save_trained(model, output_dir)
-            else:
-                model.save_pretrained(output_dir)
-                if self.processing_class is not None:
-                    self.processing_class.save_pretrained(output_dir)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_trained(self.accelerator.unwrap_model(self.model if model is None else model), resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        logger.info("Loading the best checkpoint, %s.", self.state.best_model_checkpoint)
-        load_trained(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
-
-    # Broken items
-
-    def _note_broken(self, part: str, records: list[BrokenItem], seen: int) -> None:
-        if part not in self._broken_logs:
-            dataset = self.train_dataset if part == "train" else self.callback_handler.eval_dataloader.dataset
-            steps = self.state.global_step * self.args.gradient_accumulation_steps
-            self._broken_logs[part] = BrokenItemsLog(
-                self._broken_list,
-                part,
-                items=len(dataset),
-                max_broken=self.args.max_broken,
-                seen=steps * self.args.per_device_train_batch_size if part == "train" else 0,
-            )
-        self._broken_logs[part].add(records, seen)
-
-    @property
-    def _broken_list(self) -> Path:
-        rank = f"-rank{self.args.process_index}" if self.args.process_index else ""
-        return Path(self.args.output_dir) / f"broken_items{rank}.jsonl"
-
-    @property
-    def broken_items(self) -> dict[str, int]:
-        """Distinct broken items this process has met, by part (`train`, `eval`)."""
-        return {part: len(log.broken) for part, log in self._broken_logs.items()}
-
-
-class _SetEpoch(TrainerCallback):
-    """Tells the data set its epoch: accelerate does so only on one process, and not in a resumed epoch."""
-
-    def __init__(self, train_dataset: Any):
-        self.train_dataset = train_dataset
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        if hasattr(self.train_dataset, "set_epoch"):
-            self.train_dataset.set_epoch(int(state.epoch))
