@@ -8,9 +8,11 @@
 # tower of LLaVA-1.5 and takes an adapter of its own. On 8 GPUs the released global batch is 8 x 52:
 #
 #   LAUNCH="torchrun --nproc-per-node 8" bash recipes/clip_l14/pretrain.sh ...
+#
+# On one GPU: --batch-size 416 --cached-gradient-batch-size 52 contrasts as many clips with each other.
 set -euo pipefail
 if [ $# -lt 3 ]; then
-    sed -n '2,12s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,14s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
 train=$1 validation=$2 output=$3 model=${4:-openai/clip-vit-large-patch14}
@@ -22,5 +24,6 @@ ${LAUNCH:-python} -m bt_adapter_hf.cli.main pretrain \
     --num-adapter-layers 4 --num-frames 8 --max-text-length 64 \
     --mask-ratio 0.7 --vtc-weight 1 --mbta-weight 0.1 --mbca-weight 0.1 --temperature 0.01 \
     --crop-scale 0.08 1.0 --batch-size 52 --epochs 1 --learning-rate 2e-6 --bf16 --workers 8 \
-    --set warmup_steps=0.5 --set 'lr_scheduler_kwargs={"num_cycles": 0.0555555}' \
+    --set lr_scheduler_type=cosine_warmup_with_min_lr --set warmup_steps=0.5 \
+    --set 'lr_scheduler_kwargs={"warmup_lr_rate": 0.05, "num_cycles": 0.05555555555555555, "min_lr_rate": 0.0}' \
     "$@"

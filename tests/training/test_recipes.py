@@ -1,0 +1,156 @@
+"""The released recipes: parameter groups and schedule of what the shell scripts run, on tiny models."""
+
+import math
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CLIPModel, TrainerCallback
+
+from bt_adapter_hf import BTAdapterConfig, BTAdapterModel
+from bt_adapter_hf.cli.main import main
+from bt_adapter_hf.training import trainer as trainer_module
+from tests import tiny_pairs
+
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+ROWS, BATCH = 16, 2
+STEPS = ROWS // BATCH
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    return tiny_pairs.write_table(tmp_path_factory.mktemp("clips"), rows=ROWS).parent
+
+
+def save_clip(folder: Path) -> Path:
+    CLIPModel(tiny_pairs.clip_config()).save_pretrained(folder)
+    processor = tiny_pairs.processor()
+    processor.image_processor.save_pretrained(folder)
+    processor.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_eva(folder: Path) -> None:
+    """A dual encoder as converted from the released EVA checkpoint, with its branch."""
+    config = tiny_pairs.clip_config().to_dict()
+    backbone = {**config["vision_config"], "model_type": "blip_2_vision_model"}
+    tower = {"backbone": backbone, "adapter_layers": [1, 2], "fusion": "sum", "output_fusion": "sum"}
+    text = {**config["text_config"], "hidden_act": "gelu"}
+    config = BTAdapterConfig(text_config=text, vision_config=tower, projection_dim=12, visual_projection_bias=True)
+    BTAdapterModel(config).save_pretrained(folder)
+
+
+def options_of(recipe: str, *arguments: str) -> list[str]:
+    """The command line of `bt-adapter` that a recipe's script runs."""
+    result = subprocess.run(
+        ["bash", str(RECIPES / recipe / "pretrain.sh"), *arguments],
+        env={**os.environ, "LAUNCH": r"printf %s\n"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    words = result.stdout.splitlines()
+    assert words[:2] == ["-m", "bt_adapter_hf.cli.main"]
+    return words[2:]
+
+
+@pytest.fixture
+def run_recipe(clips, tmp_path, monkeypatch):
+    def run_recipe(recipe: str, model: Path):
+        """The trainer, and the learning rate of every parameter before each step."""
+        trainers, rates = [], []
+
+        class Recording(trainer_module.BTAdapterTrainer):
+            def __init__(self, **kwargs):
+                super().__init__(**kwargs)
+                trainers.append(self)
+                self.add_callback(Rates())
+
+        class Rates(TrainerCallback):
+            def on_pre_optimizer_step(self, args, state, control, model, optimizer, **kwargs):
+                rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+                rates.append({name: rate[id(p)] for name, p in model.named_parameters() if p.requires_grad})
+
+        monkeypatch.setattr(trainer_module, "BTAdapterTrainer", Recording)
+        smaller = ["--num-adapter-layers", "2", "--num-frames", "4", "--max-text-length", "24", "--workers", "0"]
+        smaller += ["--batch-size", str(BATCH), "--eval-controls", "--logging-steps", "1", "--set", "use_cpu=true"]
+        words = options_of(recipe, str(clips), str(clips), str(tmp_path / "out"), str(model), *smaller)
+        assert main(words) == 0
+        return trainers[0], rates
+
+    return run_recipe
+
+
+def released_schedule(step: int) -> float:
+    """Linear from 0.05 to 1 in the first half of the epoch, then a cosine of 4.5 epochs."""
+    warmup = STEPS // 2
+    if step < warmup:
+        return 0.05 + 0.95 * step / (warmup - 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup + 1) / (4.5 * STEPS)))
+
+
+def check_common(trainer, rates, factor):
+    assert len(rates) == STEPS and released_schedule(STEPS - 1) == pytest.approx(0.9698, abs=1e-4)
+    for step, by_name in enumerate(rates):
+        for name, rate in by_name.items():
+            assert rate == pytest.approx(2e-6 * factor(name) * released_schedule(step), rel=1e-9), (step, name)
+    optimizer = trainer.optimizer.optimizer
+    for group in optimizer.param_groups:
+        assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.98), 1e-8, 0.05)
+    args, config = trainer.args, trainer.model.config
+    assert (args.max_grad_norm, args.num_train_epochs, args.bf16) == (5.0, 1.0, True)
+    assert (config.mask_ratio, config.vtc_weight, config.mbca_weight, config.temperature) == (0.7, 1.0, 0.1, 0.01)
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+
+
+def test_clip_l14(run_recipe, tmp_path):
+    trainer, rates = run_recipe("clip_l14", save_clip(tmp_path / "clip"))
+
+    def factor(name):
+        if ".temporal." in name or name.endswith("_gate"):
+            return 100
+        assert ".bt_adapter." in name or name.startswith("mbta_head.")
+        return 10
+
+    check_common(trainer, rates, factor)
+    assert {factor(name) for name in rates[0]} == {10, 100}
+    assert trainer.model.config.mbta_weight == 0.1 and trainer.model.config.vision_config.fusion == "gate"
+
+
+def test_eva_g(run_recipe, tmp_path, monkeypatch):
+    """With a starting point made as README.md says, where the names of its models are folders."""
+    monkeypatch.chdir(tmp_path)
+    save_clip(tmp_path / "openai" / "clip-vit-large-patch14")
+    save_eva(tmp_path / "eva-g-trained")
+    (code,) = re.findall(r"```python\n(.*?)```", (RECIPES / "eva_g" / "README.md").read_text(), re.DOTALL)
+    exec(code, {})
+    trainer, rates = run_recipe("eva_g", tmp_path / "eva-g")
+    check_common(trainer, rates, lambda name: 10)
+    assert all(".bt_adapter." in name and "_gate" not in name for name in rates[0])
+    assert not any("mbta_loss" in entry for entry in trainer.state.log_history)
+    tower = trainer.model.config.vision_config
+    assert (tower.fusion, tower.output_fusion, tower.adapter_layers) == ("sum", "sum", [1, 2])
+
+
+def test_released_sizes_are_in_the_scripts():
+    for recipe, batch, length in (("clip_l14", "52", "64"), ("eva_g", "16", "77")):
+        words = options_of(recipe, "a", "b", "c", "d")
+        for option, value in {
+            "--batch-size": batch,
+            "--max-text-length": length,
+            "--num-frames": "8",
+            "--num-adapter-layers": "4",
+        }.items():
+            assert words[words.index(option) + 1] == value
+
+
+@pytest.mark.parametrize("script", sorted(RECIPES.glob("*/*.sh")), ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_scripts_parse_and_explain_themselves(script):
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    result = subprocess.run(["bash", str(script)], capture_output=True, text=True)
+    assert result.returncode == 2 and f"bash recipes/{script.parent.name}/{script.name} " in result.stderr
+    assert "set -euo" not in result.stderr and not result.stderr.startswith("#")
