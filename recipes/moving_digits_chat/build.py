@@ -66,7 +66,7 @@ from bt_adapter_hf.data.moving_digits_chat import (
 from bt_adapter_hf.evaluation.controls import reverse_frames, shuffle_frames
 from bt_adapter_hf.modeling_bt_adapter_llava import BTAdapterLlavaModel
 from bt_adapter_hf.training.arguments import BTAdapterTrainingArguments
-from bt_adapter_hf.training.trainer import parameter_groups
+from bt_adapter_hf.training.resumable import parameter_groups
 
 
 ASSETS = Path(__file__).parents[2] / "src" / "bt_adapter_hf" / "assets" / "moving-digits-chat"

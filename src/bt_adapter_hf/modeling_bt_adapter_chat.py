@@ -2,9 +2,8 @@
 
 import contextlib
 import copy
-import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +12,20 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.utils import torch_compilable_check
 
-from .adapter_files import (
-    AdapterConfig,
-    AdapterError,
-    branch_fields,
-    check_extra,
-    fit_layers,
-    is_peft_folder,
-    read_branch,
+from .adapter_files import AdapterConfig, AdapterError, branch_fields, fit_layers, is_peft_folder
+from .adapter_source import (
+    base_of,
+    fill_branch,
+    find_adapter,
+    from_hub,
+    naming_base,
+    pinned,
     resolve_adapter,
+    without_load_report,
 )
 from .configuration_bt_adapter import BTAdapterVisionConfig
 from .configuration_bt_adapter_chat import TOWER_FIELDS
-from .fingerprint import check_backbone
-from .host_modules import fill_parameter, find_tower, offloaded_value, path_of
+from .host_modules import find_tower, offloaded_value, path_of
 from .modeling_bt_adapter import BTAdapterPreTrainedModel, BTAdapterVisionModel
 from .quantization import check_kept_out, language_model_only
 
@@ -58,7 +57,8 @@ class BTAdapterChatMixin:
         """As in transformers, but strict: a weight is never silently random or dropped.
 
         Args:
-            pretrained_model_name_or_path: a native checkpoint of the host (old and new key names), or one of ours.
+            pretrained_model_name_or_path: a native checkpoint of the host (old and new key names), or one of ours; or
+                an adapter, which is put into the base model that it names, at the revision that it was trained on.
             bt_adapter: adapter folder, or id on the Hub, for a native checkpoint. Without it a native checkpoint gets
                 a fresh branch, warm-started from the image tower; a checkpoint of ours has its own.
             bt_adapter_revision: of an adapter on the Hub.
@@ -72,11 +72,25 @@ class BTAdapterChatMixin:
         Raises:
             ValueError: if the checkpoint does not fill the model, or holds weights that the model has no place for.
             AdapterError: if the adapter is damaged, or was trained on another backbone.
+            OSError: if a repository cannot be fetched; of an adapter's base model it says which, and what to do.
         """
+        kwargs["revision"] = pinned(pretrained_model_name_or_path, kwargs)  # one commit for all that is read
         hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
         source_type = None
         if pretrained_model_name_or_path is not None:
-            source_type = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub)[0].get("model_type")
+            source = from_hub(
+                lambda: PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub)[0],
+                pretrained_model_name_or_path,
+                kwargs["revision"],
+            )
+            found = None
+            if not source and bt_adapter is None:  # no config.json
+                found = find_adapter(pretrained_model_name_or_path, hub)
+            if found is not None:
+                options = {"allow_backbone_mismatch": allow_backbone_mismatch, "config": config, **kwargs}
+                options["output_loading_info"] = output_loading_info
+                return cls._from_adapter(pretrained_model_name_or_path, *found, *model_args, **options)
+            source_type = source.get("model_type")
         is_ours = source_type == cls.config_class.model_type
         if bt_adapter is not None and is_ours:
             raise ValueError(
@@ -99,9 +113,14 @@ class BTAdapterChatMixin:
             check_kept_out(config.quantization_config, pretrained_model_name_or_path)
         adapter = cls.read_adapter(config, bt_adapter, hub, bt_adapter_revision, tower_fields)
         # With an adapter what the report calls new is not: the branch is filled below.
-        with _without_load_report() if adapter is not None else contextlib.nullcontext():
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
+        with without_load_report() if adapter is not None else contextlib.nullcontext():
+            load = super().from_pretrained
+            model, info = from_hub(
+                lambda: load(
+                    pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
+                ),
+                pretrained_model_name_or_path,
+                kwargs["revision"],
             )
         if is_ours:
             model._new_modules = ()  # what it lacks was lost
@@ -113,7 +132,21 @@ class BTAdapterChatMixin:
             info["missing_keys"] = {key for key in info["missing_keys"] if key not in branch}
         model._check_loading(info, pretrained_model_name_or_path)
         model.freeze_backbone()  # loading replaces parameters, and new ones learn
+        model._loaded_from = (str(pretrained_model_name_or_path), getattr(kwargs["revision"], "resolved", None))
         return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _from_adapter(cls, name: str | os.PathLike, folder: Path, adapter: AdapterConfig, *model_args, **kwargs):
+        base, revision = base_of(folder, name, adapter)
+        if adapter.model_type not in (None, cls.config_class.model_type):
+            raise AdapterError(
+                f"The adapter {name} was saved from a {adapter.model_type} with the weights of {base}; this class is "
+                f"a {cls.config_class.model_type}. Name the chat model too: from_pretrained(model, "
+                f"bt_adapter={str(name)!r})."
+            )
+        kwargs = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
+        with naming_base(name, base, revision):
+            return cls.from_pretrained(base, *model_args, bt_adapter=folder, revision=revision, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         """As in transformers.
@@ -158,21 +191,7 @@ class BTAdapterChatMixin:
         config.validate()
         return folder, adapter
 
-    def load_branch(self, folder: Path, adapter: AdapterConfig, allow_backbone_mismatch: bool) -> list[str]:
-        """Copies an adapter's tensors into the branch, which has the adapter's shape already.
-
-        Returns:
-            Names of the tensors that were filled.
-        """
-        tower = find_tower(self)
-        check_backbone(folder, adapter, tower.vision_model, allow_backbone_mismatch)
-        state, extra = read_branch(folder, adapter, tower.bt_adapter)
-        check_extra(folder, adapter, extra, self)
-        prefix = path_of(self, tower.bt_adapter)
-        values = {f"{prefix}.{key}": value for key, value in state.items()} | extra
-        for name, value in values.items():
-            fill_parameter(self, name, value)
-        return list(values)
+    load_branch = fill_branch
 
 
 def tower_config(config: PreTrainedConfig, adapter: AdapterConfig, overrides: dict[str, Any]) -> BTAdapterVisionConfig:
@@ -190,21 +209,6 @@ def tower_config(config: PreTrainedConfig, adapter: AdapterConfig, overrides: di
     layers = fit_layers(adapter, backbone, asked)
     fields = config.fit_branch({**branch_fields(adapter, len(layers)), **overrides})
     return BTAdapterVisionConfig(backbone=backbone, adapter_layers=layers, **fields)
-
-
-@contextlib.contextmanager
-def _without_load_report() -> Iterator[None]:
-    """Silences transformers' table of weights; `_check_loading` makes errors of what it would tell."""
-
-    def is_other(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
-
-    logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(is_other)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_other)
 
 
 def _check_branch_is_there(tower: BTAdapterVisionModel, prefix: str):

@@ -78,6 +78,7 @@ class BTAdapterInstructBlipForConditionalGeneration(BTAdapterQFormerChatMixin, I
         decoder_attention_mask: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
         interpolate_pos_encoding: bool = False,
+        backbone_states: dict[int, torch.Tensor] | None = None,
         **kwargs,
     ) -> InstructBlipForConditionalGenerationModelOutput:
         """
@@ -92,13 +93,15 @@ class BTAdapterInstructBlipForConditionalGeneration(BTAdapterQFormerChatMixin, I
             decoder_input_ids, decoder_attention_mask: for a T5 language model.
             labels: (B, S), -100 where no loss is wanted; for a T5 language model (B, answer).
             interpolate_pos_encoding: of images of another size.
+            backbone_states: in place of pixel_values_videos, see [`BTAdapterVisionModel.forward`].
             kwargs: for the language model.
 
         Raises:
             ValueError: if placeholders and visual tokens differ in number, or the prompt is too long for the model.
         """
         visuals = (pixel_values, pixel_values_videos, frame_mask, interpolate_pos_encoding)
-        encoded = self._encode(input_ids, *visuals, _qformer_text(qformer_input_ids, qformer_attention_mask))
+        text = _qformer_text(qformer_input_ids, qformer_attention_mask)
+        encoded = self._encode(input_ids, *visuals, text, backbone_states)
         if decoder_input_ids is not None:
             kwargs["decoder_input_ids"] = decoder_input_ids
         if decoder_attention_mask is not None:

@@ -45,20 +45,24 @@ class BTAdapterLlavaModel(LlavaModel):
 
     def get_video_features(
         self,
-        pixel_values_videos: torch.FloatTensor,
+        pixel_values_videos: torch.FloatTensor | None = None,
         frame_mask: torch.Tensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
+        backbone_states: dict[int, torch.Tensor] | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
-        """Videos (V, T, 3, H, W) and frame_mask (V, T) -> output of the tower.
+        """Videos (V, T, 3, H, W), or the backbone_states of [`BTAdapterVisionModel.forward`], and frame_mask (V, T) ->
+        output of the tower.
 
         `pooler_output` is a list of V tensors (tokens, width of the language model), as many tokens as an image has.
 
         Raises:
             ValueError: if the videos are not 5-D.
         """
-        if pixel_values_videos.ndim != 5:
+        if backbone_states is not None:
+            kwargs["backbone_states"] = backbone_states
+        elif pixel_values_videos.ndim != 5:
             raise ValueError(
                 f"pixel_values_videos has shape {tuple(pixel_values_videos.shape)}; expected (V, T, 3, H, W). Images "
                 "are passed as pixel_values."
@@ -83,6 +87,7 @@ class BTAdapterLlavaModel(LlavaModel):
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        backbone_states: dict[int, torch.Tensor] | None = None,
         **kwargs,
     ) -> LlavaModelOutputWithPast:
         """See [`BTAdapterLlavaForConditionalGeneration.forward`]."""
@@ -94,7 +99,8 @@ class BTAdapterLlavaModel(LlavaModel):
         prompt = input_ids if input_ids is not None else inputs_embeds
         if prompt is not None:
             check_length(self.config, prompt.shape[1])
-        if pixel_values_videos is None and encoded.get("video") is None:
+        has_videos = pixel_values_videos is not None or backbone_states is not None
+        if not has_videos and encoded.get("video") is None:
             if input_ids is not None and input_ids.shape[1] > 1:  # a step of generation has no placeholder
                 check_placeholders(input_ids, self.config.video_token_id, 0, 0, "video")
             return super().forward(
@@ -108,13 +114,13 @@ class BTAdapterLlavaModel(LlavaModel):
 
         if input_ids is None or inputs_embeds is not None:
             raise ValueError("Videos find their places by the placeholders in input_ids: pass it, not inputs_embeds.")
-        if encoded and (pixel_values is not None or pixel_values_videos is not None):
+        if encoded and (pixel_values is not None or has_videos):
             raise ValueError("Pass pixel values or mm_encoder_outputs, not both.")
         if pixel_values is not None:
             encoded["image"] = self.get_image_features(pixel_values=pixel_values, return_dict=True, **select)
-        if pixel_values_videos is not None:
+        if has_videos:
             encoded["video"] = self.get_video_features(
-                pixel_values_videos, frame_mask=frame_mask, return_dict=True, **select
+                pixel_values_videos, frame_mask, backbone_states=backbone_states, return_dict=True, **select
             )
         inputs_embeds = embed_text(self.get_input_embeddings(), input_ids, self.config.video_token_id)
         for kind, token_id in (("image", self.config.image_token_id), ("video", self.config.video_token_id)):
@@ -150,7 +156,7 @@ class BTAdapterLlavaForConditionalGeneration(BTAdapterChatMixin, LlavaForConditi
         self.post_init()
 
     def get_video_features(
-        self, pixel_values_videos: torch.FloatTensor, frame_mask: torch.Tensor | None = None, **kwargs
+        self, pixel_values_videos: torch.FloatTensor | None = None, frame_mask: torch.Tensor | None = None, **kwargs
     ) -> BaseModelOutputWithPooling:
         """See [`BTAdapterLlavaModel.get_video_features`]."""
         return self.model.get_video_features(pixel_values_videos, frame_mask=frame_mask, **kwargs)
@@ -164,6 +170,7 @@ class BTAdapterLlavaForConditionalGeneration(BTAdapterChatMixin, LlavaForConditi
         attention_mask: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        backbone_states: dict[int, torch.Tensor] | None = None,
         **kwargs,
     ) -> LlavaCausalLMOutputWithPast:
         """
@@ -175,6 +182,7 @@ class BTAdapterLlavaForConditionalGeneration(BTAdapterChatMixin, LlavaForConditi
             attention_mask: (B, S).
             labels: (B, S), -100 where no loss is wanted.
             mm_encoder_outputs: features computed before, under "image" and "video", in place of pixel values.
+            backbone_states: in place of pixel_values_videos, see [`BTAdapterVisionModel.forward`].
             kwargs: as in `LlavaForConditionalGeneration`.
 
         Raises:
@@ -188,6 +196,7 @@ class BTAdapterLlavaForConditionalGeneration(BTAdapterChatMixin, LlavaForConditi
             attention_mask=attention_mask,
             labels=labels,
             mm_encoder_outputs=mm_encoder_outputs,
+            backbone_states=backbone_states,
             **kwargs,
         )
 

@@ -133,6 +133,7 @@ class BTAdapterMiniGPT4ForConditionalGeneration(BTAdapterQFormerChatMixin, Blip2
         frame_mask: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         interpolate_pos_encoding: bool = False,
+        backbone_states: dict[int, torch.Tensor] | None = None,
         **kwargs,
     ) -> Blip2ForConditionalGenerationModelOutput:
         """
@@ -144,12 +145,14 @@ class BTAdapterMiniGPT4ForConditionalGeneration(BTAdapterQFormerChatMixin, Blip2
             frame_mask: (videos, T), nonzero = a real frame, where the videos differ in length.
             labels: (B, S), -100 where no loss is wanted.
             interpolate_pos_encoding: of images of another size.
+            backbone_states: in place of pixel_values_videos, see [`BTAdapterVisionModel.forward`].
             kwargs: for the language model.
 
         Raises:
             ValueError: if placeholders and visual tokens differ in number, or the prompt is too long for the model.
         """
-        encoded = self._encode(input_ids, pixel_values, pixel_values_videos, frame_mask, interpolate_pos_encoding, {})
+        visuals = (pixel_values, pixel_values_videos, frame_mask, interpolate_pos_encoding)
+        encoded = self._encode(input_ids, *visuals, {}, backbone_states)
         first = next(iter(encoded.values()), None)
         return Blip2ForConditionalGenerationModelOutput(
             **self._answer(input_ids, encoded, attention_mask, labels, **kwargs),

@@ -14,19 +14,30 @@ class BTAdapterQFormerChatMixin(BTAdapterChatMixin):
 
     input_modalities = ("image", "video", "text")
 
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if not any(parameter.requires_grad for parameter in self.qformer.parameters()):
+            self.qformer.eval()  # no dropout where nothing is learned, as in the tower
+        return self
+
     def _query(self, image_embeds: torch.Tensor, **text) -> BaseModelOutputWithPooling:
         """Runs the Q-Former on the tokens (V, C+N, D) of the tower."""
         raise NotImplementedError
 
     @can_return_tuple
     def get_video_features(
-        self, pixel_values_videos: torch.FloatTensor, frame_mask: torch.Tensor | None = None, **text
+        self,
+        pixel_values_videos: torch.FloatTensor | None = None,
+        frame_mask: torch.Tensor | None = None,
+        backbone_states: dict[int, torch.Tensor] | None = None,
+        **text,
     ) -> BaseModelOutputWithPooling:
         """Videos to query tokens.
 
         Args:
             pixel_values_videos: (V, T, 3, H, W).
             frame_mask: (V, T), nonzero = a real frame.
+            backbone_states: in place of the videos, see [`BTAdapterVisionModel.forward`].
             text: `qformer_input_ids` and `qformer_attention_mask` (V, words), where the Q-Former reads text.
 
         Returns:
@@ -35,12 +46,14 @@ class BTAdapterQFormerChatMixin(BTAdapterChatMixin):
         Raises:
             ValueError: if the videos are not 5-D.
         """
-        if pixel_values_videos.ndim != 5:
+        if backbone_states is None and pixel_values_videos.ndim != 5:
             raise ValueError(
                 f"pixel_values_videos has shape {tuple(pixel_values_videos.shape)}; expected (V, T, 3, H, W). Images "
                 "are passed as pixel_values."
             )
-        vision_outputs = self.vision_model(pixel_values_videos, frame_mask=frame_mask, return_dict=True)
+        vision_outputs = self.vision_model(
+            pixel_values_videos, frame_mask=frame_mask, backbone_states=backbone_states, return_dict=True
+        )
         qformer_outputs = self._query(vision_outputs.last_hidden_state, **text)
         queries = qformer_outputs.last_hidden_state[:, : self.config.num_query_tokens]
         return BaseModelOutputWithVisionQformerOutputs(
@@ -60,21 +73,24 @@ class BTAdapterQFormerChatMixin(BTAdapterChatMixin):
         frame_mask: torch.Tensor | None,
         interpolate_pos_encoding: bool,
         text: dict[str, torch.Tensor],
+        backbone_states: dict[int, torch.Tensor] | None = None,
     ) -> dict[str, BaseModelOutputWithPooling]:
         """Features under "image" and "video". `text` is per row of the prompt; each visual gets that of its row."""
         options = {
             "image": {"interpolate_pos_encoding": interpolate_pos_encoding},
-            "video": {"frame_mask": frame_mask},
+            "video": {"frame_mask": frame_mask, "backbone_states": backbone_states},
         }
+        states = None if backbone_states is None else next(iter(backbone_states.values()))
         for key, value in text.items():
             if len(value) != len(input_ids):
                 raise ValueError(f"{key} has {len(value)} rows, and input_ids has {len(input_ids)}.")
         encoded = {}
         for kind, pixels in (("image", pixel_values), ("video", pixel_values_videos)):
             token_id, Q = getattr(self.config, f"{kind}_token_id"), self.config.num_query_tokens
-            count = 0 if pixels is None else len(pixels)
+            seen = states if kind == "video" and pixels is None else pixels
+            count = 0 if seen is None else len(seen)
             check_placeholders(input_ids, token_id, count, count * Q, kind)
-            if pixels is None:
+            if seen is None:
                 continue
             visuals_of_row = (input_ids == token_id).sum(dim=1) // Q
             own = {key: value.repeat_interleave(visuals_of_row, dim=0) for key, value in text.items()}

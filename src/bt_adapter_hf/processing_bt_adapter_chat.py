@@ -1,5 +1,6 @@
 """Processors of the chat models: text, images and videos to prompts with the model's own number of visual tokens."""
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -346,13 +347,20 @@ class BTAdapterQFormerProcessorMixin(BTAdapterChatProcessorMixin):
     def _with_placeholders(self, text: list[str], images: list, videos: list) -> list[str]:
         return text
 
-    def _split(self, text: str) -> list[str]:
-        """Segments of a prompt and, between them, its placeholders."""
-        pattern = f"({re.escape(self.image_token)}|{re.escape(self.video_token)})"
-        return [part for part in re.split(pattern, text) if part]
+    def _split(self, text: str) -> list[tuple[str, int]]:
+        """Segments of a prompt and, between them, its placeholders; each with the place where it starts."""
+        pattern = f"{re.escape(self.image_token)}|{re.escape(self.video_token)}"
+        parts, end = [], 0
+        for match in re.finditer(pattern, text):
+            parts += [(text[end : match.start()], end), (match.group(), match.start())]
+            end = match.end()
+        return [(part, start) for part, start in [*parts, (text[end:], end)] if part]
 
     def _encode(self, text: list[str], num_clips: int, options: Mapping[str, Any]) -> dict[str, Any]:
         """Prompts to padded ids; visual tokens are never cut.
+
+        With `return_offsets_mapping`, as `apply_chat_template` asks for to find answers, also `offset_mapping`: from
+        where to where in its prompt each token stands; (0, 0) for visual tokens and padding.
 
         Raises:
             ValueError: if they would be.
@@ -361,15 +369,20 @@ class BTAdapterQFormerProcessorMixin(BTAdapterChatProcessorMixin):
             self.image_token: [self.image_token_id] * self.num_query_tokens,
             self.video_token: [self.video_token_id] * self.num_query_tokens * num_clips,
         }
-        rows = []
+        with_offsets = options.get("return_offsets_mapping", False)
+        rows, offsets = [], []
         for index, prompt in enumerate(text):
-            ids, special = [], options.get("add_special_tokens", True)
-            for part in self._split(prompt):
+            ids, places, special = [], [], options.get("add_special_tokens", True)
+            for part, start in self._split(prompt):
                 if part in visual:
                     ids += visual[part]
-                else:
-                    ids += self.tokenizer(part, add_special_tokens=special)["input_ids"]
-                    special = False  # the start token stands once
+                    places += [(0, 0)] * len(visual[part])
+                    continue
+                tokens = self.tokenizer(part, add_special_tokens=special, return_offsets_mapping=with_offsets)
+                ids += tokens["input_ids"]
+                # the start token stands nowhere
+                places += [(a + start, b + start) if b > a else (0, 0) for a, b in tokens.get("offset_mapping", ())]
+                special = False  # the start token stands once
             if options.get("truncation") and len(ids) > self._limit(options):
                 cut = ids[self._limit(options) :]
                 if {self.image_token_id, self.video_token_id} & set(cut):
@@ -377,13 +390,21 @@ class BTAdapterQFormerProcessorMixin(BTAdapterChatProcessorMixin):
                         f"text[{index}] has {len(ids)} tokens, and cutting it to {self._limit(options)} would cut "
                         "visual tokens: raise max_length, or use fewer images, videos or clips."
                     )
-                ids = ids[: self._limit(options)]
+                ids, places = ids[: self._limit(options)], places[: self._limit(options)]
             rows.append(ids)
+            offsets.append(places)
         padding = {key: options[key] for key in ("padding", "pad_to_multiple_of") if key in options}
         if options.get("padding") == "max_length":
             padding["max_length"] = self._limit(options)
         side = options.get("padding_side") or "left"
-        return dict(self.tokenizer.pad({"input_ids": rows}, padding_side=side, **padding))
+        data = dict(self.tokenizer.pad({"input_ids": rows}, padding_side=side, **padding))
+        if with_offsets:
+            empty = [
+                [(0, 0)] * (len(ids) - len(places)) for ids, places in zip(data["input_ids"], offsets, strict=True)
+            ]
+            pairs = zip(empty, offsets, strict=True)
+            data["offset_mapping"] = [gap + places if side == "left" else places + gap for gap, places in pairs]
+        return data
 
     def _limit(self, options: Mapping[str, Any]) -> int:
         return options.get("max_length") or self.tokenizer.model_max_length
@@ -455,20 +476,40 @@ class BTAdapterInstructBlipProcessor(BTAdapterQFormerProcessorMixin):
                 return [token + sample for sample in text]
         return text
 
-    def _split(self, text: str) -> list[str]:
-        return [part.strip() for part in super()._split(text) if part.strip()]
+    def apply_chat_template(self, conversation, *args, **kwargs):
+        """As in transformers. With `return_assistant_tokens_mask=True`, that is for learning, the Q-Former reads what
+        stands before the first answer: what it reads reaches every answer, so it must hold none of them."""
+        data = super().apply_chat_template(conversation, *args, **kwargs)
+        if kwargs.get("return_assistant_tokens_mask") and isinstance(data, Mapping):
+            batch = [conversation] if isinstance(conversation[0], Mapping) else conversation
+            asked = [list(itertools.takewhile(lambda m: m["role"] != "assistant", messages)) for messages in batch]
+            data.update(self._read_words(super().apply_chat_template(asked)))
+            data.convert_to_tensors(kwargs.get("return_tensors"))
+        return data
+
+    def _split(self, text: str) -> list[tuple[str, int]]:
+        parts = [(part, start + len(part) - len(part.lstrip())) for part, start in super()._split(text)]
+        return [(part.strip(), start) for part, start in parts if part.strip()]
 
     def _encode(self, text: list[str], num_clips: int, options: Mapping[str, Any]) -> dict[str, Any]:
         data = super()._encode(text, num_clips, options)
+        if not options.get("return_offsets_mapping"):  # else `apply_chat_template` knows what is to be read
+            data |= self._read_words(text)
+        return data
+
+    def _read_words(self, text: list[str]) -> dict[str, Any]:
+        """What the Q-Former reads of prompts: their words.
+
+        Raises:
+            ValueError: if they are too long for it.
+        """
         visual = (self.image_token, self.video_token)
-        words = [" ".join(part for part in self._split(prompt) if part not in visual) for prompt in text]
+        words = [" ".join(part for part, _ in self._split(prompt) if part not in visual) for prompt in text]
         encoded = self.qformer_tokenizer(words, padding=True, return_token_type_ids=False)
         limit, longest = self.qformer_tokenizer.model_max_length, max(map(len, encoded["input_ids"]))
         if longest > limit:
             raise ValueError(f"The Q-Former reads {limit} tokens of text and got {longest}: shorten the question.")
-        data["qformer_input_ids"] = encoded["input_ids"]
-        data["qformer_attention_mask"] = encoded["attention_mask"]
-        return data
+        return {"qformer_input_ids": encoded["input_ids"], "qformer_attention_mask": encoded["attention_mask"]}
 
     @property
     def model_input_names(self) -> list[str]:

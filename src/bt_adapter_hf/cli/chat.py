@@ -103,10 +103,12 @@ def _check(args: argparse.Namespace) -> None:
 
 def _find_model(args: argparse.Namespace):
     """The processor, and a function that loads the model."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoModelForImageTextToText
 
     import bt_adapter_hf
 
+    from ..adapter_files import is_peft_folder
+    from ..adapter_source import resolve_adapter
     from ..assets import default_chat_model_path
 
     name = str(default_chat_model_path()) if args.model is None else args.model
@@ -124,12 +126,17 @@ def _find_model(args: argparse.Namespace):
     def load():
         import torch
 
+        adapter = None if args.bt_adapter is None else resolve_adapter(args.bt_adapter)
         device = args.device
         if device is None:
             device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-        model = getattr(bt_adapter_hf, f"BTAdapter{HOSTS[model_type]}ForConditionalGeneration").from_pretrained(
-            name, revision=args.revision, bt_adapter=args.bt_adapter, dtype=args.dtype
-        )
+        if adapter is not None and is_peft_folder(adapter):  # LoRA with a branch
+            native = AutoModelForImageTextToText.from_pretrained(name, revision=args.revision, dtype=args.dtype)
+            model = bt_adapter_hf.load_bt_adapter(native, adapter)
+        else:
+            model = getattr(bt_adapter_hf, f"BTAdapter{HOSTS[model_type]}ForConditionalGeneration").from_pretrained(
+                name, revision=args.revision, bt_adapter=adapter, dtype=args.dtype
+            )
         try:
             model.to(device)
         except (RuntimeError, AssertionError) as error:  # torch's ways to say that there is no such device

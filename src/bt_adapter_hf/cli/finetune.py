@@ -1,0 +1,237 @@
+"""`bt-adapter finetune`: teach a chat model with an adapter from conversations about videos."""
+
+import argparse
+import time
+from typing import Any
+
+from ._options import progress, quiet_transformers
+from ._training import (
+    TRAINING_OPTIONS,
+    add_run_options,
+    add_training_options,
+    chat_processor,
+    find_checkpoint,
+    print_interrupted,
+    print_skipped,
+    run_training,
+    training_arguments,
+)
+
+
+EPILOG = """\
+examples:
+  bt-adapter finetune --model llava-hf/llava-1.5-7b-hf --bt-adapter org/bt-adapter-clip-l14-336 \\
+      --train videos/train.jsonl --output-dir tuned --batch-size 1 --bf16 --workers 4
+  ... --lora --load-in-4bit                       on a small card
+  ... --cache-states states --cache-dtype fp8     decode and encode each video once, on the disk
+
+  videos/train.jsonl has one conversation per line, with paths from its folder:
+      {"messages": [{"role": "user", "content": [{"type": "video", "path": "clip1.mp4"},
+                                                 {"type": "text", "text": "What happens?"}]},
+                    {"role": "assistant", "content": "A dog catches a frisbee."}]}
+  VideoChatGPT-100K's json works as it is, with --media-root for the folder of its videos.
+
+The output folder gets the finished model and its processor (bt-adapter chat --model tuned), checkpoints to go on from
+with --resume, run_summary.json, losses.png, and broken_items.jsonl where something could not be used. With --lora it
+gets LoRA, branch and projector (bt-adapter chat --model BASE --bt-adapter tuned). Ctrl-C saves a checkpoint and stops.
+
+Check the table first: bt-adapter check-data videos/train.jsonl --model llava-hf/llava-1.5-7b-hf
+On several GPUs: torchrun --nproc-per-node 8 -m bt_adapter_hf.cli.main finetune ...
+"""
+
+# Those of the shared options that there are here, and their fields.
+OPTIONS = {
+    **{name: field for name, field in TRAINING_OPTIONS.items() if name not in ("chunk_rows", "max_disk")},
+    "adapter_only": "adapter_only",
+}
+LORA_OPTIONS = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
+
+
+def register(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "finetune",
+        help="teach a chat model from conversations about videos",
+        description="Instruction tuning: the branch and the projector learn, and with --lora the language model too. "
+        "Defaults are those of the released tuning.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_run_options(parser, model="LLaVA, InstructBLIP or MiniGPT-4, native or with its adapter in")
+    parser.add_argument(
+        "--bt-adapter",
+        "--adapter",
+        metavar="ID_OR_PATH",
+        help="adapter for a native model (default: a fresh branch, warm-started)",
+    )
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--train", required=True, metavar="TABLE", help=".jsonl or .json file of conversations")
+    data.add_argument("--validation", metavar="TABLE", help="table to measure the loss on")
+    data.add_argument("--media-root", metavar="DIR", help="where relative paths start (default: folder of the table)")
+    data.add_argument("--num-frames", type=int, metavar="T", help="frames per video (default: as the processor says)")
+    data.add_argument(
+        "--max-broken", type=float, metavar="SHARE", help="broken items that stop the run (default: 0.1)"
+    )
+    data.add_argument(
+        "--cache-states",
+        metavar="DIR",
+        help="keep the frozen backbone's states of all videos there, so that each is decoded and encoded once; their "
+        "size is shown first",
+    )
+    data.add_argument(
+        "--cache-dtype", default="bf16", choices=("bf16", "fp8", "fp32"), help="of these states (default: bf16)"
+    )
+
+    learning = parser.add_argument_group("what learns")
+    learning.add_argument(
+        "--lora", action="store_true", help="LoRA on the language model, beside branch and projector"
+    )
+    learning.add_argument("--lora-r", type=int, default=16, metavar="R", help="its rank (default: 16)")
+    learning.add_argument("--lora-alpha", type=int, default=32, metavar="A", help="its scale times R (default: 32)")
+    learning.add_argument("--lora-dropout", type=float, default=0.0, metavar="P", help="(default: 0)")
+    learning.add_argument(
+        "--load-in-4bit", action="store_true", help="quantize the language model (QLoRA); needs --lora"
+    )
+    learning.add_argument(
+        "--adapter-only",
+        action="store_true",
+        default=None,
+        help="write the branch and the projector as an adapter, not the whole model",
+    )
+    add_training_options(parser, learning_rate="2e-5", epochs=3, multipliers="none")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..import_utils import require_package
+
+    for package in ("accelerate", "matplotlib", *(["peft"] if args.lora else [])):
+        require_package(package, "train")
+    if args.load_in_4bit and not args.lora:
+        raise ValueError("--load-in-4bit: a quantized language model takes LoRA; add --lora.")
+    if args.lora and args.adapter_only:
+        raise ValueError("--adapter-only would leave LoRA out; with --lora nothing but what was trained is written.")
+    quiet_transformers()
+    from transformers import set_seed
+
+    from ..data.instructions import InstructionCollator, InstructionDataset, load_instructions, longest_conversation
+    from ..training.instruction_tuning import InstructionArguments, InstructionTrainer, prepare_for_tuning
+    from ..training.report import describe_table
+
+    started = time.time()
+    checkpoint = find_checkpoint(args)
+    training_args = training_arguments(args, InstructionArguments, OPTIONS)
+    set_seed(training_args.seed)  # of the fresh parts of the model
+    tables = {"train": load_instructions(args.train, media_root=args.media_root)}
+    if args.validation:
+        tables["validation"] = load_instructions(args.validation, media_root=args.media_root)
+    model, processor = load_model(args, training_args)
+    lora = {field: getattr(args, option) for option, field in LORA_OPTIONS.items()} if args.lora else None
+    model = prepare_for_tuning(model, lora)
+    states = None
+    if args.cache_states is not None:
+        states = cached_states(args, training_args, model, processor, tables.values())
+    datasets = {
+        part: InstructionDataset(
+            table,
+            processor,
+            max_length=longest_conversation(model.config, processor),
+            seed=training_args.seed,
+            states=states,
+        )
+        for part, table in tables.items()
+    }
+    trainer = InstructionTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=datasets["train"],
+        eval_dataset=datasets.get("validation"),
+        data_collator=InstructionCollator(processor),
+        processing_class=processor,
+    )
+    rules = processor.video_processor
+    summary = run_training(
+        trainer,
+        checkpoint,
+        started,
+        kind="instruction tuning",
+        model=args.model,
+        revision=getattr(args.revision, "resolved", args.revision),
+        config={"bt_adapter": args.bt_adapter, "lora": lora, "load_in_4bit": args.load_in_4bit},
+        data={
+            "num_frames": rules.num_frames,
+            "sampling": rules.sampling,
+            "num_clips": processor.num_clips,
+            "cache_dtype": args.cache_dtype if states is not None else None,
+            **{part: describe_table(table) for part, table in tables.items()},
+        },
+    )
+    if trainer.is_world_process_zero():
+        print_skipped(summary, args.output_dir)
+        if not summary["finished"]:
+            print_interrupted(summary, args.output_dir)
+        else:
+            print_result(args, summary)
+    return 0 if summary["finished"] else 130
+
+
+def load_model(args: argparse.Namespace, training_args):
+    """The chat model that the options describe, on the device of the training, and its processor."""
+    import torch
+    from transformers.utils import logging
+
+    import bt_adapter_hf
+
+    from ..compat_bt_adapter import resolve_revision
+
+    args.revision = resolve_revision(args.model, args.revision)  # one commit for model and processor
+    processor, host = chat_processor(args, **({} if args.num_frames is None else {"num_frames": args.num_frames}))
+    options: dict[str, Any] = {"dtype": torch.bfloat16 if training_args.bf16 else torch.float32}
+    if args.load_in_4bit:
+        options["quantization_config"] = bt_adapter_hf.quantization_config(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=options["dtype"]
+        )
+        options["device_map"] = {"": training_args.device}
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report names every tensor of a fresh branch
+    try:
+        model = getattr(bt_adapter_hf, f"BTAdapter{host}ForConditionalGeneration").from_pretrained(
+            args.model, revision=args.revision, bt_adapter=args.bt_adapter, **options
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    return model if args.load_in_4bit else model.to(training_args.device), processor
+
+
+def cached_states(args: argparse.Namespace, training_args, model, processor, tables):
+    """The frozen states of all videos in the tables; what is missing is computed, each process its share."""
+    from accelerate import PartialState
+
+    from ..training.frozen_states import FrozenStates, build_states, plan_states
+
+    videos = [video for table in tables for video in table.videos()]
+    plan = plan_states(args.cache_states, model, processor, videos, args.cache_dtype)
+    if training_args.process_index == 0:
+        print(plan, flush=True)
+    build_states(
+        plan,
+        model,
+        processor,
+        workers=training_args.dataloader_num_workers,
+        process=training_args.process_index,
+        processes=training_args.world_size,
+        progress=lambda items: progress(items, len(items), "frozen states"),
+    )
+    PartialState().wait_for_everyone()
+    return FrozenStates(args.cache_states, model, processor)
+
+
+def print_result(args: argparse.Namespace, summary: dict[str, Any]) -> None:
+    print(
+        f"trained {summary['trained_parameters']:,} parameters for {summary['steps']} steps in {summary['seconds']} s"
+    )
+    if "eval_loss" in summary["metrics"]:
+        print(f"validation loss {summary['metrics']['eval_loss']:.4f}")
+    plugged = args.lora or args.adapter_only
+    use = f"--model {args.model} --bt-adapter {args.output_dir}" if plugged else f"--model {args.output_dir}"
+    print(f"run_summary.json and losses.png: {args.output_dir}   try it: bt-adapter chat VIDEO {use}")
