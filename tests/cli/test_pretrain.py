@@ -1,17 +1,23 @@
+import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import HfApi
+from PIL import Image
 from transformers import AutoModel, AutoProcessor, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
 from bt_adapter_hf import BTAdapterModel
+from bt_adapter_hf.cli._training import size_in_bytes
 from bt_adapter_hf.cli.main import main
 from tests import tiny_pairs
+from tests.hub.conftest import hf_home, hub  # noqa: F401 (fixtures)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +55,9 @@ def test_from_a_clip_to_a_model_that_loads(clip, clips, tmp_path, capsys):
     options += ["--eval-controls", "reversed", "--logging-steps", "1", "--set", "warmup-steps=0.5"]
     assert pretrain(clip, clips, out, *options) == 0
     assert "recall over 12 validation pairs" in capsys.readouterr().out
-    summary = json.loads((out / "pretrain_summary.json").read_text())
+    assert Image.open(out / "losses.png").format == "PNG"
+    summary = json.loads((out / "run_summary.json").read_text())
+    assert summary["kind"] == "pretraining" and summary["finished"] and summary["train_loss"] > 0
     assert summary["steps"] == 6 and summary["data"]["train"]["rows"] == 12
     assert summary["config"]["mask_ratio"] == 0.5 and summary["config"]["adapter_layers"] == [1, 2]
     assert summary["training"]["warmup_steps"] == 0.5 and summary["training"]["weight_decay"] == 0.05
@@ -93,13 +101,18 @@ def test_resume_and_continue_from_a_finished_model(clip, clips, tmp_path, capsys
         (["--set", "max_grad_norm=much"], "invalid float value: 'much'"),
         (["--eval-steps", "5"], "needs --validation"),
         (["--eval-controls", "blind"], "Unknown controls"),
-        (["--batch-size", "50"], "An epoch yields no batch"),
+        (["--batch-size", "50"], "has 12 rows, fewer than one batch"),
         (["--num-frames", "0"], "num_frames=0"),
         (["--crop-scale", "0.5", "3"], "0 < smallest"),
         (["--validation", "absent.csv"], "Cannot read the table absent.csv"),
+        (["--train", "empty.csv"], "The table empty.csv has no rows"),
+        (["--max-text-length", "0"], "the text tower takes 1 to 24 tokens"),
+        (["--epochs", "0.1"], "nothing would be trained"),
     ],
 )
-def test_bad_input_is_one_clear_line(options, message, clip, clips, tmp_path, capsys):
+def test_bad_input_is_one_clear_line(options, message, clip, clips, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("empty.csv").write_text("video,text\n")
     assert pretrain(clip, clips, tmp_path / "out", *options) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("bt-adapter pretrain: error: ") and message in error
@@ -119,6 +132,198 @@ def test_bad_places(clip, clips, tmp_path, capsys):
 def test_too_many_adapter_layers(clip, clips, tmp_path, capsys):
     assert pretrain(clip, clips, tmp_path / "out", "--num-adapter-layers", "9") == 1
     assert "between 1 and the backbone's 3" in capsys.readouterr().err
+
+
+def pack(clips, path: Path, rows_per_group: int) -> str:
+    """The table in `clips` as a parquet file with the bytes of the clips."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    lines = [json.loads(line) for line in (Path(clips) / "metadata.jsonl").read_text().splitlines()]
+    videos = [{"bytes": (Path(clips) / line["file_name"]).read_bytes(), "path": line["file_name"]} for line in lines]
+    table = pa.table({"video": videos, "text": [line["text"] for line in lines]})
+    pq.write_table(table, path, row_group_size=rows_per_group)
+    return str(path)
+
+
+def test_packed_shards_pass_through_a_bounded_folder(clip, clips, tmp_path):
+    packed, out = pack(clips, tmp_path / "clips.parquet", rows_per_group=4), tmp_path / "out"
+    options = ["--train", packed, "--validation", packed, "--epochs", "2", "--max-disk", "1MB", "--chunk-rows", "4"]
+    assert pretrain(clip, clips, out, *options, "--logging-steps", "1") == 0
+    summary = json.loads((out / "run_summary.json").read_text())
+    assert summary["steps"] == 6 and summary["data"]["train"]["source"] == packed
+    assert summary["training"]["max_disk"] == 10**6 and summary["training"]["chunk_rows"] == 4
+    assert summary["metrics"]["eval_pairs"] == 12 and summary["broken_items"] == {}
+
+
+def test_from_a_table_on_the_hub_to_a_model_on_the_hub(hub, clip, clips, tmp_path):  # noqa: F811
+    packed = pack(clips, tmp_path / "clips.parquet", rows_per_group=4)
+    api = HfApi()
+    api.create_repo("tester/clips", repo_type="dataset")
+    api.upload_file(
+        path_or_fileobj=packed, path_in_repo="data/train-00000.parquet", repo_id="tester/clips", repo_type="dataset"
+    )
+    out = tmp_path / "out"
+    options = [
+        "--train",
+        "tester/clips",
+        "--epochs",
+        "1",
+        "--logging-steps",
+        "1",
+        "--push-to-hub",
+        "tester/pretrained",
+    ]
+    assert pretrain(clip, clips, out, *options) == 0
+    summary = json.loads((out / "run_summary.json").read_text())
+    assert summary["data"]["train"]["source"] == "tester/clips" and summary["steps"] == 3
+    assert summary["data"]["train"]["revision"] == api.dataset_info("tester/clips").sha
+    files = hub.files("tester/pretrained")
+    assert json.loads(files["run_summary.json"]) == summary and "losses.png" in files
+    assert not any(name.startswith(("checkpoint", "chunks", "runs")) or name.endswith(".bin") for name in files)
+    card = files["README.md"].decode()
+    assert "tester/clips" in card
+    model = AutoModel.from_pretrained("tester/pretrained")
+    expected = AutoModel.from_pretrained(out).state_dict()
+    assert all(torch.equal(expected[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_hub_that_refuses_is_known_before_training(hub, clip, clips, tmp_path, capsys):  # noqa: F811
+    assert pretrain(clip, clips, tmp_path / "out", "--push-to-hub", "someone/else") == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "refused access to someone/else" in error and "Nothing was trained" in error
+
+
+@pytest.mark.parametrize("workers", [pytest.param("0", marks=pytest.mark.slow), "1"])
+def test_no_room_for_the_rows(workers, clip, clips, tmp_path, capsys):
+    packed = pack(clips, tmp_path / "clips.parquet", rows_per_group=4)
+    options = ["--train", packed, "--max-disk", "1KB", "--workers", workers]
+    assert pretrain(clip, clips, tmp_path / "out", *options) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("bt-adapter pretrain: error: Fetching ") and "Raise max_disk" in error
+
+
+@pytest.mark.parametrize(
+    "text, expected", [("20GB", 20 * 10**9), ("1.5 kb", 1500), ("2MiB", 2**21), ("7", 7), ("7B", 7)]
+)
+def test_sizes(text, expected):
+    assert size_in_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "GB", "20 apples", "1e3XB"])
+def test_what_is_no_size(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="is no size"):
+        size_in_bytes(text)
+
+
+def test_too_many_broken_items_stop_the_run_and_the_summary_says_so(clip, clips, tmp_path, capsys):
+    lines = (Path(clips) / "metadata.jsonl").read_text()
+    table = tmp_path / "more.jsonl"
+    table.write_text(lines + "".join(lines.replace("clip", f"gone{i}-clip") for i in range(3)))
+    out = tmp_path / "out"
+    options = ["--train", str(table), "--media-root", clips, "--max-broken", "0.2", "--logging-steps", "1"]
+    assert pretrain(clip, clips, out, *options) == 1
+    assert "are broken, more than the allowed share of 20%" in capsys.readouterr().err
+    summary = json.loads((out / "run_summary.json").read_text())
+    assert not summary["finished"] and summary["error"].startswith("BrokenItemsError: ")
+    assert 0 <= summary["steps"] < summary["total_steps"] == 12 and not (out / "model.safetensors").exists()
+    assert summary["broken_reasons"]["train"]["<path> does not exist."] == summary["broken_items"]["train"] > 9
+
+
+def test_the_time_limit_of_a_video_is_an_option(clip, clips, tmp_path, capsys):
+    assert pretrain(clip, clips, tmp_path / "out", "--item-timeout", "1e-6", "--max-broken", "1") == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "None of 12 items tried in a row" in error and "longer than 1e-06 s and was cut off" in error
+
+
+def test_no_item_can_be_used(clip, clips, tmp_path, capsys):
+    table = tmp_path / "gone.jsonl"
+    table.write_text("".join(json.dumps({"video": f"gone{i}.mp4", "text": "x"}) + "\n" for i in range(8)))
+    assert pretrain(clip, clips, tmp_path / "out", "--train", str(table), "--max-broken", "1") == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "None of 8 items tried in a row" in error and "does not exist" in error
+
+
+def test_resume_with_another_table_is_refused(clip, clips, tmp_path, capsys):
+    out = tmp_path / "out"
+    options = ["--max-steps", "2", "--save-steps", "1"]
+    assert pretrain(clip, clips, out, *options) == 0
+    other = tmp_path / "other.jsonl"
+    other.write_text((Path(clips) / "metadata.jsonl").read_text().replace("goes", "went"))
+    capsys.readouterr()
+    arguments = ["--train", str(other), "--media-root", clips, "--resume", "--max-steps", "4"]
+    assert pretrain(clip, clips, out, *arguments) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "checkpoint-2" in error and "other" in error
+
+
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
+def test_ctrl_c_saves_and_resume_goes_on(workers, clip, clips, tmp_path, capsys):
+    """The interrupted and resumed run ends in the model of an undisturbed one."""
+    options = ["--max-steps", "40", "--learning-rate", "1e-3", "--logging-steps", "1", "--workers", str(workers)]
+    assert pretrain(clip, clips, tmp_path / "whole", *options) == 0
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "bt_adapter_hf.cli.main", "pretrain", "--model", clip, "--train", clips]
+    command += ["--output-dir", str(out), "--batch-size", "4", "--num-frames", "4", "--num-adapter-layers", "2"]
+    command += ["--set", "use_cpu=true", *options]
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache"), "CUDA_VISIBLE_DEVICES": ""}
+    # A group of its own: like a terminal's Ctrl-C, the signal goes to the workers too.
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith("step 3/40"):
+            os.killpg(process.pid, signal.SIGINT)
+            break
+    lines += process.stderr.readlines()
+    assert process.wait(timeout=60) == 130, "".join(lines)
+    assert "--resume goes on" in lines[-1] and "Traceback" not in "".join(lines)
+    summary = json.loads((out / "run_summary.json").read_text())
+    assert not summary["finished"] and summary["error"] == "interrupted" and 3 <= summary["steps"] < 40
+    assert (out / f"checkpoint-{summary['steps']}").is_dir() and (out / "losses.png").is_file()
+    assert not (out / "model.safetensors").exists()
+    assert pretrain(clip, clips, out, *options, "--resume") == 0
+    assert json.loads((out / "run_summary.json").read_text())["finished"]
+    whole, resumed = (AutoModel.from_pretrained(folder).state_dict() for folder in (tmp_path / "whole", out))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_summary(clip, clips, tmp_path):
+    table = tmp_path / "table.jsonl"
+    lines = (Path(clips) / "metadata.jsonl").read_text()
+    table.write_text(lines + lines.replace("clip", "gone-clip"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "bt_adapter_hf.cli.main", "pretrain", "--model", clip, "--train", str(table)]
+    command += ["--media-root", clips, "--output-dir", str(tmp_path / "out"), "--batch-size", "2", "--num-frames", "4"]
+    command += ["--num-adapter-layers", "2", "--set", "use_cpu=true", "--set", "ddp_backend=gloo", "--max-steps", "12"]
+    command += ["--max-broken", "1", "--logging-steps", "5", "--validation", clips]
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache"), "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / "out" / "run_summary.json").read_text())
+    assert summary["processes"] == 2 and summary["speed"]["clips"] == 2 * 2 * 12 and summary["steps"] == 12
+    assert summary["broken_items"] == {"train": 12}  # in two epochs both processes have met some of them
+    assert len(list((tmp_path / "out").glob("broken_items*.jsonl"))) == 2
+    steps = [line for line in result.stderr.splitlines() if line.startswith("step ")]
+    assert len(steps) == 3 and steps[-1].endswith("skipped 12")
+
+
+def test_ctrl_c_at_once_names_the_checkpoint(clip, clips, tmp_path, capsys, monkeypatch):
+    from bt_adapter_hf.data.pairs import PairDataset
+
+    read = PairDataset.__getitem__
+
+    def pressed(self, index):
+        if index[0] == 1:  # the second epoch
+            raise KeyboardInterrupt
+        return read(self, index)
+
+    monkeypatch.setattr(PairDataset, "__getitem__", pressed)
+    out = tmp_path / "out"
+    assert pretrain(clip, clips, out, "--epochs", "2", "--save-steps", "1", "--logging-steps", "1") == 130
+    assert f"--resume would go on from {out}/checkpoint-" in capsys.readouterr().err
+    assert json.loads((out / "run_summary.json").read_text())["error"] == "interrupted"
 
 
 def test_help_shows_an_example(capsys):

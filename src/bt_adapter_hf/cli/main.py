@@ -12,7 +12,19 @@ import sys
 from collections.abc import Sequence
 
 
-COMMANDS = ("quickstart", "index", "search", "classify", "chat", "pretrain", "convert", "env")
+COMMANDS = (
+    "quickstart",
+    "index",
+    "search",
+    "classify",
+    "chat",
+    "pretrain",
+    "finetune",
+    "check-data",
+    "convert",
+    "push",
+    "env",
+)
 
 
 def build_parser(commands: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
@@ -23,7 +35,7 @@ def build_parser(commands: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
     )
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in commands:
-        importlib.import_module(f"{__package__}.{name}").register(subparsers)
+        importlib.import_module(f"{__package__}.{name.replace('-', '_')}").register(subparsers)
         subparsers.choices[name].add_argument("--debug", action="store_true", help="on an error, show the traceback")
     return parser
 

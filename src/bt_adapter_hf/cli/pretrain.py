@@ -1,16 +1,25 @@
 """`bt-adapter pretrain`: pretrain the branch on a table of videos and captions."""
 
 import argparse
-import dataclasses
-import difflib
-import json
-import platform
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from ._options import quiet_transformers
+from ._training import (
+    TRAINING_OPTIONS,
+    add_data_limits,
+    add_item_timeout,
+    add_run_options,
+    add_table_options,
+    add_training_options,
+    find_checkpoint,
+    open_table,
+    print_interrupted,
+    print_skipped,
+    run_training,
+    text_limit,
+    training_arguments,
+)
 
 
 EPILOG = """\
@@ -22,13 +31,17 @@ example:
       {"file_name": "clip1.mp4", "text": "a dog catches a frisbee"}
 
 The output folder gets the finished model and its processor (load it with AutoModel.from_pretrained, or use it with
-`bt-adapter search --model`), checkpoints to go on from with --resume, pretrain_summary.json, and where something
-could not be used broken_items.jsonl.
+`bt-adapter search --model`), checkpoints to go on from with --resume, run_summary.json, losses.png, and
+broken_items.jsonl where something could not be used. Ctrl-C saves a checkpoint and stops.
 
+Tables with the bytes of the videos in them (.parquet, .tar) and remote ones are streamed through a bounded folder:
+  bt-adapter pretrain --train 'hf://datasets/org/clips/train-*.tar' --max-disk 100GB ...
+
+Check the table first: bt-adapter check-data videos/train --model openai/clip-vit-large-patch14
 On several GPUs: torchrun --nproc-per-node 8 -m bt_adapter_hf.cli.main pretrain ...
 """
 
-# Options of the model (left column: as in the configs), and of the training that have a name of their own here.
+# Options of the model; the left column is as in the configs.
 CONFIG_OPTIONS = (
     ("mask_ratio", float, "share of the patches hidden from the branch in training (default: 0.7)"),
     ("vtc_weight", float, "weight of video-text contrast (default: 1)"),
@@ -44,35 +57,6 @@ CONFIG_OPTIONS = (
     ("output_gate_scale", float, "factor on the gate at the end (default: 10000)"),
     ("max_frames", int, "rows of the time embedding table; longer videos interpolate (default: 64)"),
 )
-TRAINING_OPTIONS = {
-    "batch_size": "per_device_train_batch_size",
-    "eval_batch_size": "per_device_eval_batch_size",
-    "epochs": "num_train_epochs",
-    "workers": "dataloader_num_workers",
-    "max_steps": "max_steps",
-    "learning_rate": "learning_rate",
-    "gradient_accumulation_steps": "gradient_accumulation_steps",
-    "logging_steps": "logging_steps",
-    "save_steps": "save_steps",
-    "eval_steps": "eval_steps",
-    "bf16": "bf16",
-    "seed": "seed",
-    "report_to": "report_to",
-    "max_broken": "max_broken",
-}
-# Written into the summary besides what the options above set.
-SUMMARY_FIELDS = (
-    *TRAINING_OPTIONS.values(),
-    "lr_multipliers",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "optim",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "max_grad_norm",
-    "eval_controls",
-)
 
 
 def register(subparsers) -> None:
@@ -84,25 +68,20 @@ def register(subparsers) -> None:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", required=True, metavar="ID_OR_PATH", help="CLIP or BT-Adapter model to start from")
-    parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
-    parser.add_argument("--output-dir", required=True, metavar="DIR", help="where model and checkpoints go")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    add_run_options(parser, model="CLIP or BT-Adapter model to start from")
 
     data = parser.add_argument_group("data")
     data.add_argument(
         "--train",
         required=True,
         metavar="TABLE",
-        help=".jsonl, .json, .csv, .tsv or .parquet file, folder with metadata.jsonl or metadata.csv, or Hub dataset",
+        help="table with videos or their paths and URLs (.jsonl, .json, .csv, .tsv, .parquet, also a quoted pattern), "
+        "WebDataset .tar, folder with metadata.jsonl, or Hub dataset; remote ones are streamed",
     )
     data.add_argument("--validation", metavar="TABLE", help="table to measure recall on")
-    data.add_argument("--media-root", metavar="DIR", help="where relative paths start (default: folder of the table)")
-    data.add_argument("--video-column", metavar="NAME", help="default: video, file_name, path or video_path")
-    data.add_argument("--text-column", metavar="NAME", help="default: text, caption, captions, sentence or sentences")
+    add_table_options(data)
     data.add_argument("--train-split", default="train", metavar="NAME", help="of a Hub dataset (default: train)")
     data.add_argument("--validation-split", default="validation", metavar="NAME", help="(default: validation)")
-    data.add_argument("--dataset-config", metavar="NAME", help="configuration of a Hub dataset")
     data.add_argument("--num-frames", type=int, metavar="T", help="frames per clip (default: 8)")
     data.add_argument("--max-text-length", type=int, metavar="N", help="longest caption in tokens (default: 64)")
     data.add_argument(
@@ -117,9 +96,8 @@ def register(subparsers) -> None:
         action="store_true",
         help="in validation, rows with the same caption are right answers for each other",
     )
-    data.add_argument(
-        "--max-broken", type=float, metavar="SHARE", help="broken items that stop the run (default: 0.1)"
-    )
+    add_data_limits(data)
+    add_item_timeout(data)
 
     adapter = parser.add_argument_group("branch and losses")
     layers = adapter.add_mutually_exclusive_group()
@@ -128,22 +106,13 @@ def register(subparsers) -> None:
     for name, kind, description in CONFIG_OPTIONS:
         adapter.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=name.upper(), help=description)
 
-    training = parser.add_argument_group("training")
-    training.add_argument("--batch-size", type=int, metavar="N", help="clips per device and step (default: 8)")
-    training.add_argument("--eval-batch-size", type=int, metavar="N", help="(default: 8)")
-    training.add_argument("--gradient-accumulation-steps", type=int, metavar="N", help="(default: 1)")
-    training.add_argument("--epochs", type=float, metavar="N", help="passes over the table (default: 1)")
-    training.add_argument("--max-steps", type=int, metavar="N", help="instead of --epochs")
-    training.add_argument("--learning-rate", type=float, metavar="LR", help="base rate (default: 2e-6)")
+    training = add_training_options(parser, learning_rate="2e-6", epochs=1, multipliers="the released ones")
     training.add_argument(
-        "--lr-multipliers", metavar="JSON", help='rates of parts, as {"bt_adapter.": 10} (default: the released ones)'
-    )
-    training.add_argument("--workers", type=int, metavar="N", help="processes that decode, per device (default: 0)")
-    training.add_argument("--bf16", action="store_true", default=None, help="mixed precision in bfloat16")
-    training.add_argument("--logging-steps", type=int, default=10, metavar="N", help="(default: 10)")
-    training.add_argument("--save-steps", type=int, metavar="N", help="steps between checkpoints (default: 500)")
-    training.add_argument(
-        "--eval-steps", type=int, metavar="N", help="steps between evaluations (default: at the end)"
+        "--cached-gradient-batch-size",
+        type=int,
+        metavar="N",
+        help="clips whose activations are in memory at once, for a --batch-size that does not fit: the same gradient, "
+        "with a second forward pass",
     )
     training.add_argument(
         "--eval-controls",
@@ -151,96 +120,85 @@ def register(subparsers) -> None:
         metavar="NAME",
         help="any of shuffled, reversed, one_frame, frame_average (default: shuffled reversed)",
     )
-    training.add_argument("--seed", type=int, metavar="N", help="(default: 42)")
-    training.add_argument("--report-to", metavar="NAME", help="tensorboard, wandb, ... (default: none)")
-    training.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="any other field of transformers' TrainingArguments, such as --set warmup_steps=0.05; may be repeated",
-    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     from ..import_utils import require_package
 
-    for package in ("accelerate", "datasets"):
+    for package in ("accelerate", "datasets", "matplotlib"):
         require_package(package, "train")
     quiet_transformers()
     from transformers import set_seed
 
     from ..data.pairs import PairCollator, PairDataset
-    from ..training.checkpoint import last_checkpoint
+    from ..training.arguments import BTAdapterTrainingArguments
+    from ..training.report import describe_table
     from ..training.trainer import BTAdapterTrainer
 
     started = time.time()
-    output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    checkpoint = last_checkpoint(output_dir)
-    if args.resume and checkpoint is None:
-        raise ValueError(f"--resume: {output_dir} holds no complete checkpoint.")
-    if not args.resume and any(output_dir.glob("checkpoint-*")):
-        raise ValueError(f"{output_dir} holds checkpoints of an earlier run: add --resume, or choose another folder.")
-    training_args = training_arguments(args)
+    checkpoint = find_checkpoint(args)
+    options = {**TRAINING_OPTIONS, "cached_gradient_batch_size": "cached_gradient_batch_size"}
+    controls = {"eval_controls": args.eval_controls} if args.eval_controls else {}
+    training_args = training_arguments(args, BTAdapterTrainingArguments, options, **controls)
+    if args.eval_controls == []:
+        training_args.eval_controls = []
     set_seed(training_args.seed)  # of the fresh parts of the model
     model, processor = load_model(args)
-    train_table = open_table(args, args.train, args.train_split)
-    validation_table = open_table(args, args.validation, args.validation_split) if args.validation else None
+    max_text_length = text_limit(args.max_text_length, processor.tokenizer, model.config)
+    tables = {"train": open_table(args, args.train, args.train_split)}
     validation = None
-    if validation_table is not None:
-        validation = PairDataset(validation_table, processor, training=False, group_by_caption=args.group_by_caption)
-    text_limit = min(processor.tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
-    max_text_length = args.max_text_length if args.max_text_length is not None else min(64, text_limit)
-    if not 0 < max_text_length <= text_limit:
-        raise ValueError(f"--max-text-length {max_text_length}: the text tower takes 1 to {text_limit} tokens.")
+    if args.validation:
+        tables["validation"] = open_table(args, args.validation, args.validation_split)
+        validation = PairDataset(
+            tables["validation"],
+            processor,
+            training=False,
+            group_by_caption=args.group_by_caption,
+            item_timeout=args.item_timeout,
+        )
     trainer = BTAdapterTrainer(
         model=model,
         args=training_args,
         train_dataset=PairDataset(
-            train_table, processor, training=True, seed=training_args.seed, crop_scale=args.crop_scale
+            tables["train"],
+            processor,
+            training=True,
+            seed=training_args.seed,
+            crop_scale=args.crop_scale,
+            item_timeout=args.item_timeout,
         ),
         eval_dataset=validation,
         data_collator=PairCollator(processor, max_text_length),
         processing_class=processor,
     )
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    metrics = trainer.evaluate() if validation is not None else {}
-    trainer.save_model()
+    tower = model.config.vision_config
+    summary = run_training(
+        trainer,
+        checkpoint,
+        started,
+        kind="pretraining",
+        model=args.model,
+        revision=getattr(args.revision, "resolved", args.revision),
+        config={
+            "adapter_layers": tower.adapter_layers,
+            **{name: getattr(tower, name, getattr(model.config, name, None)) for name, _, _ in CONFIG_OPTIONS},
+        },
+        data={
+            "num_frames": processor.video_processor.num_frames,
+            "max_text_length": max_text_length,
+            "crop_scale": args.crop_scale,
+            "group_by_caption": args.group_by_caption,
+            **{part: describe_table(table) for part, table in tables.items()},
+        },
+    )
     if trainer.is_world_process_zero():
-        tower = model.config.vision_config
-        summary = {
-            "model": args.model,
-            "revision": getattr(args.revision, "resolved", args.revision),
-            "config": {
-                "adapter_layers": tower.adapter_layers,
-                **{name: getattr(tower, name, getattr(model.config, name, None)) for name, _, _ in CONFIG_OPTIONS},
-            },
-            "data": {
-                "num_frames": processor.video_processor.num_frames,
-                "max_text_length": max_text_length,
-                "crop_scale": args.crop_scale,
-                "group_by_caption": args.group_by_caption,
-                **{
-                    part: {"source": table.source, "rows": len(table), "fingerprint": table.rows._fingerprint}
-                    for part, table in (("train", train_table), ("validation", validation_table))
-                    if table is not None
-                },
-            },
-            "training": {name: getattr(training_args, name) for name in SUMMARY_FIELDS},
-            "processes": training_args.world_size,
-            "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "steps": result.global_step,
-            "train_loss": result.training_loss,
-            "metrics": metrics,
-            "broken_items": trainer.broken_items,
-            "seconds": round(time.time() - started, 1),
-            "versions": versions(),
-        }
-        (output_dir / "pretrain_summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        print_result(summary, output_dir)
-    return 0
+        print_skipped(summary, args.output_dir)
+        if not summary["finished"]:
+            print_interrupted(summary, args.output_dir)
+        else:
+            print_result(summary, args.output_dir)
+    return 0 if summary["finished"] else 130
 
 
 def load_model(args: argparse.Namespace):
@@ -271,77 +229,7 @@ def load_model(args: argparse.Namespace):
         logging.set_verbosity(verbosity)
 
 
-def open_table(args: argparse.Namespace, source: str, split: str):
-    """The table that the options describe."""
-    from ..data.pairs import load_table
-
-    return load_table(
-        source,
-        media_root=args.media_root,
-        video_column=args.video_column,
-        text_column=args.text_column,
-        split=split,
-        config_name=args.dataset_config,
-    )
-
-
-def training_arguments(args: argparse.Namespace):
-    """`BTAdapterTrainingArguments` from the options and from `--set`, with values as transformers reads them.
-
-    Raises:
-        ValueError: for an unknown name or a value of another type.
-    """
-    from transformers import HfArgumentParser
-
-    from ..training.arguments import BTAdapterTrainingArguments
-
-    values: dict[str, Any] = {
-        field: getattr(args, option) for option, field in TRAINING_OPTIONS.items() if getattr(args, option) is not None
-    }
-    if args.lr_multipliers is not None:
-        values["lr_multipliers"] = args.lr_multipliers
-    if args.eval_steps is not None:
-        values["eval_strategy"] = "steps"
-    known = {field.name for field in dataclasses.fields(BTAdapterTrainingArguments) if field.init}
-    for assignment in args.set:
-        name, equals, value = assignment.partition("=")
-        name = name.replace("-", "_")
-        if not equals:
-            raise ValueError(f"--set {assignment}: expected NAME=VALUE.")
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=3)
-            raise ValueError(f"--set {assignment}: there is no such field. Nearest: {', '.join(close) or 'none'}.")
-        values[name] = value
-    if values.get("eval_strategy", "no") != "no" and args.validation is None:
-        raise ValueError("Evaluation during training needs --validation.")
-    argv = ["--output_dir", args.output_dir]
-    for name, value in values.items():
-        argv += [f"--{name}", str(value)]
-    if args.eval_controls:
-        argv += ["--eval_controls", *args.eval_controls]
-    parser = HfArgumentParser(BTAdapterTrainingArguments, exit_on_error=False)
-    try:
-        (training_args,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    except argparse.ArgumentError as error:
-        raise ValueError(f"training option: {error}") from error
-    if args.eval_controls == []:
-        training_args.eval_controls = []
-    return training_args
-
-
-def versions() -> dict[str, str]:
-    import accelerate
-    import datasets
-    import torch
-    import transformers
-
-    from .. import __version__
-
-    packages = {module.__name__: module.__version__ for module in (torch, transformers, accelerate, datasets)}
-    return {"bt_adapter_hf": __version__, "python": platform.python_version(), **packages}
-
-
-def print_result(summary: dict[str, Any], output_dir: Path) -> None:
+def print_result(summary: dict[str, Any], output_dir: str) -> None:
     print(
         f"trained {summary['trained_parameters']:,} parameters for {summary['steps']} steps in {summary['seconds']} s"
     )
@@ -354,7 +242,4 @@ def print_result(summary: dict[str, Any], output_dir: Path) -> None:
         for control in ("shuffled", "reversed", "one_frame", "frame_average"):
             if f"eval_{control}_t2v_R1" in metrics:
                 print(f"  control {control}: text to video R@1 {metrics[f'eval_{control}_t2v_R1']:.1f}")
-    broken = sum(summary["broken_items"].values())
-    if broken:
-        print(f"{broken} items could not be used, see {output_dir / 'broken_items.jsonl'}", file=sys.stderr)
-    print(f"model: {output_dir}   details: {output_dir / 'pretrain_summary.json'}")
+    print(f"model, run_summary.json and losses.png: {output_dir}")

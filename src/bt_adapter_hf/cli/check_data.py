@@ -1,0 +1,147 @@
+"""`bt-adapter check-data`: what is in a table, and what of it cannot be used, before a run."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from ._options import progress, quiet_transformers
+from ._training import add_item_timeout, add_table_options, chat_processor, text_limit
+
+
+EPILOG = """\
+examples:
+  bt-adapter check-data videos/train --model openai/clip-vit-large-patch14
+  bt-adapter check-data 'hf://datasets/org/clips/*.parquet' --sample 500 --list broken.jsonl
+  bt-adapter check-data VideoChatGPT.json --media-root activitynet --model org/bt-adapter-llava --json
+
+Exit status: 0; 1 if more than the share --max-broken of the checked rows cannot be used; 130 after Ctrl-C, which
+reports what was checked until then.
+"""
+
+
+def register(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "check-data",
+        help="find missing and broken videos and long texts before a run",
+        description="Read the rows of a table, decode frames of their videos and count the tokens of their texts, as "
+        "training would. Takes tables of videos with captions (pretrain) and of conversations (finetune).",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("table", metavar="TABLE", help="as for `bt-adapter pretrain` or `bt-adapter finetune`")
+    add_table_options(parser)
+    parser.add_argument("--split", default="train", metavar="NAME", help="of a Hub dataset (default: train)")
+    parser.add_argument("--model", metavar="ID_OR_PATH", help="count tokens as this model would (default: no counts)")
+    parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
+    parser.add_argument("--max-text-length", type=int, metavar="N", help="longest caption in tokens (default: 64)")
+    parser.add_argument("--sample", type=int, metavar="N", help="check N random rows (default: all)")
+    parser.add_argument(
+        "--num-frames", type=int, default=8, metavar="T", help="frames to decode of each video (default: 8)"
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that decode (default: one per core)")
+    add_item_timeout(parser)
+    parser.add_argument(
+        "--max-broken", type=float, default=0.1, metavar="SHARE", help="share that is accepted (default: 0.1)"
+    )
+    parser.add_argument("--list", metavar="JSONL", help="write the unusable rows and why to this file")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..import_utils import require_package
+
+    require_package("datasets", "train")
+    quiet_transformers()
+    from ..data.checking import DataReport, check_rows, holds_conversations
+
+    workers = args.workers if args.workers is not None else os.cpu_count() or 1
+    for name, value in (("sample", args.sample), ("workers", workers), ("num-frames", args.num_frames)):
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value}: expected at least 1.")
+    check, limit = conversations(args) if holds_conversations(args.table) else pairs(args)
+    rows = len(check.table)
+    report = DataReport(args.table, rows, limit)
+    results = check_rows(check, args.sample, workers=workers, timeout=args.item_timeout)
+    interrupted = False
+    try:
+        for checked in progress(results, min(rows, args.sample or rows), "check"):
+            report.add(checked)
+    except KeyboardInterrupt:
+        interrupted = True
+    if args.list:
+        report.write_broken(Path(args.list))
+    found = {**report.to_dict(), "interrupted": interrupted}
+    if args.json:
+        print(json.dumps(found, indent=2))
+    else:
+        print_report(found)
+        if args.list and report.broken:
+            print(f"listed in {args.list}")
+    if interrupted:
+        return 130
+    if report.share_broken > args.max_broken:
+        print(
+            f"bt-adapter check-data: error: {report.share_broken:.1%} of the checked rows cannot be used, more than "
+            f"--max-broken {args.max_broken:g} allows",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+def pairs(args: argparse.Namespace):
+    """The check of a table of captions, and the longest caption in tokens."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from ..data.checking import PairCheck
+    from ._training import open_table
+
+    tokenizer = limit = None
+    if args.model is not None:
+        tokenizer = AutoTokenizer.from_pretrained(args.model, revision=args.revision)
+        config = AutoConfig.from_pretrained(args.model, revision=args.revision)
+        limit = text_limit(args.max_text_length, tokenizer, config)
+    table = open_table(args, args.table, args.split)
+    return PairCheck(table, num_frames=args.num_frames, tokenizer=tokenizer), limit
+
+
+def conversations(args: argparse.Namespace):
+    """The check of a table of conversations, and the longest one in tokens."""
+    from transformers import AutoConfig
+
+    from ..data.checking import InstructionCheck
+    from ..data.instructions import InstructionDataset, load_instructions, longest_conversation
+
+    table = load_instructions(args.table, media_root=args.media_root)
+    dataset = limit = None
+    if args.model is not None:
+        config = AutoConfig.from_pretrained(args.model, revision=args.revision)
+        processor, _ = chat_processor(args)
+        limit = longest_conversation(config, processor)
+        dataset = InstructionDataset(table, processor, max_length=sys.maxsize)
+    return InstructionCheck(table, num_frames=args.num_frames, dataset=dataset, max_length=limit), limit
+
+
+def print_report(found: dict) -> None:
+    print(f"{found['source']}: {found['rows']} rows, {found['checked']} checked", end="")
+    print(", interrupted" if found["interrupted"] else "")
+    print(f"  usable  {found['usable']}")
+    print(f"  broken  {found['broken']}")
+    for reason, count in found["reasons"].items():
+        print(f"    {count:>6}  {reason}")
+    videos = found["videos"]
+    if videos["count"]:
+        print(f"  {videos['count']} videos                min     median        max")
+        for name in ("seconds", "frames", "fps", "width", "height"):
+            if videos[name] is not None:
+                print("    {:<12}{:>11.5g}{:>11.5g}{:>11.5g}".format(name, *videos[name]))
+    texts, tokens = found["texts"], found["tokens"]
+    if texts is not None:
+        repeated, without = texts["repeated"], texts["rows_without"]
+        print(f"  {texts['count']} texts, {repeated} repeat an earlier one, {without} rows without")
+    if tokens is not None and tokens["length"] is not None:
+        print("    {:<12}{:>11.5g}{:>11.5g}{:>11.5g}".format("tokens", *tokens["length"]), end="")
+        print(f"   limit {tokens['limit']}, longer {tokens['over_limit']}")

@@ -1,0 +1,339 @@
+"""What a table of videos is worth before a run: each row read, decoded and tokenised once, and summed up."""
+
+import json
+import signal
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..video_decoding import BTAdapterVideoMetadata
+from ..video_io import VideoError, load_video
+from .broken import BrokenItem, count_reasons
+from .decoding_process import DecodingProcess
+from .instructions import InstructionDataset, InstructionTable, UnusableRow, visuals_of
+from .sources import BrokenRowError, PairTable, Record
+
+
+# Of a table whose rows have to be fetched, a sample takes this many from each shard that it opens.
+SAMPLED_PER_SHARD = 50
+
+# Rows that one worker checks in a stretch: rows about the same video are often neighbours.
+BLOCK_ROWS = 100
+
+
+@dataclass
+class CheckedRow:
+    """What was found in one row.
+
+    Attributes:
+        name: of its video, for messages.
+        reason: why it cannot be used; None where it can.
+        videos: metadata of the videos that decode, by name.
+        texts: captions; None for a conversation.
+        tokens: number of tokens of each caption, or of the whole conversation with its visual tokens.
+    """
+
+    row: int
+    name: str
+    reason: str | None = None
+    videos: dict[str, BTAdapterVideoMetadata] = field(default_factory=dict)
+    texts: list[str] | None = None
+    tokens: list[int] = field(default_factory=list)
+
+
+class PairCheck:
+    """Checks rows of (video, text).
+
+    Args:
+        num_frames: frames that are decoded of each video, spread over it.
+        tokenizer: for token counts; none without it.
+    """
+
+    def __init__(self, table: PairTable, *, num_frames: int = 8, tokenizer: PreTrainedTokenizerBase | None = None):
+        self.table, self.num_frames, self.tokenizer = table, num_frames, tokenizer
+
+    def parts(self, sample: int | None, seed: int) -> list[Any]:
+        """What `rows` takes, for all rows or `sample` of them: blocks of row numbers, or (shard, rows of it).
+
+        The sample is random where any row can be read; where rows have to be fetched, the first ones of random shards.
+        """
+        if not self.table.needs_store:
+            return blocks(len(self.table), sample, seed)
+        shard_rows = self.table.shard_rows
+        if sample is None:
+            return list(enumerate(shard_rows))
+        order, taken = np.random.default_rng(seed).permutation(len(shard_rows)), Counter[int]()
+        missing = min(sample, len(self.table))
+        while missing:
+            for shard in order.tolist():
+                more = min(SAMPLED_PER_SHARD, shard_rows[shard] - taken[shard], missing)
+                taken[shard] += more
+                missing -= more
+        return [(shard, rows) for shard, rows in taken.items() if rows]
+
+    def rows(self, part: Any) -> Iterator[tuple[int, Record | None]]:
+        """Row numbers, with what was fetched where rows have to be fetched; one row is held at a time."""
+        if not self.table.needs_store:
+            yield from ((row, None) for row in part)
+            return
+        shard, wanted = part
+        first, index = sum(self.table.shard_rows[:shard]), 0
+        try:
+            for index, record in enumerate(islice(self.table.records(shard), wanted), 1):
+                yield first + index - 1, record
+        except (OSError, ValueError) as error:
+            lost = Record(None, f"shard {shard}", [], f"The shard cannot be read: {error}")
+            yield from ((first + missing, lost) for missing in range(index, wanted))
+
+    def check(self, row: int, record: Record | None) -> CheckedRow:
+        record = record or self._read(row)
+        checked = CheckedRow(row, record.name or f"row {row}", record.problem, texts=record.texts)
+        if self.tokenizer is not None and record.texts:
+            checked.tokens = [len(ids) for ids in self.tokenizer(record.texts)["input_ids"]]
+        if checked.reason is None:
+            try:
+                checked.videos[checked.name] = load_video(record.video, num_frames=self.num_frames)[1]
+            except VideoError as error:
+                checked.reason = str(error)
+        if checked.reason is None and not record.texts:
+            checked.reason = "it has no text"
+        return checked
+
+    def _read(self, row: int) -> Record:
+        try:
+            return Record(*self.table.pair(row))
+        except BrokenRowError as error:
+            return Record(None, error.name, [], str(error))
+
+
+class InstructionCheck:
+    """Checks conversations about videos; a worker decodes a video once, however many rows name it.
+
+    Args:
+        num_frames: frames that are decoded of each video, spread over it.
+        dataset: over the table, with the longest possible `max_length`; its processor counts tokens, visual ones
+            included. None without counts.
+        max_length: tokens that the model takes; a longer conversation is unusable.
+    """
+
+    def __init__(
+        self,
+        table: InstructionTable,
+        *,
+        num_frames: int = 8,
+        dataset: InstructionDataset | None = None,
+        max_length: int | None = None,
+    ):
+        self.table, self.num_frames, self.dataset, self.max_length = table, num_frames, dataset, max_length
+        self._decoded: dict[str, BTAdapterVideoMetadata | str] = {}  # or why it cannot be used
+
+    def parts(self, sample: int | None, seed: int) -> list[Any]:
+        return blocks(len(self.table), sample, seed)
+
+    def rows(self, part: Any) -> Iterator[tuple[int, None]]:
+        return ((row, None) for row in part)
+
+    def check(self, row: int, _: None) -> CheckedRow:
+        checked = CheckedRow(row, f"row {row}")
+        try:
+            messages = self.table.messages(row)
+            videos = visuals_of(messages, "video")
+            checked.name = ", ".join(videos) or checked.name
+            if self.dataset is not None:
+                checked.tokens = [len(self.dataset.tokenize(messages)["input_ids"])]
+                if checked.tokens[0] > self.max_length:
+                    raise UnusableRow(
+                        f"the conversation has {checked.tokens[0]} tokens, visual ones included, and the model takes "
+                        f"{self.max_length}."
+                    )
+            for video in videos:
+                checked.videos[video] = self._decode(video)
+        except (UnusableRow, VideoError) as error:
+            checked.reason = str(error)
+        return checked
+
+    def _decode(self, video: str) -> BTAdapterVideoMetadata:
+        if video not in self._decoded:
+            try:
+                self._decoded[video] = load_video(video, num_frames=self.num_frames)[1]
+            except VideoError as error:
+                self._decoded[video] = str(error)
+        found = self._decoded[video]
+        if isinstance(found, str):
+            raise VideoError(found)
+        return found
+
+
+def blocks(rows: int, sample: int | None, seed: int) -> list[list[int]]:
+    """All row numbers, or `sample` random ones, in blocks."""
+    chosen = np.arange(rows)
+    if sample is not None and sample < rows:
+        chosen = np.sort(np.random.default_rng(seed).choice(rows, sample, replace=False))
+    return [block.tolist() for block in np.split(chosen, range(BLOCK_ROWS, len(chosen), BLOCK_ROWS))]
+
+
+class _CheckedRows(torch.utils.data.IterableDataset):
+    """Each loader worker takes its share of the parts."""
+
+    def __init__(self, check: PairCheck | InstructionCheck, parts: list[Any], timeout: float | None):
+        self.check, self.parts, self.timeout = check, parts, timeout
+
+    def __iter__(self) -> Iterator[CheckedRow]:
+        info = torch.utils.data.get_worker_info()
+        check = self.check.check if self.timeout is None else DecodingProcess(self.check.check, self.timeout)
+        for part in self.parts[info.id :: info.num_workers] if info else self.parts:
+            for row, record in self.check.rows(part):
+                try:
+                    yield check(row, record)
+                except VideoError as error:  # it took too long, or its decoder crashed
+                    name = record.name if record is not None else self._name(row)
+                    yield CheckedRow(row, name, str(error))
+
+    def _name(self, row: int) -> str:
+        if isinstance(self.check, InstructionCheck):
+            return f"row {row}"
+        try:
+            return self.check.table.pair(row)[1]
+        except BrokenRowError as error:
+            return error.name
+
+
+def check_rows(
+    check: PairCheck | InstructionCheck,
+    sample: int | None = None,
+    *,
+    workers: int = 0,
+    timeout: float | None = 60.0,
+    seed: int = 0,
+) -> Iterator[CheckedRow]:
+    """Checks all rows, or `sample` of them.
+
+    Args:
+        workers: processes that decode; 0 for this one.
+        timeout: seconds that a row may take; one that takes longer is unusable. None for no limit.
+        seed: of the sample.
+
+    Returns:
+        Iterator over the results, in no certain order.
+    """
+    rows = _CheckedRows(check, check.parts(sample, seed), timeout)
+    loader = torch.utils.data.DataLoader(
+        rows, batch_size=None, num_workers=workers, collate_fn=_as_it_is, worker_init_fn=_leave_interrupts
+    )
+    return iter(loader)
+
+
+def _as_it_is(checked: CheckedRow) -> CheckedRow:
+    return checked
+
+
+def _leave_interrupts(_: int) -> None:
+    """Ctrl-C reaches the workers too: the main process reports and ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class DataReport:
+    """Sums up checked rows. Holds a few numbers per row, and the rows that cannot be used.
+
+    Args:
+        source: of the table.
+        rows: of the table.
+        max_tokens: the limit that token counts are compared with; None without counts.
+    """
+
+    def __init__(self, source: str, rows: int, max_tokens: int | None = None):
+        self.source, self.rows, self.max_tokens = source, rows, max_tokens
+        self.checked = 0
+        self.broken: list[BrokenItem] = []
+        self._texts, self._rows_without_text = Counter[int](), 0  # by hash
+        self._tokens = array("l")
+        self._names = set[str]()  # of videos
+        self._videos = {name: array("d") for name in ("seconds", "frames", "fps", "width", "height")}
+
+    def add(self, checked: CheckedRow) -> None:
+        self.checked += 1
+        if checked.reason is not None:
+            self.broken.append(
+                BrokenItem(source=self.source, index=checked.row, video=checked.name, reason=checked.reason)
+            )
+        for name, video in checked.videos.items():
+            if name in self._names:
+                continue
+            self._names.add(name)
+            values = (video.duration, video.total_num_frames, video.fps, video.width, video.height)
+            for measured, value in zip(self._videos.values(), values, strict=True):
+                if value is not None:
+                    measured.append(value)
+        if checked.texts is not None:
+            self._texts.update(map(hash, checked.texts))
+            self._rows_without_text += not checked.texts
+        self._tokens.extend(checked.tokens)
+
+    @property
+    def share_broken(self) -> float:
+        return len(self.broken) / self.checked if self.checked else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """`source`, `rows`, `checked`, `usable`, `broken`, `reasons`; under `videos` the `count` and [min, median,
+        max] of seconds, frames, fps, width and height; `texts` (None for conversations) with their `count`, how many
+        are `repeated` (an earlier row has them too), and `rows_without`; `tokens` (None without counts) with the
+        `length` as [min, median, max], the `limit`, and how many are `over_limit`.
+        """
+        texts = tokens = None
+        if self._texts or self._rows_without_text:
+            count = self._texts.total()
+            texts = {
+                "count": count,
+                "repeated": count - len(self._texts),
+                "rows_without": self._rows_without_text,
+            }
+        if self.max_tokens is not None:
+            over = int(np.count_nonzero(np.asarray(self._tokens) > self.max_tokens))
+            tokens = {"length": spread(self._tokens), "limit": self.max_tokens, "over_limit": over}
+        return {
+            "source": self.source,
+            "rows": self.rows,
+            "checked": self.checked,
+            "usable": self.checked - len(self.broken),
+            "broken": len(self.broken),
+            "reasons": count_reasons(self.broken),
+            "videos": {
+                "count": len(self._videos["frames"]),
+                **{name: spread(values) for name, values in self._videos.items()},
+            },
+            "texts": texts,
+            "tokens": tokens,
+        }
+
+    def write_broken(self, path: Path) -> None:
+        """One `BrokenItem` per line, by row."""
+        with path.open("w", encoding="utf-8") as file:
+            for record in sorted(self.broken, key=lambda record: record["index"]):
+                file.write(json.dumps(record) + "\n")
+
+
+def spread(values: array) -> list[float] | None:
+    """[min, median, max]; None of nothing."""
+    return [min(values), float(np.median(values)), max(values)] if values else None
+
+
+def holds_conversations(source: str) -> bool:
+    """Whether a `.json` or `.jsonl` file is a table for `load_instructions`, by the fields of its first row."""
+    path = Path(source).expanduser()
+    if path.suffix not in (".json", ".jsonl") or not path.is_file():
+        return False
+    with path.open(encoding="utf-8", errors="replace") as file:
+        head = file.read(1 << 20)
+    try:
+        first, _ = json.JSONDecoder().raw_decode(head, head.index("{"))
+    except ValueError:
+        return False  # the reader of the table will say what is wrong with it
+    return "messages" in first or {"q", "a", "video_id"} <= first.keys()
