@@ -33,6 +33,7 @@ _EXPORTS = {
     "lora": ("lora_config",),
     "quantization": ("quantization_config",),
     "conversion": ("convert_original_checkpoint",),
+    "hub": ("push_to_hub", "save_with_code"),
     "video_io": ("VideoError", "available_video_backends", "load_video"),
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}

@@ -1,4 +1,4 @@
-"""Adapter files: their format, where they come from, and whether they fit a model.
+"""Adapter files: their format, and whether they fit a model.
 
 An adapter is a folder, local or on the Hub: `bt_adapter_config.json`, and `bt_adapter.safetensors` with the branch
 under keys that name no host. Where LoRA was trained with the branch, peft's two files hold the weights of both, and
@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -57,6 +55,7 @@ class AdapterConfig:
         fingerprint: see [`backbone_fingerprint`].
         base_model_name_or_path, revision: where the base model came from.
         extra_modules: other trained modules of the model in the file, by their path in it.
+        model_type: of the model of ours that it was saved from.
     """
 
     backbone: dict[str, Any]
@@ -66,6 +65,7 @@ class AdapterConfig:
     base_model_name_or_path: str | None = None
     revision: str | None = None
     extra_modules: list[str] = field(default_factory=list)
+    model_type: str | None = None
 
     @classmethod
     def read(cls, folder: Path) -> "AdapterConfig":
@@ -101,31 +101,6 @@ class AdapterConfig:
     def to_json(self) -> str:
         """Content of the file."""
         return json.dumps(asdict(self), indent=2) + "\n"
-
-
-def resolve_adapter(
-    adapter: str | os.PathLike,
-    revision: str | None,
-    token: str | bool | None,
-    cache_dir: str | os.PathLike | None,
-    local_files_only: bool,
-) -> Path:
-    if Path(adapter).is_dir():
-        return Path(adapter)
-    try:
-        folder = snapshot_download(
-            str(adapter),
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            allow_patterns=[CONFIG_NAME, WEIGHTS_NAME, PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME],
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise OSError(
-            f"{adapter} is neither a folder nor an adapter that could be fetched from the Hub: {error}"
-        ) from error
-    return Path(folder)
 
 
 def is_peft_folder(folder: Path) -> bool:

@@ -23,9 +23,9 @@ from .adapter_files import (
     fit_layers,
     is_peft_folder,
     read_branch,
-    resolve_adapter,
     write_adapter,
 )
+from .adapter_source import resolve_adapter
 from .attachment import CHAT_HOSTS, OURS, Attachment, attach, chat_config, check_host, native_of
 from .compat_bt_adapter import resolve_revision
 from .configuration_bt_adapter import BTAdapterVisionConfig
@@ -53,6 +53,7 @@ __all__ = [
     "first_layers",
     "get_bt_adapter_model",
     "load_bt_adapter",
+    "loaded_from",
     "save_bt_adapter",
     "unload_bt_adapter",
 ]
@@ -307,7 +308,7 @@ def describe_adapter(
     if not isinstance(tower, BTAdapterVisionModel):
         raise ValueError(f"{type(model).__name__} has no BT-Adapter to save; attach one with get_bt_adapter_model.")
     config = tower.config
-    name, commit = _source(model, tower)
+    name, commit = loaded_from(model)
     return AdapterConfig(
         base_model_name_or_path=base_model_name_or_path or name,
         revision=revision or (commit if base_model_name_or_path in (None, name) else None),
@@ -320,6 +321,7 @@ def describe_adapter(
         adapter_layers=list(config.adapter_layers),
         branch={key: getattr(config, key) for key in sorted(BRANCH_FIELDS)},
         fingerprint=backbone_fingerprint(tower.vision_model, config.adapter_layers[0]),
+        model_type=model.config.model_type,
     )
 
 
@@ -381,9 +383,13 @@ class _InsidePeft:
         return self._wrapper if self._wrapper is not None else self._model
 
 
-def _source(model: PreTrainedModel, tower: BTAdapterVisionModel) -> tuple[str | None, str | None]:
-    """Name of the checkpoint that the backbone came from, and its commit in the local cache of the Hub."""
-    for config in (tower.config.backbone, tower.config, model.config):
-        if name := getattr(config, "_name_or_path", ""):
-            return name, getattr(resolve_revision(name, local_files_only=True), "resolved", None)
+def loaded_from(model: PreTrainedModel) -> tuple[str | None, str | None]:
+    """Name of the checkpoint that a model, or the backbone in it, came from, and its commit if it is on the Hub."""
+    known = getattr(model, "_loaded_from", None)
+    if known is not None:
+        return known
+    for config in (find_tower(model).config, model.config):
+        for part in (getattr(config, "backbone", config), config):
+            if name := getattr(part, "_name_or_path", ""):
+                return name, getattr(resolve_revision(name, local_files_only=True), "resolved", None)
     return None, None

@@ -1,0 +1,79 @@
+"""`bt-adapter push` against a Hub on this machine."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from bt_adapter_hf import BTAdapterModel
+from bt_adapter_hf.cli import main as cli
+from tests.hub.conftest import hf_home, hub  # noqa: F401 (fixtures)
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:Warnings while validating metadata")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr("bt_adapter_hf.hub_access.RETRY_WAITS", [0.01])
+
+
+def test_push_and_load(hub, tiny_checkpoint, capsys):  # noqa: F811
+    argv = ["push", str(tiny_checkpoint), "tester/pushed", "--license", "mit", "--language", "en"]
+    assert cli.main(argv) == 0
+    out = capsys.readouterr().out
+    assert f"files published: {hub.url}/tester/pushed/commit/{hub.head('tester/pushed')}" in out
+    assert BTAdapterModel.from_pretrained("tester/pushed")._loaded_from[1] == hub.head("tester/pushed")
+    card = hub.files("tester/pushed")["README.md"].decode()
+    assert "license: mit" in card and "language: en" in card
+
+
+def test_json_branch_pull_request_private_message(hub, tiny_checkpoint, tmp_path, capsys):  # noqa: F811
+    (tiny_checkpoint / "optimizer.pt").write_bytes(b"x")
+    argv = ["push", str(tiny_checkpoint), "tester/more", "--json"]
+    try:
+        assert cli.main([*argv, "--private", "--without-code", "--message", "Mine"]) == 0
+        first = json.loads(capsys.readouterr().out)
+        assert first["commit"] == hub.head("tester/more") and first["left_out"] == ["optimizer.pt"]
+        assert hub.history("tester/more")[0].title == "Mine" and "modeling_bt_adapter.py" not in first["files"]
+        assert cli.main([*argv, "--revision", "with-code"]) == 0
+        branch = json.loads(capsys.readouterr().out)
+        assert hub.head("tester/more", "with-code") == branch["commit"]
+        assert "modeling_bt_adapter.py" in branch["files"]
+        assert cli.main([*argv, "--pr"]) == 0
+        assert json.loads(capsys.readouterr().out)["pull_request"] == 1
+        assert hub.head("tester/more") == first["commit"]
+    finally:
+        (tiny_checkpoint / "optimizer.pt").unlink()
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["{empty}", "tester/x"], "it is no model, adapter or processor"),
+        (["{model}", "someone/x"], "the Hub refused access to someone/x (403)"),
+        (["{model}", "a/b/c"], "Repo id must be in the form"),
+        (
+            ["{model}", "tester/busy"],
+            "the Hub did not serve tester/busy (503 Service Unavailable), also when asked again",
+        ),
+    ],
+)
+def test_one_clear_line_on_errors(hub, tiny_checkpoint, tmp_path, capsys, arguments, said):  # noqa: F811
+    hub.fail("unavailable", "tester/busy/commit", times=-1)
+    (tmp_path / "empty").mkdir()
+    arguments = [text.format(empty=tmp_path / "empty", model=tiny_checkpoint) for text in arguments]
+    assert cli.main(["push", *arguments]) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("bt-adapter push: error:")]
+    assert len(lines) == 1 and said in lines[0]
+
+
+def test_help_has_examples_and_imports_no_torch():
+    code = (
+        "import sys\nfrom bt_adapter_hf.cli.main import build_parser\n"
+        "print(build_parser(('push',)).parse_args(['push', 'a', 'b/c']).folder, 'torch' in sys.modules)\n"
+        "build_parser(('push',)).parse_args(['push', '--help'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("a False") and "examples:" in done.stdout and done.returncode == 0
