@@ -198,6 +198,7 @@ def run(args: argparse.Namespace) -> int:
             print_interrupted(summary, args.output_dir)
         else:
             print_result(summary, args.output_dir)
+    trainer.accelerator.end_training()  # one of several processes may abort at exit otherwise
     return 0 if summary["finished"] else 130
 
 
