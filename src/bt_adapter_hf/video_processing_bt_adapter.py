@@ -269,7 +269,7 @@ def _collate(videos: list[torch.Tensor], return_tensors: str | TensorType | None
                 f"The videos have different sizes after preprocessing (height, width): {sorted(sizes)}. Set "
                 "do_resize=True and do_center_crop=True, or process them one by one."
             )
-        videos = torch.stack(videos)
+        videos = torch.stack(videos) if len(videos) > 1 else videos[0][None]  # one is not copied
     data = {"pixel_values_videos": videos}
     if min(lengths) < longest:
         data["frame_mask"] = torch.arange(longest)[None, :] < torch.tensor(lengths)[:, None]
