@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     for name, value in (("sample", args.sample), ("workers", workers), ("num-frames", args.num_frames)):
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value}: expected at least 1.")
-    check, limit = conversations(args) if holds_conversations(args.table) else pairs(args)
+    check, limit = conversations(args) if holds_conversations(args.table, args.dataset_revision) else pairs(args)
     rows = len(check.table)
     report = DataReport(args.table, rows, limit)
     results = check_rows(check, args.sample, workers=workers, timeout=args.item_timeout)
@@ -115,7 +115,7 @@ def conversations(args: argparse.Namespace):
     from ..data.checking import InstructionCheck
     from ..data.instructions import InstructionDataset, load_instructions, longest_conversation
 
-    table = load_instructions(args.table, media_root=args.media_root)
+    table = load_instructions(args.table, media_root=args.media_root, revision=args.dataset_revision)
     dataset = limit = None
     if args.model is not None:
         config = AutoConfig.from_pretrained(args.model, revision=args.revision)

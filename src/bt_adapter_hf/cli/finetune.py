@@ -7,6 +7,7 @@ from typing import Any
 from ._options import progress, quiet_transformers
 from ._training import (
     TRAINING_OPTIONS,
+    add_item_timeout,
     add_run_options,
     add_training_options,
     chat_processor,
@@ -29,7 +30,8 @@ examples:
       {"messages": [{"role": "user", "content": [{"type": "video", "path": "clip1.mp4"},
                                                  {"type": "text", "text": "What happens?"}]},
                     {"role": "assistant", "content": "A dog catches a frisbee."}]}
-  VideoChatGPT-100K's json works as it is, with --media-root for the folder of its videos.
+  VideoChatGPT-100K's json works as it is, also from the Hub, with --media-root for the folder or the archives of its
+  videos: --train hf://datasets/MBZUAI/VideoInstruct-100K/VideoInstruct100K.json --media-root 'videos/*.zip'
 
 The output folder gets the finished model and its processor (bt-adapter chat --model tuned), checkpoints to go on from
 with --resume, run_summary.json, losses.png, and broken_items.jsonl where something could not be used. With --lora it
@@ -65,13 +67,26 @@ def register(subparsers) -> None:
     )
 
     data = parser.add_argument_group("data")
-    data.add_argument("--train", required=True, metavar="TABLE", help=".jsonl or .json file of conversations")
+    data.add_argument(
+        "--train",
+        required=True,
+        metavar="TABLE",
+        help=".jsonl or .json file of conversations, local or hf://datasets/...",
+    )
     data.add_argument("--validation", metavar="TABLE", help="table to measure the loss on")
-    data.add_argument("--media-root", metavar="DIR", help="where relative paths start (default: folder of the table)")
+    data.add_argument(
+        "--media-root",
+        metavar="DIR",
+        help="where relative paths start: a folder, or .zip and .tar archives (default: folder of the table)",
+    )
+    data.add_argument(
+        "--dataset-revision", metavar="NAME", help="branch, tag or commit of the tables, if they are on the Hub"
+    )
     data.add_argument("--num-frames", type=int, metavar="T", help="frames per video (default: as the processor says)")
     data.add_argument(
         "--max-broken", type=float, metavar="SHARE", help="broken items that stop the run (default: 0.1)"
     )
+    add_item_timeout(data)
     data.add_argument(
         "--cache-states",
         metavar="DIR",
@@ -122,15 +137,17 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = find_checkpoint(args)
     training_args = training_arguments(args, InstructionArguments, OPTIONS)
     set_seed(training_args.seed)  # of the fresh parts of the model
-    tables = {"train": load_instructions(args.train, media_root=args.media_root)}
-    if args.validation:
-        tables["validation"] = load_instructions(args.validation, media_root=args.media_root)
+    sources = {"train": args.train, **({"validation": args.validation} if args.validation else {})}
+    tables = {
+        part: load_instructions(source, media_root=args.media_root, revision=args.dataset_revision)
+        for part, source in sources.items()
+    }
     model, processor = load_model(args, training_args)
     lora = {field: getattr(args, option) for option, field in LORA_OPTIONS.items()} if args.lora else None
     model = prepare_for_tuning(model, lora)
     states = None
     if args.cache_states is not None:
-        states = cached_states(args, training_args, model, processor, tables.values())
+        states = cached_states(args, training_args, model, processor, list(tables.values()))
     datasets = {
         part: InstructionDataset(
             table,
@@ -138,6 +155,7 @@ def run(args: argparse.Namespace) -> int:
             max_length=longest_conversation(model.config, processor),
             seed=training_args.seed,
             states=states,
+            item_timeout=args.item_timeout,
         )
         for part, table in tables.items()
     }
@@ -211,7 +229,8 @@ def cached_states(args: argparse.Namespace, training_args, model, processor, tab
     from ..training.frozen_states import FrozenStates, build_states, plan_states
 
     videos = [video for table in tables for video in table.videos()]
-    plan = plan_states(args.cache_states, model, processor, videos, args.cache_dtype)
+    archives = tables[0].archives  # --media-root is the same for all
+    plan = plan_states(args.cache_states, model, processor, videos, args.cache_dtype, archives)
     if training_args.process_index == 0:
         print(plan, flush=True)
     build_states(
@@ -222,9 +241,10 @@ def cached_states(args: argparse.Namespace, training_args, model, processor, tab
         process=training_args.process_index,
         processes=training_args.world_size,
         progress=lambda items: progress(items, len(items), "frozen states"),
+        item_timeout=args.item_timeout,
     )
     PartialState().wait_for_everyone()
-    return FrozenStates(args.cache_states, model, processor)
+    return FrozenStates(args.cache_states, model, processor, archives)
 
 
 def print_result(args: argparse.Namespace, summary: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from glob import has_magic
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from ..video_decoding import BTAdapterVideoMetadata
 from ..video_io import VideoError, load_video
 from .broken import BrokenItem, count_reasons
 from .decoding_process import DecodingProcess
-from .instructions import InstructionDataset, InstructionTable, UnusableRow, visuals_of
+from .files import PEEK_BYTES, is_remote, open_file
+from .instructions import InstructionDataset, InstructionTable, UnusableRow, split_hub_file, visuals_of
 from .sources import BrokenRowError, PairTable, Record
 
 
@@ -163,7 +165,7 @@ class InstructionCheck:
     def _decode(self, video: str) -> BTAdapterVideoMetadata:
         if video not in self._decoded:
             try:
-                self._decoded[video] = load_video(video, num_frames=self.num_frames)[1]
+                self._decoded[video] = load_video(self.table.read(video), num_frames=self.num_frames)[1]
             except VideoError as error:
                 self._decoded[video] = str(error)
         found = self._decoded[video]
@@ -325,13 +327,19 @@ def spread(values: array) -> list[float] | None:
     return [min(values), float(np.median(values)), max(values)] if values else None
 
 
-def holds_conversations(source: str) -> bool:
+def holds_conversations(source: str, revision: str | None = None) -> bool:
     """Whether a `.json` or `.jsonl` file is a table for `load_instructions`, by the fields of its first row."""
-    path = Path(source).expanduser()
-    if path.suffix not in (".json", ".jsonl") or not path.is_file():
+    if not source.endswith((".json", ".jsonl")) or has_magic(source):
         return False
-    with path.open(encoding="utf-8", errors="replace") as file:
-        head = file.read(1 << 20)
+    try:
+        if is_remote(source):
+            repo, written, path = split_hub_file(source)
+            at = (written or revision or "main").replace("/", "%2F")
+            source = f"hf://datasets/{repo}@{at}/{path}"
+        with open_file(str(Path(source).expanduser()) if not is_remote(source) else source, PEEK_BYTES) as file:
+            head = file.read(1 << 20).decode(errors="replace")
+    except (FileNotFoundError, ValueError):
+        return False  # the reader of the table will say what is wrong with it
     try:
         first, _ = json.JSONDecoder().raw_decode(head, head.index("{"))
     except ValueError:

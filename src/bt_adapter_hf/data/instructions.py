@@ -1,21 +1,31 @@
 """Tables of conversations about videos, and the data set that makes ids, labels and pixels of them."""
 
+import contextlib
 import hashlib
+import io
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from glob import has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HTTPError
+from PIL import Image
 from transformers import PreTrainedConfig
 from transformers.image_utils import load_image
 
-from ..video_io import VideoError
+from ..hub_access import explain, http_cause, retried
+from ..video_errors import VideoError, VideoNotFoundError
+from .archives import ARCHIVE_SUFFIXES, MediaArchives
 from .broken import BrokenItem, BrokenItemsError
+from .decoding_process import DecodingProcess
+from .files import find_files, is_remote
 
 
 if TYPE_CHECKING:
@@ -42,8 +52,9 @@ class InstructionTable:
     Attributes:
         source: the file.
         rows: one JSON text per row, not parsed yet.
-        media_root: folder that relative paths start from.
+        media: folder that relative paths start from, or the archives that hold them.
         fingerprint: of the file's content.
+        revision: commit of a file on the Hub, else None.
         needs_store: all is on the local disk; see `PairTable`.
     """
 
@@ -51,8 +62,9 @@ class InstructionTable:
 
     source: str
     rows: list[str]
-    media_root: Path
+    media: Path | MediaArchives
     fingerprint: str
+    revision: str | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -62,7 +74,10 @@ class InstructionTable:
         return [len(self.rows)]
 
     def messages(self, row: int) -> Messages:
-        """The conversation of a row, ending with an answer. Files are under "path", from the root of the file system.
+        """The conversation of a row, ending with an answer.
+
+        What it shows is under "path", for `read`: a path from the root of the file system, a URL, or the name in the
+        archives.
 
         Raises:
             UnusableRow: if it is none, in words.
@@ -96,12 +111,26 @@ class InstructionTable:
                     seen.add(video)
                     yield video
 
+    @property
+    def archives(self) -> MediaArchives | None:
+        """The archives that hold the videos, if any do."""
+        return self.media if isinstance(self.media, MediaArchives) else None
+
+    def read(self, path: str) -> str | bytes:
+        """What `load_video` takes for a path of `messages`; see `read_media`."""
+        return read_media(path, self.archives)
+
+    def _place(self, path: str) -> str:
+        return str(self.media / path) if isinstance(self.media, Path) and not is_remote(path) else path
+
     def _video_chatgpt(self, content: Mapping[str, Any], row: int) -> Messages:
         """As released, the video stands behind the question in even rows and before it in odd ones."""
-        name = self.media_root / str(content["video_id"])
-        found = [path for path in (name.with_name(name.name + suffix) for suffix in VIDEO_SUFFIXES) if path.is_file()]
-        # without a file: the usual name, for the report
-        video = {"type": "video", "path": str(found[0] if found else name) + ("" if found else VIDEO_SUFFIXES[0])}
+        path = self._place(str(content["video_id"]))
+        if self.archives is None:
+            # without a file: the usual name, for the report
+            names = [path + suffix for suffix in VIDEO_SUFFIXES]
+            path = next((name for name in names if Path(name).is_file()), names[0])
+        video = {"type": "video", "path": path}
         question = {"type": "text", "text": str(content["q"])}
         return [
             {"role": "user", "content": [question, video] if row % 2 == 0 else [video, question]},
@@ -133,8 +162,7 @@ class InstructionTable:
                 where = [part[key] for key in ("path", "url") if isinstance(part.get(key), str) and part[key]]
                 if len(where) != 1:
                     raise UnusableRow(f"a part of type {kind} needs a path or a url, and has {', '.join(part)}.")
-                is_url = "://" in where[0]
-                checked.append({"type": kind, "path": where[0] if is_url else str(self.media_root / where[0])})
+                checked.append({"type": kind, "path": self._place(where[0])})
             else:
                 raise UnusableRow(
                     f"a message of the {role} has the part {json.dumps(part)}; expected text, and of the user images "
@@ -145,7 +173,23 @@ class InstructionTable:
         return checked
 
 
-def load_instructions(source: str | Path, *, media_root: str | Path | None = None) -> InstructionTable:
+def read_media(path: str, archives: MediaArchives | None = None) -> str | bytes:
+    """The bytes of a member of archives; paths of files and URLs as they are.
+
+    Raises:
+        VideoError: if no archive holds it, also with one of the usual endings of videos, or it cannot be read.
+    """
+    if archives is None or is_remote(path):
+        return path
+    for name in (path, *(path + suffix for suffix in VIDEO_SUFFIXES)):
+        with contextlib.suppress(VideoNotFoundError):
+            return archives.read(name)
+    raise VideoNotFoundError(f"{path} is not in {', '.join(archives.paths)}.")
+
+
+def load_instructions(
+    source: str | Path, *, media_root: str | Path | None = None, revision: str | None = None
+) -> InstructionTable:
     """Open a table of conversations; rows are parsed when they are asked for.
 
     Two kinds of rows, in a `.jsonl` file (one per line) or a `.json` file (a list of them):
@@ -157,16 +201,23 @@ def load_instructions(source: str | Path, *, media_root: str | Path | None = Non
       the endings .mp4, .webm, .mkv, .avi.
 
     Args:
-        source: the file.
-        media_root: where relative paths start; the folder of the file by default.
+        source: the file: a path, or `hf://datasets/owner/name[@revision]/path`, which is downloaded.
+        media_root: where relative paths start: a folder on the disk, or a `.zip` or `.tar` with the videos (or a
+            pattern that fits several), which are read where they are. The folder of the file by default.
+        revision: branch, tag or commit of a file on the Hub.
 
     Raises:
-        ValueError: for a file of another kind, one that cannot be read, or one without rows.
+        ValueError: for a file of another kind, one that cannot be read, or one without rows; for a `media_root` that
+            is not there.
     """
-    path = Path(source).expanduser()
-    if path.suffix not in (".json", ".jsonl"):
+    source, commit = str(source), None
+    if not source.endswith((".json", ".jsonl")):
         raise ValueError(f"Cannot read the table {source}: a table of conversations is a .jsonl or a .json file.")
     try:
+        path = Path(source).expanduser()
+        if is_remote(source):
+            path, commit = _download(source, revision)
+        media = _open_media(path.parent if media_root is None and commit is None else media_root)
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".jsonl":
             rows = [line for line in text.split("\n") if line.strip()]
@@ -175,16 +226,56 @@ def load_instructions(source: str | Path, *, media_root: str | Path | None = Non
             if not isinstance(rows, list):
                 raise ValueError(f"it holds a {type(rows).__name__}, and no list of rows")
             rows = [json.dumps(row) for row in rows]
-    except (OSError, ValueError) as error:
-        raise ValueError(f"Cannot read the table {source}: {error}") from error
+    except (OSError, ValueError, HTTPError) as error:
+        reason = explain(error, source, revision) if http_cause(error) else error
+        raise ValueError(f"Cannot read the table {source}: {reason}") from error
     if not rows:
         raise ValueError(f"The table {source} has no rows.")
     return InstructionTable(
-        source=str(source),
+        source=source,
         rows=rows,
-        media_root=Path(media_root if media_root is not None else path.parent).expanduser().resolve(),
+        media=media,
         fingerprint=hashlib.sha256(text.encode()).hexdigest(),
+        revision=commit,
     )
+
+
+def _download(source: str, revision: str | None) -> tuple[Path, str]:
+    """A table on the Hub: the local copy, and its commit."""
+    repo, written, path = split_hub_file(source)
+    file = retried(
+        lambda: hf_hub_download(repo, path, repo_type="dataset", revision=written or revision), f"Downloading {source}"
+    )
+    return Path(file), re.search(r"snapshots[/\\]([0-9a-f]{40})[/\\]", file)[1]
+
+
+def split_hub_file(source: str) -> tuple[str, str | None, str]:
+    """(repository, revision, path inside) of `hf://datasets/owner/name[@revision]/path`.
+
+    Raises:
+        ValueError: for an address of another kind.
+    """
+    match = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", source)
+    if match is None:
+        raise ValueError("a table is a file on the disk or on the Hub, hf://datasets/owner/name/path: download it")
+    repo, revision, path = match.groups()
+    return repo, revision and revision.replace("%2F", "/"), path
+
+
+def _open_media(root: str | Path | None) -> Path | MediaArchives:
+    if root is None:
+        raise ValueError("it is on the Hub: name the folder or the archives of its videos on the disk with media_root")
+    if is_remote(str(root)):
+        raise ValueError(
+            f"the videos of conversations are read from the disk, again and again: download {root}, and name the "
+            "folder or the archives with media_root"
+        )
+    folder = Path(root).expanduser()
+    if not folder.is_dir() and (folder.suffix in ARCHIVE_SUFFIXES or has_magic(str(root))):
+        return MediaArchives(find_files(str(root), ARCHIVE_SUFFIXES, "", None, None).paths)
+    if not folder.is_dir():
+        raise ValueError(f"media_root {root} is neither a folder nor a .zip or .tar file")
+    return folder.resolve()
 
 
 def visuals_of(messages: Messages, kind: str) -> list[str]:
@@ -217,6 +308,9 @@ class InstructionDataset(torch.utils.data.Dataset):
         max_length: most tokens of a conversation, visual ones included; see [`longest_conversation`].
         seed: of all chance above.
         states: the frozen backbone's states, computed before; videos are then neither decoded nor encoded.
+        item_timeout: seconds that reading, decoding and preprocessing the videos of one conversation may take; one
+            that takes longer is a broken item. The work is done in a child process, see `DecodingProcess`. None: no
+            limit, no child.
 
     Indices: `(epoch, row)`; a number is a row in epoch 0.
 
@@ -237,9 +331,11 @@ class InstructionDataset(torch.utils.data.Dataset):
         max_length: int,
         seed: int = 0,
         states: "FrozenStates | None" = None,
+        item_timeout: float | None = 60.0,
     ):
         self.table, self.processor, self.states = table, processor, states
         self.max_length, self.seed = max_length, seed
+        self._decode = self._pixels if item_timeout is None else DecodingProcess(self._pixels, item_timeout)
         if not re.search(r"\{%-?\s*generation\s*-?%\}", processor.chat_template):
             raise ValueError(
                 "The chat template of the processor does not mark the answers: put {% generation %} before and "
@@ -282,9 +378,16 @@ class InstructionDataset(torch.utils.data.Dataset):
         if videos and self.states is not None:
             item["backbone_states"] = self.states.load(videos)
         elif videos:
-            seed = int(generator.integers(2**31))
-            item.update(self.processor(videos=videos, seed=seed, return_tensors="pt"))
+            pixels = self._decode(videos, int(generator.integers(2**31)))
+            item.update({name: torch.from_numpy(values) for name, values in pixels.items()})
         return item
+
+    def _pixels(self, videos: list[str], seed: int) -> dict[str, np.ndarray]:
+        found = [self.table.read(video) for video in videos]
+        return {
+            name: values.numpy()
+            for name, values in self.processor(videos=found, seed=seed, return_tensors="pt").items()
+        }
 
     def tokenize(self, messages: Messages) -> dict[str, torch.Tensor]:
         """Ids and labels, and the pixels of images. How many tokens a video has does not depend on what it shows."""
@@ -295,7 +398,7 @@ class InstructionDataset(torch.utils.data.Dataset):
                 if part["type"] == "video":
                     part = {"type": "video", "video": self._blank}
                 elif part["type"] == "image":
-                    part = {"type": "image", "image": _image(part["path"])}
+                    part = {"type": "image", "image": self._image(part["path"])}
                 parts.append(part)
             seen.append({"role": message["role"], "content": parts})
         try:
@@ -326,12 +429,12 @@ class InstructionDataset(torch.utils.data.Dataset):
         size = self.processor.video_processor.crop_size
         return np.zeros((self.processor.num_clips, size["height"], size["width"], 3), np.uint8)
 
-
-def _image(path: str):
-    try:
-        return load_image(path)
-    except (OSError, ValueError) as error:
-        raise UnusableRow(f"the image {path} cannot be read: {error}") from error
+    def _image(self, path: str) -> Image.Image:
+        try:
+            found = self.table.read(path)
+            return load_image(Image.open(io.BytesIO(found)) if isinstance(found, bytes) else found)
+        except (OSError, ValueError) as error:
+            raise UnusableRow(f"the image {path} cannot be read: {error}") from error
 
 
 class InstructionCollator:

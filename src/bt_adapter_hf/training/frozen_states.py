@@ -16,11 +16,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from ..data.archives import MediaArchives
+from ..data.decoding_process import DecodingProcess
+from ..data.instructions import read_media
 from ..fingerprint import WARN_DISTANCE, backbone_fingerprint, distance
 from ..host_modules import execution_device, find_tower
 from ..video_io import VideoError, VideoNotFoundError
@@ -47,14 +51,17 @@ _PIXEL_FIELDS = (
 )  # fmt: skip
 
 
-def video_key(video: str) -> str:
-    """Names a video by its content: its size and both ends of the file. A URL is its own name.
+def video_key(video: str, archives: MediaArchives | None = None) -> str:
+    """Names a video by its content: its size and both ends of the file. A URL is its own name; a member of archives
+    is named by its own name and the content of the archives.
 
     Raises:
         VideoError: if there is no such file.
     """
     if "://" in video:
         return video
+    if archives is not None:
+        return hashlib.sha256("\n".join([video, *map(video_key, archives.paths)]).encode()).hexdigest()
     try:
         with open(video, "rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -156,6 +163,7 @@ class StatesPlan:
         missing: {key: path or URL} of the videos whose states are not there yet.
         broken: {path or URL: reason} of files that cannot be read at all.
         free_bytes: on the disk.
+        archives: that hold the videos, if any do.
     """
 
     folder: Path
@@ -164,6 +172,7 @@ class StatesPlan:
     missing: dict[str, str]
     broken: dict[str, str]
     free_bytes: int
+    archives: MediaArchives | None = None
 
     @cached_property
     def bytes_per_video(self) -> int:
@@ -195,6 +204,7 @@ def plan_states(
     processor: "BTAdapterChatProcessorMixin",
     videos: Iterable[str],
     dtype: str = "bf16",
+    archives: MediaArchives | None = None,
 ) -> StatesPlan:
     """Finds out what is missing in a cache, which need not be there yet. Nothing is written.
 
@@ -203,6 +213,7 @@ def plan_states(
         model, processor: of the training; the backbone is frozen.
         videos: paths and URLs.
         dtype: "bf16"; "fp8", half of it, with a scale per token; or "fp32".
+        archives: that hold the videos, if any do, as the `archives` of the table.
 
     Raises:
         ValueError: if the folder holds the states of another model or processor, or the disk has too little room.
@@ -217,14 +228,14 @@ def plan_states(
     for video in dict.fromkeys(videos):
         count += 1
         try:
-            key = video_key(video)
+            key = video_key(video, archives)
         except VideoError as error:
             broken[video] = str(error)
             continue
         if key not in index:
             missing.setdefault(key, video)
     there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    plan = StatesPlan(folder, description, count, missing, broken, shutil.disk_usage(there).free)
+    plan = StatesPlan(folder, description, count, missing, broken, shutil.disk_usage(there).free, archives)
     if plan.bytes_to_write > plan.free_bytes:
         raise ValueError(f"Too little room for the {plan}: use fp8, fewer frames, another disk, or no cache.")
     return plan
@@ -239,6 +250,7 @@ def build_states(
     process: int = 0,
     processes: int = 1,
     progress: Callable[[Iterable], Iterable] = iter,
+    item_timeout: float | None = 60.0,
 ) -> dict[str, str]:
     """Computes what is missing, each of several processes its share. What is finished stays when a run is killed.
 
@@ -248,6 +260,7 @@ def build_states(
         workers: processes that decode.
         process, processes: the rank of this one, and how many there are.
         progress: around what is gone through.
+        item_timeout: seconds that one video may take; see `InstructionDataset`.
 
     Returns:
         {path or URL: reason} of the videos that cannot be used; also in `broken_videos*.jsonl` in the folder.
@@ -257,7 +270,8 @@ def build_states(
     for path in plan.folder.glob(f".states-{process:03d}-*.partial"):  # of a killed run
         path.unlink()
     own = [(key, video) for key, video in plan.missing.items() if _share(key, processes) == process]
-    loader = torch.utils.data.DataLoader(_Pixels(own, processor), batch_size=None, num_workers=workers)
+    pixels = _Pixels(own, processor, plan.archives, item_timeout)
+    loader = torch.utils.data.DataLoader(pixels, batch_size=None, num_workers=workers)
     broken = dict(plan.broken) if process == 0 else {}
     shard: dict[str, torch.Tensor] = {}
     size = 0
@@ -291,17 +305,28 @@ def _share(key: str, processes: int) -> int:
 class _Pixels(torch.utils.data.Dataset):
     """Pixels (clips, T, 3, H, W) of each video; of one that cannot be used the reason."""
 
-    def __init__(self, videos: Sequence[tuple[str, str]], processor: "BTAdapterChatProcessorMixin"):
-        self.videos, self.processor = videos, processor
+    def __init__(
+        self,
+        videos: Sequence[tuple[str, str]],
+        processor: "BTAdapterChatProcessorMixin",
+        archives: MediaArchives | None,
+        item_timeout: float | None,
+    ):
+        self.videos, self.processor, self.archives = videos, processor, archives
+        self._decode = self._load if item_timeout is None else DecodingProcess(self._load, item_timeout)
 
     def __len__(self) -> int:
         return len(self.videos)
 
     def __getitem__(self, index: int) -> torch.Tensor | str:
         try:
-            return self.processor(videos=[self.videos[index][1]], return_tensors="pt")["pixel_values_videos"]
+            return torch.from_numpy(self._decode(self.videos[index][1]))
         except VideoError as error:
             return str(error)
+
+    def _load(self, video: str) -> np.ndarray:
+        found = read_media(video, self.archives)
+        return self.processor(videos=[found], return_tensors="pt")["pixel_values_videos"].numpy()
 
 
 def _pack(key: str, states: torch.Tensor, dtype: str) -> dict[str, torch.Tensor]:
@@ -333,13 +358,20 @@ class FrozenStates:
     Args:
         folder: of the cache.
         model, processor: of the training.
+        archives: that hold the videos, if any do, as the `archives` of the table.
 
     Raises:
         ValueError: if there are none, or they are those of another model or processor.
     """
 
-    def __init__(self, folder: str | os.PathLike, model: PreTrainedModel, processor: "BTAdapterChatProcessorMixin"):
-        self.folder = Path(folder)
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        model: PreTrainedModel,
+        processor: "BTAdapterChatProcessorMixin",
+        archives: MediaArchives | None = None,
+    ):
+        self.folder, self.archives = Path(folder), archives
         description = read_description(self.folder)
         wanted = describe_states(model, processor, description.get("dtype"))
         check_description(self.folder, description, wanted)
@@ -365,7 +397,7 @@ class FrozenStates:
         return {index: whole[:, place] for place, index in enumerate(self.states)}
 
     def _load_one(self, video: str) -> torch.Tensor:
-        key = video_key(video)
+        key = video_key(video, self.archives)
         if key not in self._shards:
             if video in self._broken:
                 raise VideoError(self._broken[video])

@@ -108,7 +108,7 @@ def write_run_summary(
 def describe_table(table: PairTable | InstructionTable) -> dict[str, Any]:
     """Source, rows and fingerprint of a table, for `data` of the summary; its commit where it is on the Hub."""
     described = {"source": table.source, "rows": len(table), "fingerprint": table.fingerprint}
-    if isinstance(table, PairTable) and table.revision is not None:
+    if table.revision is not None:
         described["revision"] = table.revision
     return described
 
