@@ -167,8 +167,9 @@ def base_of(folder: Path, name: str | os.PathLike, adapter: AdapterConfig) -> tu
     if is_peft_folder(folder):
         at = f", revision={revision!r}" if revision else ""
         raise AdapterError(
-            f"{name} brings LoRA with a branch, for {base}. Load the model with from_pretrained({base!r}{at}), then "
-            f"call load_bt_adapter(model, {str(name)!r}), which restores all that was trained."
+            f"{name} brings LoRA with a branch, for {base}. Load that model with AutoModelForImageTextToText."
+            f"from_pretrained({base!r}{at}), then call load_bt_adapter(model, {str(name)!r}), which restores all that "
+            "was trained."
         )
     return base, revision
 

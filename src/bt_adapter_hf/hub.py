@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 _PUBLISHED = {".safetensors", ".json", ".jinja", ".txt", ".model", ".md", ".png", ".jpg", ".gif", ".svg"}
 _OF_A_RUN = {"trainer_state.json", "data_state.json", "trained.safetensors"}
+_QFORMER_TOKENIZER = "qformer_tokenizer"  # folder of InstructBLIP's second tokenizer, the only one that is published
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
 _MODEL_WEIGHTS = re.compile(r"(pytorch_model.*\.bin|model.*\.safetensors)(\.index\.json)?")
 
@@ -71,8 +72,8 @@ def push_to_hub(
 ) -> Pushed:
     """Publishes a model, an adapter or a processor with a model card, in one commit: all of it or nothing.
 
-    Of a folder only its own files go: no checkpoints or other folders, no pickles, no state of a trainer. Weights of
-    the repository that would be loaded in place of the new ones are deleted in the same commit.
+    Of a folder only what belongs to model and processor goes: no checkpoints, no pickles, no state of a trainer.
+    Weights of the repository that would be loaded in place of the new ones are deleted in the same commit.
 
     Args:
         source: a folder with a model, an adapter (also with LoRA) or a processor; or one of these in memory, a peft
@@ -113,6 +114,7 @@ def push_to_hub(
         described = Path(scratch, "described")  # what the card tells of, the processor included
         described.mkdir()
         for name, path in files.items():
+            Path(described, name).parent.mkdir(exist_ok=True)
             Path(described, name).symlink_to(path.resolve())
 
         kind = Contents.of(described).kind
@@ -157,7 +159,7 @@ def save_with_code(directory: str | Path, model: PreTrainedModel, processor: Pro
 
 
 def collect_files(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """The files of a folder that are published, by their name, and the names of what is left out.
+    """The files of a folder that are published, by their path in it, and the names of what is left out.
 
     Raises:
         ValueError: if it is nothing of this package, or its weights are missing, incomplete or pickles.
@@ -166,6 +168,8 @@ def collect_files(folder: Path) -> tuple[dict[str, Path], list[str]]:
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.suffix in _PUBLISHED and path.name not in _OF_A_RUN:
             files[path.name] = path
+        elif path.name == _QFORMER_TOKENIZER and path.is_dir():
+            files |= {f"{path.name}/{part.name}": part for part in sorted(path.iterdir()) if part.suffix in _PUBLISHED}
         elif not path.name.startswith("."):
             left_out.append(path.name)
     contents = Contents.of(folder)

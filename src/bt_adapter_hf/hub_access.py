@@ -82,7 +82,10 @@ def explain(error: BaseException, repo_id: str, revision: str | None = None) -> 
     if isinstance(cause, HfHubHTTPError):
         status = cause.response.status_code
         if status == 401:
-            return f"the Hub refused the token (401): log in again (`hf auth login`) or unset HF_TOKEN for {repo_id}"
+            return (
+                f"the Hub refused the token (401), or wants one, for {repo_id}: log in (`hf auth login`), or unset an "
+                "HF_TOKEN that is not valid"
+            )
         if status == 403:
             return f"the Hub refused access to {repo_id} (403): the token lacks the permission that this needs"
         if status in _TRANSIENT:

@@ -101,19 +101,18 @@ def _metadata(contents: Contents, repo_id: str, base: tuple, summary: dict[str, 
     sources = [part["source"] for part in text.parts(summary).values() if text.is_hub_id(part.get("source"))]
     if sources:
         data["datasets"] = sorted({text.hub_name(source) for source in sources})
-    results = _eval_results(summary)
+    results = _eval_results(summary, chat)
     if results:
         data |= {"model_name": repo_id.rpartition("/")[2], "eval_results": results}
     return data
 
 
-def _eval_results(summary: dict[str, Any]) -> list[EvalResult]:
+def _eval_results(summary: dict[str, Any], chat: bool) -> list[EvalResult]:
     validation = text.parts(summary).get("validation", {})
     source = validation.get("source")
     name = text.public(source) if source else "validation part"
     if validation.get("rows"):
         name += f" ({validation['rows']} rows)"
-    chat = summary.get("kind") == "instruction tuning"
     task = ("video-text-to-text", "Video question answering") if chat else ("text-to-video-retrieval", "Retrieval")
     return [
         EvalResult(
@@ -121,6 +120,7 @@ def _eval_results(summary: dict[str, Any]) -> list[EvalResult]:
             task_name=task[1],
             dataset_name=name,
             dataset_type=text.hub_name(source) if text.is_hub_id(source) else "private",
+            dataset_revision=validation.get("revision"),
             metric_type=text.metric_type(key),
             metric_name=text.metric_name(key),
             metric_value=value,

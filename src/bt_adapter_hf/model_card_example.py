@@ -42,8 +42,7 @@ def example(contents: Contents, repo_id: str, base: tuple[str | None, str | None
             f'model = load_bt_adapter(model, "{repo_id}")  # a model in memory, with the image tower named above'
         )
     if contents.kind == "LoRA adapter":
-        at = f', revision="{base[1]}"' if base[1] else ""
-        return _chat(contents, f'{base[0]}"{at}', processor, lora=repo_id)
+        return _chat(contents, repo_id, processor, base)
     if contents.model_type in CHAT_CLASSES:
         return _chat(contents, repo_id, processor)
     name = "BTAdapterModel" if contents.model_type == "bt_adapter" else "BTAdapterVisionModel"
@@ -68,15 +67,26 @@ def _encoder(name: str, repo_id: str, size: int, has_processor: bool) -> str:
     return f"import torch\nfrom bt_adapter_hf import {name}\n\n{load}\n{_PIXELS.format(size=size, method=method)}"
 
 
-def _chat(contents: Contents, model: str, processor: str | None, lora: str | None = None) -> str:
+def _chat(
+    contents: Contents, repo_id: str, processor: str | None, lora_base: tuple[str, str | None] | None = None
+) -> str:
+    """Of a whole chat model or an adapter; or with `lora_base`, name and revision, of LoRA that goes into it."""
     host = CHAT_CLASSES[contents.model_type]
-    names = f"{host}ForConditionalGeneration, {host}Processor" + (", load_bt_adapter" if lora else "")
-    end = "" if lora else '"'  # of the name of the base model a revision follows
-    lines = [f"from bt_adapter_hf import {names}", ""]
-    lines.append(f'model = {host}ForConditionalGeneration.from_pretrained("{model}{end})')
-    if lora:
-        lines.append(f'model = load_bt_adapter(model, "{lora}")')
-    if processor is None:
-        return "\n".join(lines).replace(f", {host}Processor", "")
-    lines.append(f'processor = {host}Processor.from_pretrained("{processor}")')
-    return "\n".join([*lines, _CHAT])
+    if lora_base is None:
+        names = [f"{host}ForConditionalGeneration"]
+        load = [f'model = {host}ForConditionalGeneration.from_pretrained("{repo_id}")']
+    else:
+        name, revision = lora_base
+        at = f', revision="{revision}"' if revision else ""
+        names = ["load_bt_adapter"]
+        load = [
+            f'model = AutoModelForImageTextToText.from_pretrained("{name}"{at})',
+            f'model = load_bt_adapter(model, "{repo_id}")',
+        ]
+    if processor is not None:
+        names.append(f"{host}Processor")
+        load += [f'processor = {host}Processor.from_pretrained("{processor}")', _CHAT]
+    imports = [f"from bt_adapter_hf import {', '.join(sorted(names))}"]
+    if lora_base is not None:
+        imports.append("from transformers import AutoModelForImageTextToText")
+    return "\n".join([*imports, "", *load])

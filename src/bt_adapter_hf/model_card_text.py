@@ -181,6 +181,8 @@ def _describe_part(part: dict[str, Any]) -> str:
     source = part.get("source")
     name = f"[{hub_name(source)}](https://huggingface.co/datasets/{hub_name(source)})"
     text = name if is_hub_id(source) else f"`{public(source)}` (not on the Hub)"
+    if part.get("revision"):
+        text += f" at revision `{part['revision']}`"
     if part.get("rows") is not None:
         text += f", {_count_of(part['rows'], 'row')}"
     if part.get("fingerprint"):

@@ -56,8 +56,10 @@ class Contents:
         """Looks at the config files of a folder.
 
         Raises:
-            ValueError: if it holds nothing of this package.
+            ValueError: if it holds nothing of this package, or both a model and an adapter.
         """
+        if (folder / "config.json").is_file() and (folder / CONFIG_NAME).is_file():
+            raise ValueError(f"{folder} holds a model and an adapter: give each a folder of its own.")
         if (folder / "config.json").is_file():
             config = read_json(folder / "config.json")
             model_type = config.get("model_type")

@@ -38,7 +38,7 @@ SUMMARY = {
         "num_frames": 8,
         "crop_scale": None,
         "group_by_caption": True,
-        "train": {"source": "org/captions", "rows": 1000, "fingerprint": "f1f1"},
+        "train": {"source": "org/captions", "revision": "d" * 40, "rows": 1000, "fingerprint": "f1f1"},
         "validation": {"source": "/home/me/secret-project/val.csv", "rows": 200, "fingerprint": "f2f2"},
     },
     "training": {"learning_rate": 2e-6, "seed": 42, "lr_multipliers": {"bt_adapter.": 10}, "optim": "adamw_torch"},
@@ -93,9 +93,8 @@ def test_all_facts_of_a_run_are_in_its_card(run):
         "text to video, median rank": ("t2v_mdr", 2.0),
     }
     assert "at revision `" + "0" * 40 in section(card, "Base model")
-    assert "1,000 rows, fingerprint `f1f1`" in section(card, "Data") and "3 items of the train" in section(
-        card, "Data"
-    )
+    tables = section(card, "Data")
+    assert f"at revision `{'d' * 40}`, 1,000 rows, fingerprint `f1f1`" in tables and "3 items of the train" in tables
     recipe = section(card, "Recipe")
     for fact in (
         "4,807 steps of 71,450,000 parameters on 8 processes in 10,800 s; mean training loss 1.235",
@@ -132,6 +131,16 @@ def test_nothing_is_told_that_is_not_known(run):
     card = model_card(run, "org/unfinished", summary=unmeasured)
     assert "Nothing has been measured" in section(card, "Figures") and "model-index" not in card.data.to_dict()
     assert "7 of 4807 steps" in section(card, "Limits")
+
+
+def test_results_name_the_task_and_the_data(run, kinds):
+    """The task is that of the model, also in the card of a checkpoint, where the run's kind is not known yet."""
+    validation = {"source": "org/captions", "revision": "d" * 40, "rows": 200}
+    for folder, task in ((run, "text-to-video-retrieval"), (kinds["lora"], "video-text-to-text")):
+        summary = {"metrics": {"eval_loss": 1.5}, "data": {"validation": validation}}
+        (result,) = model_card(folder, "org/a", summary=summary).data.eval_results
+        assert (result.task_type, result.metric_type, result.metric_value) == (task, "loss", 1.5)
+        assert (result.dataset_type, result.dataset_revision) == ("org/captions", "d" * 40)
 
 
 def test_every_table_is_whole(run):

@@ -174,15 +174,26 @@ def test_adapter_revision(hub, of_clip, tmp_path):
 
 def test_offline_after_one_load(hub, llava, hf_home):
     """In fresh processes: one that loads, one without the Hub that loads the same."""
+    import peft
+
+    push_to_hub(peft.get_peft_model(llava, lora_config(llava, r=2, init_lora_weights=False)), "tester/lora")
     code = """
-from bt_adapter_hf import BTAdapterLlavaForConditionalGeneration as Llava
-print(sum(p.double().sum().item() for p in Llava.from_pretrained("org/adapter").parameters()))
+from transformers import AutoModelForImageTextToText
+from bt_adapter_hf import BTAdapterLlavaForConditionalGeneration as Llava, BTAdapterLlavaProcessor, load_bt_adapter
+BTAdapterLlavaProcessor.from_pretrained("org/llava")
+for model in (
+    Llava.from_pretrained("org/adapter"),
+    Llava.from_pretrained("org/llava", bt_adapter="org/adapter"),
+    load_bt_adapter(AutoModelForImageTextToText.from_pretrained("org/llava"), "tester/lora"),
+):
+    print(sum(p.double().sum().item() for p in model.parameters()))
 """
     online = run_python(code, hub, hf_home)
     before = len(hub.requests())
     offline = run_python(code, hub, hf_home, HF_HUB_OFFLINE="1")
-    assert offline.stdout == online.stdout and float(offline.stdout)
-    assert len(hub.requests()) == before
+    assert offline.stdout == online.stdout and len(hub.requests()) == before
+    alone, named, lora = map(float, offline.stdout.split())
+    assert alone == named != lora
 
 
 def test_a_warm_cache_downloads_nothing(hub, llava, monkeypatch):

@@ -1,30 +1,31 @@
 """`Trainer(push_to_hub=True)`: what it publishes, and what happens when it cannot."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
 from huggingface_hub import ModelCard, snapshot_download
+from safetensors.torch import load_file
 from transformers import set_seed
 
-from bt_adapter_hf import (
-    BTAdapterLlavaForConditionalGeneration as Llava,
-    BTAdapterLlavaProcessor,
-    BTAdapterModel,
-    BTAdapterProcessor,
-)
+from bt_adapter_hf import BTAdapterModel, BTAdapterProcessor
+from bt_adapter_hf.cli.main import main
 from bt_adapter_hf.data.pairs import PairCollator, PairDataset, load_table
 from bt_adapter_hf.hub import PushError
 from bt_adapter_hf.training.arguments import BTAdapterTrainingArguments
-from bt_adapter_hf.training.instruction_tuning import InstructionArguments, InstructionTrainer, prepare_for_tuning
 from bt_adapter_hf.training.trainer import BTAdapterTrainer
-from tests import tiny_pairs
+from tests import tiny_instructions, tiny_pairs
 from tests.chat import saved_hosts
+from tests.hub import metadata
 from tests.hub.server import TOKEN
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:Warnings while validating metadata")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Warnings while validating metadata"),
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated"),  # of peft
+]
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,8 @@ def test_the_end_publishes_model_processor_and_card_and_nothing_else(hub, clips,
     assert {"model.safetensors", "processor_config.json", "README.md", "modeling_bt_adapter.py"} <= files.keys()
     assert not [name for name in files if name.endswith((".bin", ".pt", ".pth", ".pkl")) or "/" in name]
     assert not [name for name, data in files.items() if TOKEN.encode() in data]
+    here = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert not [path for path in here if path.name == "training_args.bin" or TOKEN.encode() in path.read_bytes()]
     model = BTAdapterModel.from_pretrained("tester/trained")
     expected = trainer.model.state_dict()
     assert all(tensor.equal(expected[key]) for key, tensor in model.state_dict().items())
@@ -171,25 +174,47 @@ def test_the_card_tells_of_this_run_and_keeps_the_users_own(hub, clips, tmp_path
     assert "mean training loss 1.5" in hub.files("tester/trained")["README.md"].decode()
 
 
-def test_an_adapter_of_instruction_tuning_is_published_with_its_processor(hub, tmp_path):
+@pytest.mark.parametrize(
+    "options", [[], ["--adapter-only"], ["--lora", "--lora-r", "2"]], ids=["whole", "adapter", "lora"]
+)
+def test_what_finetune_publishes(hub, tmp_path, monkeypatch, capsys, options):
+    """By itself and with `bt-adapter push` the same, with a card that is right and whose example runs."""
     native, adapter = saved_hosts.save("llava", tmp_path / "llava")
-    hub.create("tester/llava")
-    hub.put_files("tester/llava", {path.name: path.read_bytes() for path in native.iterdir()})
-    model = prepare_for_tuning(Llava.from_pretrained("tester/llava", bt_adapter=adapter))
-    arguments = InstructionArguments(
-        output_dir=tmp_path / "tuned",
-        adapter_only=True,
-        use_cpu=True,
-        push_to_hub=True,
-        hub_model_id="tester/trained",
-        hub_strategy="end",
-    )
-    processor = BTAdapterLlavaProcessor.from_pretrained(native, num_frames=4)
-    trainer = InstructionTrainer(model=model, args=arguments, processing_class=processor)
-    with torch.no_grad():
-        model.model.multi_modal_projector.linear_1.bias.add_(1)
-    trainer.save_model()
+    hub.put_files("tester/llava", native)
+    table = tiny_instructions.write_table(tmp_path / "clips", rows=4)
+    argv = ["finetune", "--model", "tester/llava", "--bt-adapter", adapter, "--train", table, "--validation", table]
+    argv += ["--output-dir", tmp_path / "tuned", "--batch-size", 2, "--num-frames", 4, "--max-steps", 1, *options]
+    argv += ["--set", "use_cpu=true", "--push-to-hub", "tester/trained"]
+    assert main([*map(str, argv)]) == 0
     assert titles(hub) == ["Model save"]
-    assert "processor_config.json" in hub.files("tester/trained")
-    again = Llava.from_pretrained("tester/trained")
-    assert all(tensor.equal(again.state_dict()[key]) for key, tensor in model.state_dict().items())
+    assert main(["push", str(tmp_path / "tuned"), "tester/by-hand"]) == 0
+    files, by_hand = hub.files("tester/trained"), hub.files("tester/by-hand")
+    by_hand["README.md"] = by_hand["README.md"].replace(b"by-hand", b"trained")
+    assert by_hand == files
+    assert not [name for name, data in files.items() if TOKEN.encode() in data or name.endswith((".bin", ".pt"))]
+
+    text = files["README.md"].decode()
+    assert metadata.problems(text, "model") == ([], ["no license"])
+    card = ModelCard(text)
+    whole = not options
+    relation, library = ("finetune", "transformers") if whole else ("adapter", "bt_adapter_hf")
+    assert (card.data.base_model, card.data.base_model_relation) == ("tester/llava", relation)
+    assert card.data.library_name == ("peft" if "--lora" in options else library)
+    assert card.data.pipeline_tag == "video-text-to-text" and hub.head("tester/llava") in card.text
+    summary = json.loads((tmp_path / "tuned" / "run_summary.json").read_text())
+    (result,) = card.data.eval_results
+    assert (result.task_type, result.metric_type) == ("video-text-to-text", "loss")
+    assert result.metric_value == pytest.approx(summary["metrics"]["eval_loss"], abs=1e-4)
+    assert ("The code in this repository" in text) == ("trust_remote_code" in text) == whole
+
+    tiny_pairs.write_clip(tmp_path / "video.mp4", (220, 40, 40), step=2)
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    example = re.search(r"installed:\n\n```python\n(.*?)```", text, re.DOTALL)[1]
+    names = {}
+    exec(compile(example, "card", "exec"), names)
+    shown = capsys.readouterr()
+    assert "ASSISTANT" in shown.out and "MISSING" not in shown.err
+    found = dict(names["model"].named_parameters())
+    trained = load_file(tmp_path / "tuned" / "checkpoint-1" / "trained.safetensors")
+    assert trained and all(tensor.equal(found[name]) for name, tensor in trained.items())

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from tests import tiny_pairs
+from tests.data.packed import add_member, rows_of
 
 
 ROWS = 12
@@ -22,9 +23,8 @@ class Clips:
     """
 
     def __init__(self, folder: Path):
-        metadata = tiny_pairs.write_table(folder, ROWS)
-        lines = [json.loads(line) for line in metadata.read_text().splitlines()]
-        self.rows = [((folder / line["file_name"]).read_bytes(), line["text"]) for line in lines]
+        tiny_pairs.write_table(folder, ROWS)
+        self.rows = [(video, text) for _, video, text in rows_of(folder)]
 
     def parquet(self, fat: int = 0) -> dict[str, bytes]:
         """Files of `PART` rows; `fat`: bytes per row of a column that nobody asked for."""
@@ -50,10 +50,8 @@ class Clips:
                 with tarfile.open(fileobj=file, mode="w") as tar:
                     for i in range(start, start + PART):
                         video, text = self.rows[i]
-                        for ending, data in (("mp4", video), ("txt", text.encode())):
-                            member = tarfile.TarInfo(f"clip{i:03d}.{ending}")
-                            member.size = len(data)
-                            tar.addfile(member, io.BytesIO(data))
+                        add_member(tar, f"clip{i:03d}.mp4", video)
+                        add_member(tar, f"clip{i:03d}.txt", text.encode())
                 files[f"shards/{start // PART:05d}.tar"] = file.getvalue()
         return files
 

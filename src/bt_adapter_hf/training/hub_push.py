@@ -134,7 +134,8 @@ class HubPushMixin(Trainer):
     def _card(self, readme: str | None, repo_id: str, metadata: dict) -> str:
         folder = Path(self.args.output_dir)
         own = None if readme is None or is_generated(readme) else readme
-        return str(model_card(folder, repo_id, own=own, with_code=True, summary=self._summary(), metadata=metadata))
+        coded = bool(code_files(folder))
+        return str(model_card(folder, repo_id, own=own, with_code=coded, summary=self._summary(), metadata=metadata))
 
     def _summary(self) -> dict | None:
         """None if `run_summary.json` tells of this run as it stands; else what it is going to say, as far as known."""
