@@ -1,9 +1,9 @@
 """Tune a LLaVA with a BT-Adapter on VideoChatGPT-100K, or on your own conversations; LoRA and 4 bits if wanted.
 
     pip install 'bt_adapter_hf[train]'
-    hf download MBZUAI/VideoInstruct-100K VideoInstruct100K.json --repo-type dataset --local-dir .
     python examples/finetune_llava.py --model llava-hf/llava-1.5-7b-hf --bt-adapter my-adapter \\
-        --train VideoInstruct100K.json --media-root activitynet/videos --output-dir tuned --workers 8
+        --train hf://datasets/MBZUAI/VideoInstruct-100K/VideoInstruct100K.json --media-root activitynet.zip \\
+        --output-dir tuned --workers 8
     torchrun --nproc-per-node 8 examples/finetune_llava.py ...      # on eight GPUs, as released
     python examples/finetune_llava.py ... --lora --load-in-4bit    # on a small one
 
@@ -33,7 +33,7 @@ def main():
     parser.add_argument("--model", default=str(default_chat_model_path()))
     parser.add_argument("--bt-adapter", help="adapter folder or Hub id, for a native LLaVA")
     parser.add_argument("--train", required=True)
-    parser.add_argument("--media-root")
+    parser.add_argument("--media-root", help="folder or archives of the videos; by default the folder of the table")
     parser.add_argument("--output-dir", required=True)
     parser.add_argument("--num-frames", type=int, help="by default 64, or as saved")
     parser.add_argument("--batch-size", type=int, default=1)
@@ -51,7 +51,7 @@ def main():
         learning_rate=options.learning_rate,
         dataloader_num_workers=options.workers,
         bf16=torch.cuda.is_available(),
-        gradient_checkpointing=True,
+        activation_checkpointing=True,
         logging_steps=10,
         report_to="none",
     )

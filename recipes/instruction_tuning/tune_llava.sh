@@ -3,12 +3,12 @@
 #
 #   bash recipes/instruction_tuning/tune_llava.sh TRAIN MEDIA_ROOT OUTPUT MODEL [further options of the command]
 #
-# TRAIN is VideoInstruct100K.json of MBZUAI/VideoInstruct-100K, MEDIA_ROOT the folder with its videos (ActivityNet's,
-# <video_id>.mp4, .webm, .mkv or .avi), MODEL a LLaVA. A pretrained adapter for its image tower goes with it as
-# --bt-adapter. On 8 GPUs the released global batch is 8 x 1:
+# TRAIN is hf://datasets/MBZUAI/VideoInstruct-100K/VideoInstruct100K.json or a copy, MEDIA_ROOT the folder or archives
+# with its videos (ActivityNet's, <video_id>.mp4, .webm, .mkv or .avi), MODEL a LLaVA. A pretrained adapter for its
+# image tower goes with it as --bt-adapter. On 8 GPUs the released global batch is 8 x 1:
 #
 #   LAUNCH="torchrun --nproc-per-node 8" bash recipes/instruction_tuning/tune_llava.sh \
-#       VideoInstruct100K.json activitynet tuned llava-hf/llava-1.5-7b-hf --bt-adapter my-adapter-336
+#       VideoInstruct100K.json activitynet.zip tuned llava-hf/llava-1.5-7b-hf --bt-adapter my-adapter-336
 set -euo pipefail
 if [ $# -lt 4 ]; then
     sed -n '2,11s/^# \{0,1\}//p' "$0" >&2

@@ -149,7 +149,11 @@ class BTAdapterForPreTraining(BTAdapterModel):
         return random_tube_mask(B, N, ratio), N - int(ratio * N)
 
     def losses(self, features: BTAdapterPreTrainingFeatures) -> BTAdapterForPreTrainingOutput:
-        """The losses of a batch; in training on several processes, the contrastive ones over the batches of all."""
+        """The losses of a batch; in training on several processes, the contrastive ones over the batches of all.
+
+        The contrastive losses are computed in float32 at least, also under autocast. Token alignment is in `features`
+        already, in the precision in which the forward pass was run.
+        """
         config = self.config
         all_text = self._gather(features.text)
         vtc_loss = contrastive_loss(self._gather(features.video), all_text, config.temperature)

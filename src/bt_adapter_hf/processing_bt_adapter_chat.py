@@ -33,6 +33,7 @@ from .configuration_bt_adapter_chat import (
     BTAdapterLlavaConfig,
     BTAdapterMiniGPT4Config,
 )
+from .video_errors import VideoInputError
 from .video_processing_bt_adapter import (
     BTAdapterVideoProcessor,
     BTAdapterVideoProcessorKwargs,
@@ -128,7 +129,7 @@ class BTAdapterChatProcessorMixin(ProcessorMixin):
 
         Raises:
             ValueError: placeholders and visuals differ in number; a text is empty; truncation would cut visual tokens.
-            VideoError: a video cannot be used.
+            VideoError: a video cannot be used, or has fewer frames than clips.
         """
         if "padding_side" not in kwargs and "padding_side" not in kwargs.get("text_kwargs", {}):
             kwargs["padding_side"] = "left"
@@ -196,10 +197,7 @@ class BTAdapterChatProcessorMixin(ProcessorMixin):
         replacement = self.replace_video_token(processed, 0) * num_clips
         if num_clips > 1:
             tokens = replacement.count(self.video_token)
-            logger.warning(
-                f"{len(videos)} videos of {num_clips} clips each: {tokens} tokens per video, {tokens * len(videos)} "
-                "in all."
-            )
+            logger.warning_once(f"Videos of {num_clips} clips each have {tokens} tokens per video.")
         return processed, [replacement] * len(videos)
 
     @staticmethod
@@ -211,7 +209,7 @@ class BTAdapterChatProcessorMixin(ProcessorMixin):
             video = torch.as_tensor(video)
             video = video if masks is None else video[torch.as_tensor(masks[index])]
             if len(video) < num_clips:
-                raise ValueError(f"videos[{index}] has {len(video)} frames, too few for {num_clips} clips.")
+                raise VideoInputError(f"videos[{index}] has {len(video)} frames, too few for {num_clips} clips.")
             clips.extend(video.tensor_split(num_clips))
         processed.update(_collate(clips, "pt"))
 

@@ -8,10 +8,12 @@ import time
 
 import pytest
 from safetensors.torch import load_file
+from transformers import LlamaConfig
 
 from bt_adapter_hf import BTAdapterLlavaForConditionalGeneration, BTAdapterLlavaProcessor
 from bt_adapter_hf.cli.main import main
 from tests import tiny_instructions
+from tests.chat import tiny_hosts
 from tests.tiny_instructions import Host
 
 
@@ -68,6 +70,29 @@ def test_lora_and_the_adapter_alone_are_plugged_into_the_base(llava, table, tmp_
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (2, 32)
     assert json.loads((tmp_path / "lora" / "run_summary.json").read_text())["config"]["lora"]["r"] == 2
+
+
+def test_qlora_from_start_to_answer(table, tmp_path, monkeypatch, capsys):
+    """Real 4-bit layers on the CPU: trained, resumed bit for bit, and plugged into the base as it is."""
+    pytest.importorskip("bitsandbytes")
+    # wide enough for bitsandbytes' blocks of 64 weights
+    wide = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    text = {**tiny_hosts.text_config().to_dict(), **wide, "num_key_value_heads": 4, "head_dim": 16}
+    monkeypatch.setattr(tiny_hosts, "SIZES", {**tiny_hosts.SIZES, **wide})
+    monkeypatch.setattr(tiny_hosts, "text_config", lambda: LlamaConfig(**text))
+    host, out = Host("llava", tmp_path / "llava"), tmp_path / "out"
+    options = ["--lora", "--load-in-4bit", "--max-steps", 4, "--save-steps", 2, "--learning-rate", "1e-2"]
+    assert finetune(host, table, out, *options) == 0
+    expected = load_file(out / "adapter_model.safetensors")
+    assert not any("base_layer" in key for key in expected) and any(".bt_adapter." in key for key in expected)
+    assert json.loads((out / "run_summary.json").read_text())["config"]["load_in_4bit"] is True
+    shutil.rmtree(out / "checkpoint-4")
+    (out / "adapter_model.safetensors").unlink()
+    assert finetune(host, table, out, *options, "--resume") == 0
+    found = load_file(out / "adapter_model.safetensors")
+    assert found.keys() == expected.keys() and all(expected[key].equal(found[key]) for key in expected)
+    clip = table.parent / "clip0.mp4"
+    assert isinstance(answer(capsys, clip, "--model", host.native, "--bt-adapter", out), str)
 
 
 def test_states_are_computed_once(llava, table, tmp_path, capsys):

@@ -97,6 +97,7 @@ def test_resume_and_continue_from_a_finished_model(clip, clips, tmp_path, capsys
         (["--fusion", "magic"], "fusion"),
         (["--max-text-length", "99"], "the text tower takes 1 to 24 tokens"),
         (["--set", "learning_rat=1"], "Nearest: learning_rate"),
+        (["--set", "hub_tokn=hf_secret"], "--set hub_tokn: there is no such field"),  # without the token
         (["--set", "max_grad_norm"], "expected NAME=VALUE"),
         (["--set", "max_grad_norm=much"], "invalid float value: 'much'"),
         (["--eval-steps", "5"], "needs --validation"),

@@ -14,8 +14,8 @@ import psutil
 import pytest
 import torch
 
-from bt_adapter_hf.data import chunk_store, sources
-from bt_adapter_hf.data.chunk_store import ChunkStoreError, RowOrder
+from bt_adapter_hf.data import chunk_store, readers
+from bt_adapter_hf.data.chunk_store import ChunkStoreError, RowOrder, discard
 from bt_adapter_hf.data.order import EpochOrder, OrderSampler
 from bt_adapter_hf.data.pairs import PairCollator, PairDataset, load_table
 from tests import tiny_pairs
@@ -123,10 +123,41 @@ def test_the_order_of_evaluation_starts_again(table, rows, tmp_path):
             store.advance(row + 1)
 
 
+def test_nothing_is_fetched_for_what_comes_after_the_end(table, rows, tmp_path):
+    order = EpochOrder(table.shard_rows, seed=0, chunk_rows=3)
+    chunks = order.chunks()
+    (first,), (second,) = next(chunks).shards, next(chunks).shards
+    store = table.use_store(tmp_path / "store", None, order, stop=4)
+    for position in range(4):
+        check_row(table, rows, order.row(position)[1])
+        store.advance(position + 1)
+    time.sleep(0.5)
+    assert shards_in(store.folder) == {first, second}
+    other = next(iter(set(range(8)) - {first, second}))
+    check_row(table, rows, 3 * other)  # but what is asked for is
+
+
+def test_what_is_kept_is_not_fetched_again(table, rows, tmp_path):
+    folder = tmp_path / "store"
+    times = []
+    for _ in range(2):
+        store = table.use_store(folder, 6 * 1_300_000, RowOrder(table.shard_rows, chunk_rows=3), stop=12)
+        for row in range(12):
+            check_row(table, rows, row)
+        store.close(keep=True)
+        times.append({path: path.stat().st_mtime_ns for path in folder.glob("shard-*.arrow")})
+    assert len(times[0]) == 4 and times[0] == times[1]
+    discard(folder)
+    assert not folder.exists()
+    discard(folder)
+
+
 def test_too_small_a_bound_is_said_with_numbers(table, tmp_path):
     order = EpochOrder(table.shard_rows, seed=0, chunk_rows=6)
     store = table.use_store(tmp_path / "store", 3_000_000, order)
-    message = r"4 shards are needed at a time, with 12 rows; 2 of them take 2\.\d MB, the next at least .* only 3.0 MB"
+    message = (
+        r"4 shards are needed at a time, with 12 rows; 2 of them take 2\.\d MB, the next .* or more, and only 3.0 MB"
+    )
     with pytest.raises(ChunkStoreError, match=message):
         for row in range(24):
             table.pair(row)
@@ -134,6 +165,12 @@ def test_too_small_a_bound_is_said_with_numbers(table, tmp_path):
         store.advance(3)
         store.advance(6)
     assert sum(path.stat().st_size for path in (tmp_path / "store").iterdir()) < 3_000_000
+
+
+def test_a_shard_that_does_not_fit_alone(table, tmp_path):
+    table.use_store(tmp_path / "store", 1_000_000, EpochOrder(table.shard_rows, seed=0, chunk_rows=1))
+    with pytest.raises(ChunkStoreError, match=r"a shard with 3 rows takes 1\.\d MB or more, .* smaller shards"):
+        table.pair(0)
 
 
 def test_no_disk_left(table, rows, tmp_path):
@@ -146,7 +183,7 @@ def test_no_disk_left(table, rows, tmp_path):
         (folder / "store").mkdir()
         table.use_store(folder / "store", None, EpochOrder(table.shard_rows, seed=0, chunk_rows=24))
         with pytest.raises(
-            ChunkStoreError, match="no disk space left: .* MB are free, .* checkpoints are not touched"
+            ChunkStoreError, match="no disk space left: .* are free, .* MB.* checkpoints are not touched"
         ):
             for row in range(24):
                 check_row(table, rows, row)
@@ -168,15 +205,10 @@ def test_a_source_that_changes_or_goes_away(table, rows, tmp_path):
             table.pair(order.row(position)[1])
 
 
-def fetchers() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if "chunk_store" in " ".join(child.cmdline())]
-
-
 def test_a_fetching_process_that_dies_is_noticed(table, tmp_path):
     order = EpochOrder(table.shard_rows, seed=0, chunk_rows=3)  # so that it fetches two shards, and then waits
     store = table.use_store(tmp_path / "store", None, order)
-    (fetcher,) = fetchers()
-    fetcher.kill()
+    psutil.Process(store._process.pid).kill()
     with pytest.raises(ChunkStoreError, match="process that fetches was killed"):
         for row in range(24):
             table.pair(row)
@@ -197,7 +229,11 @@ def test_folders_that_are_refused(table, rows, tmp_path, monkeypatch):
     first = table.use_store(tmp_path / "store")
     with pytest.raises(ChunkStoreError, match="in use by another run"):
         table.use_store(tmp_path / "store")
+    table.pair(0)
+    discard(tmp_path / "store")  # of a run that was refused
+    assert shards_in(tmp_path / "store") and list((tmp_path / "store").glob("*.lock"))
     first.close()
+    assert not (tmp_path / "store").exists()
     table.use_store(tmp_path / "store").close()
 
 
@@ -263,7 +299,7 @@ def test_shards_of_another_table_are_deleted(table, rows, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_dead_url_is_replaced_inside_its_shard(rows, tmp_path, monkeypatch, workers):
-    monkeypatch.setattr(sources, "ROWS_PER_SHARD", 4)
+    monkeypatch.setattr(readers, "ROWS_PER_SHARD", 4)
     served = tmp_path / "served"
     served.mkdir()
     for name, data, _ in rows[:12]:

@@ -1,13 +1,16 @@
 """Tables of conversations, and labels token by token for the three hosts."""
 
 import json
+import tarfile
+import time
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from bt_adapter_hf import BTAdapterLlavaProcessor
+from bt_adapter_hf import BTAdapterLlavaProcessor, video_io
 from bt_adapter_hf.assets import default_chat_model_path
 from bt_adapter_hf.data.broken import BrokenItemsError
 from bt_adapter_hf.data.instructions import (
@@ -217,6 +220,64 @@ def test_video_chatgpt(media):
     assert visuals_of(elsewhere.messages(0), "video") == [str(media / "webm" / "a.webm")]
 
 
+def pack(path, media, folder, *names):
+    """An archive of some of the files, in a folder of its own."""
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name in names:
+                archive.write(media / name, f"{folder}/{name}")
+    else:
+        with tarfile.open(path, "w") as archive:
+            for name in names:
+                archive.add(media / name, f"{folder}/{name}")
+    return path
+
+
+def test_videos_and_images_in_archives(media, tmp_path):
+    """The same items as from files; a name without ending finds any of the usual ones."""
+    (tmp_path / "c.webm").write_bytes((media / "b.mp4").read_bytes())
+    pack(tmp_path / "one.zip", media, "Test_Videos", "a.mp4", "a.png", "broken.mp4")
+    with zipfile.ZipFile(tmp_path / "two.zip", "w") as archive:
+        archive.write(tmp_path / "c.webm", "more/c.webm")
+    rows = [{"q": "what happens ?", "a": "red", "video_id": name} for name in ("a", "c", "gone", "broken")]
+    rows.append(chat([{"type": "image", "path": "a.png"}, video(), text("where ?")], "left ."))
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    processor = llava_processor()
+    data = InstructionDataset(load_instructions(path, media_root=tmp_path / "*.zip"), processor, max_length=192)
+    (media / "c.webm").write_bytes((tmp_path / "c.webm").read_bytes())
+    files = InstructionDataset(load_instructions(path, media_root=media), processor, max_length=192)
+    for row in (0, 1, 4):
+        packed, loose = data[row], files[row]
+        assert packed["broken"] == []
+        for key in ("input_ids", "labels", "pixel_values_videos", *(["pixel_values"] if row == 4 else [])):
+            assert torch.equal(packed[key], loose[key]), key
+    (gone,), (broken,) = data[2]["broken"][:1], data[3]["broken"][:1]
+    assert gone["video"] == "gone" and "gone is not in" in gone["reason"] and "two.zip" in gone["reason"]
+    assert broken["video"] == "broken" and "not a readable video" in broken["reason"]
+    tar = pack(tmp_path / "videos.tar", media, "clips", "a.mp4")
+    table = load_instructions(path, media_root=tar)
+    assert table.read("a") == table.read("a.mp4") == (media / "a.mp4").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "root, message",
+    [
+        ("nowhere", "nowhere is neither a folder nor a .zip or .tar file"),
+        ("gone.zip", "no such file"),
+        ("*.zip", "no file matches"),
+        ("text.zip", "not a readable zip"),
+        ("hf://datasets/org/name/videos.zip", "read from the disk, again and again: download hf://datasets/org"),
+    ],
+)
+def test_media_that_are_not_there(tmp_path, root, message):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(chat("what ?", "red")))
+    if root == "text.zip":
+        (tmp_path / root).write_text("no archive")
+    with pytest.raises(ValueError, match=f"Cannot read the table .*{message}"):
+        load_instructions(tmp_path / "rows.jsonl", media_root=root if "://" in root else tmp_path / root)
+
+
 def test_fingerprint_tells_tables_apart(media):
     one = load_instructions(write(media, TWO_TURNS, name="one.jsonl"))
     same = load_instructions(write(media, TWO_TURNS, name="same.jsonl"))
@@ -311,6 +372,27 @@ def test_jittered_frames_follow_from_seed_epoch_and_row(media):
     draws = [data[(epoch, 0)]["pixel_values_videos"] for epoch in range(6)]
     assert all(torch.equal(a, data[(epoch, 0)]["pixel_values_videos"]) for epoch, a in enumerate(draws))
     assert any(not torch.equal(draws[0], other) for other in draws[1:])
+
+
+def test_a_decoder_that_hangs_is_cut_off(media, monkeypatch):
+    load = video_io.load_pyav
+
+    def hang(source, *args, **kwargs):
+        if source.name.endswith("b.mp4"):
+            time.sleep(60)
+        return load(source, *args, **kwargs)
+
+    monkeypatch.setattr(video_io, "load_pyav", hang)
+    rows = [chat([video("b.mp4"), text("what ?")], "red"), TWO_TURNS]
+    data = dataset(media, llava_processor(), *rows, item_timeout=0.5)
+    data[1]  # its process has started
+    start = time.monotonic()
+    item = data[0]
+    assert time.monotonic() - start < 10
+    assert "took longer than 0.5 s and was cut off" in item["broken"][0]["reason"]
+    assert torch.equal(item["input_ids"], data[1]["input_ids"])
+    with pytest.raises(ValueError, match="item_timeout=0 must be"):
+        dataset(media, llava_processor(), TWO_TURNS, item_timeout=0)
 
 
 def test_too_long_is_broken_and_never_cut(host, media):

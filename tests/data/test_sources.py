@@ -9,7 +9,7 @@ import zipfile
 import datasets
 import pytest
 
-from bt_adapter_hf.data import sources
+from bt_adapter_hf.data import media, readers
 from bt_adapter_hf.data.sources import BrokenRowError, load_table
 from tests import tiny_pairs
 from tests.data.packed import add_member, file_server, rows_of, write_parquet, write_tar
@@ -203,7 +203,7 @@ def test_parquet_of_other_columns(rows, tmp_path):
     [("txt", {}), ("caption", {}), ("words", {"text_column": "words", "video_column": "mp4"})],
 )
 def test_tars_are_read_in_place(text, options, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "ROWS_PER_SHARD", 3)
+    monkeypatch.setattr(readers, "ROWS_PER_SHARD", 3)
     write_tar(tmp_path / "0.tar", rows[:4], text)
     write_tar(tmp_path / "1.tar", rows[4:], text)
     table = load_table(str(tmp_path / "*.tar"), **options)
@@ -325,8 +325,8 @@ def test_damaged_archives(archived):
 
 
 def test_urls_are_fetched_and_a_dead_one_is_a_broken_row(clips, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "RETRY_AFTER", (0.01, 0.01))
-    monkeypatch.setattr(sources, "ROWS_PER_SHARD", 3)
+    monkeypatch.setattr(media, "RETRY_AFTER", (0.01, 0.01))
+    monkeypatch.setattr(readers, "ROWS_PER_SHARD", 3)
     with file_server(clips) as (address, log, failures):
         urls = [f"{address}/{name}" for name, _, _ in rows]
         lines = [{"video": url, "text": text} for url, (_, _, text) in zip(urls, rows, strict=True)]

@@ -2,11 +2,15 @@
 
 import json
 import shutil
+import time
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 
-from bt_adapter_hf import VideoError
+from bt_adapter_hf import VideoError, video_io
+from bt_adapter_hf.data.instructions import load_instructions
 from bt_adapter_hf.host_modules import find_tower
 from bt_adapter_hf.training import frozen_states
 from bt_adapter_hf.training.frozen_states import FrozenStates, build_states, plan_states, selected_states, video_key
@@ -158,6 +162,14 @@ def test_a_killed_run_goes_on(llava, table, tmp_path, monkeypatch):
     assert not list((tmp_path / "states").glob(".*.partial"))
 
 
+def test_killed_at_the_very_beginning(llava, table, tmp_path):
+    folder = tmp_path / "states"
+    folder.mkdir()
+    (folder / ".frozen_states.json.1.partial").write_text("{")
+    build(folder, llava, videos_of(table)[:1])
+    assert len(opened(folder, llava)) == 1
+
+
 def test_several_processes_share_the_work(llava, table, tmp_path):
     model, processor = llava.model(), llava.processor()
     folder = tmp_path / "states"
@@ -191,6 +203,46 @@ def test_broken_videos_are_recorded_and_replaced(llava, table, tmp_path):
     (clips / "clip1.mp4").open("ab").write(b"\0")
     plan, broken = build(tmp_path / "states", llava, videos)
     assert list(plan.missing.values()) == [videos[1]] and set(broken) == {videos[2]}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_decoder_that_hangs_is_cut_off(llava, table, tmp_path, monkeypatch, workers):
+    load = video_io.load_pyav
+
+    def hang(source, *args, **kwargs):
+        if source.name.endswith("clip1.mp4"):
+            time.sleep(60)
+        return load(source, *args, **kwargs)
+
+    monkeypatch.setattr(video_io, "load_pyav", hang)
+    _, broken = build(tmp_path / "states", llava, videos_of(table)[:3], item_timeout=1.0, workers=workers)
+    assert list(broken) == [str(table.parent / "clip1.mp4")] and "longer than 1 s and was cut off" in str(broken)
+
+
+def test_videos_in_archives(llava, table, tmp_path):
+    """The same states as of the files, under names that change with the archive."""
+    with zipfile.ZipFile(tmp_path / "clips.zip", "w") as archive:
+        for video in videos_of(table):
+            archive.write(video, f"clips/{Path(video).name}")
+    build(tmp_path / "files", llava, videos_of(table))
+    packed = load_instructions(table, media_root=tmp_path / "clips.zip")
+    model, processor = llava.model(), llava.processor()
+
+    def plan():
+        return plan_states(tmp_path / "packed", model, processor, packed.videos(), "fp32", packed.archives)
+
+    assert build_states(plan(), model, processor, workers=1) == {}
+    states, files = (
+        FrozenStates(tmp_path / "packed", model, processor, packed.archives),
+        opened(tmp_path / "files", llava),
+    )
+    for video, name in zip(videos_of(table), sorted(packed.videos()), strict=True):
+        a, b = states.load([name]), files.load([video])
+        assert all(torch.equal(a[n], b[n]) for n in a)
+    assert len(plan().missing) == 0
+    with zipfile.ZipFile(tmp_path / "clips.zip", "a") as archive:
+        archive.write(videos_of(table)[0], "clips/one_more.mp4")
+    assert len(plan().missing) == 8
 
 
 def test_a_video_that_was_changed_is_not_mistaken(llava, table, tmp_path):

@@ -200,7 +200,7 @@ def test_accumulation_is_the_whole_batch(name, table, tmp_path):
 def test_activation_checkpointing_changes_nothing(llava, table, tmp_path, lora):
     found = []
     for checkpointing in (False, True):
-        options = {"max_steps": 2, "gradient_checkpointing": checkpointing}
+        options = {"max_steps": 2, "activation_checkpointing": checkpointing}
         trainer = make_trainer(llava, table, tmp_path / str(checkpointing), lora=lora, **options)
         trainer.train()
         found.append(losses(trainer))

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from bt_adapter_hf.data import pairs
 from bt_adapter_hf.data.order import EpochOrder
@@ -34,7 +35,7 @@ def clips(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def packed(clips, tmp_path_factory) -> Path:
-    """The same clips in parquet, as bytes: seven shards of uneven size in two files, which have to be fetched."""
+    """The same clips in parquet, as bytes: six shards of uneven size in two files, which have to be fetched."""
     lines = [json.loads(line) for line in (clips / "metadata.jsonl").read_text().splitlines()]
     columns = {"video": [(clips / line["file_name"]).read_bytes() for line in lines]}
     columns["text"] = [line["text"] for line in lines]
@@ -178,6 +179,26 @@ def test_what_happens_at_the_end_of_an_epoch(clips, tmp_path):
     assert trainer.state.num_train_epochs == 3 and trainer.state.max_steps == 17
 
 
+def test_a_packed_table_is_evaluated_while_it_trains_and_fetched_once_for_that(packed, tmp_path):
+    """One table for both; what one evaluation has fetched is there for the next."""
+    options = {"max_steps": 6, "chunk_rows": 6, "eval_strategy": "steps", "eval_steps": 2}
+    trainer = make_trainer(packed, tmp_path, validation=True, **options)
+    trainer.eval_dataset = pairs.PairDataset(trainer.train_dataset.table, tiny_pairs.processor(), training=False)
+    written = []
+
+    class Watch(TrainerCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            written.append({path.name: path.stat().st_mtime_ns for path in tmp_path.glob("chunks/eval-0/*.arrow")})
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert not (tmp_path / "chunks").exists()
+    assert len(written) == 3 and len(written[0]) == 6 and written[0] == written[1] == written[2]
+    rows = seen_rows(tmp_path)
+    assert len(rows) == 18 and each_row_once_per_epoch(rows)
+    assert trainer.evaluate()["eval_pairs"] == ROWS and not (tmp_path / "chunks").exists()
+
+
 # Several processes
 
 
@@ -286,7 +307,7 @@ def test_twenty_kills_lose_nothing(source, processes, request, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("source, workers", [("clips", 2), ("packed", 0)])
 def test_the_number_of_processes_may_change(source, workers, request, tmp_path):
-    """1, 4, 2, 1 processes in turn, 17 rows in 1 or 7 shards: each row once per epoch, over all processes."""
+    """1, 4, 2, 1 processes in turn, 17 rows in 1 or 6 shards: each row once per epoch, over all processes."""
     rows, steps = [], 0
     for processes, more_steps in ((1, 5), (4, 4), (2, 6), (1, 3)):
         steps += more_steps

@@ -110,7 +110,8 @@ def add_data_limits(parser: argparse._ActionsContainer) -> None:
         "--max-disk",
         type=size_in_bytes,
         metavar="SIZE",
-        help="disk space for rows of remote or packed tables, which come and go, such as 20GB (default: 50GB)",
+        help="disk space for rows of a remote or packed table, which come and go, such as 20GB; training and "
+        "validation table may take that much each (default: 50GB)",
     )
 
 
@@ -221,7 +222,8 @@ def training_arguments(args: argparse.Namespace, cls: type, options: Mapping[str
             raise ValueError(f"--set {assignment}: expected NAME=VALUE.")
         if name not in known:
             close = difflib.get_close_matches(name, known, n=3)
-            raise ValueError(f"--set {assignment}: there is no such field. Nearest: {', '.join(close) or 'none'}.")
+            # the value stays out of it: it may be a token
+            raise ValueError(f"--set {name}: there is no such field. Nearest: {', '.join(close) or 'none'}.")
         values[name] = value
     if values.get("eval_strategy", "no") != "no" and args.validation is None:
         raise ValueError("Evaluation during training needs --validation.")

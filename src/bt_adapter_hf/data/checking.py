@@ -338,7 +338,7 @@ def holds_conversations(source: str, revision: str | None = None) -> bool:
             source = f"hf://datasets/{repo}@{at}/{path}"
         with open_file(str(Path(source).expanduser()) if not is_remote(source) else source, PEEK_BYTES) as file:
             head = file.read(1 << 20).decode(errors="replace")
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return False  # the reader of the table will say what is wrong with it
     try:
         first, _ = json.JSONDecoder().raw_decode(head, head.index("{"))

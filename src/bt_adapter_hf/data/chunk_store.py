@@ -12,6 +12,7 @@ nothing but the row they want. A shard gets its name when it is whole, so a file
 import errno
 import json
 import logging
+import math
 import os
 import pickle
 import re
@@ -29,7 +30,7 @@ from .order import Chunk
 
 
 if TYPE_CHECKING:
-    from .sources import Record, ShardReader
+    from .readers import Record, ShardReader
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +101,7 @@ class ChunkStore:
         max_disk: bytes that the shards may take; None: no bound.
         order: in which rows are read; rows 0 to n - 1 by default.
         position: first one that is not consumed yet.
+        stop: position where reading ends, so that nothing is fetched for what comes after it; None: it does not end.
         local_main_process: whether this process fetches. It must come first, the others of the machine after it:
             `with accelerator.local_main_process_first(): table.use_store(...)`.
 
@@ -117,6 +119,7 @@ class ChunkStore:
         max_disk: int | None = None,
         order: ChunkOrder | None = None,
         position: int = 0,
+        stop: int | None = None,
         local_main_process: bool = True,
     ):
         if max_disk is not None and max_disk < 1:
@@ -128,7 +131,7 @@ class ChunkStore:
             lock = self._take_folder()
             try:
                 _clean(self.folder, fingerprint, reader.shard_rows)
-                job = _Job(str(self.folder), reader, source, max_disk, order, position, os.getpid())
+                job = _Job(str(self.folder), reader, source, max_disk, order, position, stop, os.getpid())
                 self._process = _start_fetcher(job, lock)
             finally:
                 os.close(lock)  # the fetching process holds it now, for as long as it lives
@@ -183,7 +186,7 @@ class ChunkStore:
         """
         import pyarrow as pa
 
-        from .sources import Record
+        from .readers import Record
 
         while True:
             self.wait(shard)
@@ -211,36 +214,29 @@ class ChunkStore:
         except BrokenPipeError:
             raise self._failure() from None
 
-    def close(self) -> None:
-        """End the fetching process and delete what it fetched; of effect on the local main process only."""
+    def close(self, keep: bool = False) -> None:
+        """End the fetching process and delete what it fetched; of effect on the local main process only.
+
+        Args:
+            keep: leave the shards for the next store in this folder; `discard` deletes them.
+        """
         if self._process is None:
             return
         self._process.kill()
         self._process.wait()
         self._process.stdin.close()
         self._process = None
-        for path in _own_files(self.folder):
-            path.unlink(missing_ok=True)
-        (self.folder / MARKER).unlink(missing_ok=True)
-        (self.folder / LOCK).unlink(missing_ok=True)
-        if not any(self.folder.iterdir()):
-            self.folder.rmdir()
+        if not keep:
+            discard(self.folder)
 
     def _check_fetcher(self) -> None:
-        import fcntl
-
         if (self.folder / ERROR).exists():
             raise self._failure()
         try:
-            lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CLOEXEC)
+            if _in_use(self.folder):
+                return
         except FileNotFoundError:
             raise ChunkStoreError(f"The store of {self.source} in {self.folder} is closed.") from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return  # the fetching process lives
-        finally:
-            os.close(lock)
         raise self._failure()
 
     def _failure(self) -> ChunkStoreError:
@@ -252,6 +248,36 @@ class ChunkStore:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_process": None}
+
+
+def _in_use(folder: Path) -> bool:
+    """Whether the fetching process of a store in this folder lives.
+
+    Raises:
+        FileNotFoundError: there is no store.
+    """
+    import fcntl
+
+    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(lock)
+    return False
+
+
+def discard(folder: Path) -> None:
+    """Delete what a closed store has left in its folder; nothing of one that another run uses."""
+    if not (folder / LOCK).exists() or _in_use(folder):
+        return
+    for path in _own_files(folder):
+        path.unlink(missing_ok=True)
+    (folder / MARKER).unlink(missing_ok=True)
+    (folder / LOCK).unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _shard_path(folder: Path, shard: int) -> Path:
@@ -301,6 +327,7 @@ class _Job(NamedTuple):
     max_disk: int | None
     order: ChunkOrder
     position: int
+    stop: int | None
     parent: int
 
 
@@ -361,6 +388,7 @@ class _Fetcher:
     def __init__(self, job: _Job):
         self.folder, self.reader, self.source = Path(job.folder), job.reader, job.source
         self.max_disk, self.order, self.position = job.max_disk, job.order, job.position
+        self.stop = math.inf if job.stop is None else job.stop
         self.moved = threading.Event()
         self._planned: tuple[range, list[int]] | None = None
         # bytes of each shard in the folder, the one that was needed longest ago first
@@ -394,12 +422,15 @@ class _Fetcher:
                 self._fetch(missing, set(needed))
 
     def _plan(self) -> list[int]:
-        """The shards of the chunk of the position and of the `chunk_rows` positions after it, in order."""
+        """The shards of the chunk of the position and of the `chunk_rows` positions after it, in order.
+
+        None of a chunk that begins where reading has ended.
+        """
         if self._planned is None or self.position not in self._planned[0]:
             first, shards = None, {}
             for chunk in self.order.chunks(self.position):
                 first = first or chunk
-                if chunk.start >= first.stop + self.order.chunk_rows:
+                if chunk.start >= min(first.stop + self.order.chunk_rows, self.stop):
                     break
                 shards.update(dict.fromkeys(chunk.shards))
             self._planned = range(first.start, first.stop), list(shards)
@@ -425,8 +456,8 @@ class _Fetcher:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
                     free = shutil.disk_usage(self.folder).free
                     raise ChunkStoreError(
-                        f"there is no disk space left: {_megabytes(free)} are free, the fetched videos take "
-                        f"{_megabytes(sum(self.sizes.values()))}. Free some, then resume; checkpoints are not touched."
+                        f"there is no disk space left: {_readable(free)} are free, the fetched videos take "
+                        f"{_readable(sum(self.sizes.values()))}. Free some, then resume; checkpoints are not touched."
                     ) from error
                 if wait is None or (http_cause(error) and not is_transient(error)):
                     raise
@@ -466,16 +497,26 @@ class _Fetcher:
         while self.max_disk is not None and sum(self.sizes.values()) + size > self.max_disk:
             passed = next((other for other in self.sizes if other not in keep), None)
             if passed is None:
-                held = sum(self.sizes.values())
-                raise ChunkStoreError(
-                    f"{len(keep)} shards are needed at a time, with {sum(self.reader.shard_rows[s] for s in keep)} "
-                    f"rows; {len(self.sizes)} of them take {_megabytes(held)}, the next at least {_megabytes(size)}, "
-                    f"and only {_megabytes(self.max_disk)} are allowed. Raise max_disk, or lower chunk_rows (now "
-                    f"{self.order.chunk_rows}) if a shard has fewer rows than that."
-                )
+                raise ChunkStoreError(self._too_small(size, shard, keep))
             _shard_path(self.folder, passed).unlink()
             del self.sizes[passed]
 
+    def _too_small(self, size: int, shard: int, keep: set[int]) -> str:
+        rows, allowed = (
+            self.reader.shard_rows[shard],
+            f"and only {_readable(self.max_disk)} are allowed. Raise max_disk",
+        )
+        if not self.sizes:
+            return (
+                f"a shard with {rows} rows takes {_readable(size)} or more, {allowed}, or write the table with "
+                "smaller shards: of parquet files a row group is one."
+            )
+        return (
+            f"{len(keep)} shards are needed at a time, with {sum(self.reader.shard_rows[s] for s in keep)} rows; "
+            f"{len(self.sizes)} of them take {_readable(sum(self.sizes.values()))}, the next {_readable(size)} or "
+            f"more, {allowed}, or lower chunk_rows (now {self.order.chunk_rows}) if a shard has fewer rows than that."
+        )
 
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"
+
+def _readable(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size:,} bytes"

@@ -227,7 +227,7 @@ def load_instructions(
                 raise ValueError(f"it holds a {type(rows).__name__}, and no list of rows")
             rows = [json.dumps(row) for row in rows]
     except (OSError, ValueError, HTTPError) as error:
-        reason = explain(error, source, revision) if http_cause(error) else error
+        reason = explain(error, f"datasets/{split_hub_file(source)[0]}", revision) if http_cause(error) else error
         raise ValueError(f"Cannot read the table {source}: {reason}") from error
     if not rows:
         raise ValueError(f"The table {source} has no rows.")
@@ -365,12 +365,11 @@ class InstructionDataset(torch.utils.data.Dataset):
 
     def _candidates(self, row: int, generator: np.random.Generator) -> Iterator[int]:
         """The item itself, then replacements: a walk that meets every other item once."""
-        yield row
         others = len(self) - 1
-        if others:
-            start = int(generator.integers(others))
-            for step in range(min(others, REPLACEMENTS)):
-                yield (row + 1 + (start + step) % others) % len(self)
+        start = int(generator.integers(max(others, 1)))  # before the pixels' chance, which frozen states do not need
+        yield row
+        for step in range(min(others, REPLACEMENTS)):
+            yield (row + 1 + (start + step) % others) % len(self)
 
     def _item(self, messages: Messages, generator: np.random.Generator) -> dict[str, Any]:
         item = self.tokenize(messages)  # before any video is decoded

@@ -221,7 +221,8 @@ def plan_states(
     folder = Path(folder)
     description = describe_states(model, processor, dtype)
     index = {}
-    if folder.exists() and any(folder.iterdir()):
+    # a hidden file is being written by another process, or was by one that was killed
+    if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
         check_description(folder, read_description(folder), description)
         index = _index_shards(folder)
     missing, broken, count = {}, {}, 0

@@ -129,7 +129,7 @@ def device_name(device: torch.device) -> str:
 
 def versions() -> dict[str, str]:
     packages = {}
-    for name in ("torch", "transformers", "accelerate", "datasets", "peft", "av"):
+    for name in ("torch", "transformers", "huggingface_hub", "accelerate", "datasets", "peft", "bitsandbytes", "av"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             packages[name] = importlib.metadata.version(name)
     return {"bt_adapter_hf": __version__, "python": platform.python_version(), **packages}
@@ -159,8 +159,9 @@ def plot_losses(log_history: list[dict[str, float]], path: str | os.PathLike) ->
     figure = Figure(figsize=(9, 3.2 * len(panels)), layout="constrained")
     for axes, (title, series) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
         for name, points in series.items():
-            # An evaluation may be the only one.
-            axes.plot(*zip(*points, strict=True), label=name, marker="o" if name.startswith("eval_") else None)
+            # A line needs two points, and evaluations are few.
+            marker = "o" if len(points) == 1 or name.startswith("eval_") else None
+            axes.plot(*zip(*points, strict=True), label=name, marker=marker)
         axes.set(ylabel=title, xlabel="step")
         axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
         axes.grid(alpha=0.3)

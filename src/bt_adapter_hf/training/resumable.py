@@ -6,7 +6,7 @@ import re
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data.broken import BrokenItemsLog
+from ..data.chunk_store import discard
 from ..data.order import EpochOrder, OrderSampler
 from .arguments import ResumableArguments
 from .checkpoint import (
@@ -151,11 +152,15 @@ class ResumableTrainer(ObservabilityMixin, HubPushMixin, Trainer):
         # Trainer.train writes the special tokens of its processing_class over those of the text config. A CLIP text
         # tower pools by `eos_token_id`, where 2 stands for its original rule: the saved model would pool otherwise.
         processing_class, self.processing_class = self.processing_class, None
+        start = self._start.consumed
+        stop = start + self._remaining_steps() * self._step_rows
         try:
-            with self._fetching(self.train_dataset.table, "train", self._order(), self._start.consumed):
+            with self._fetching(self.train_dataset.table, "train", self._order(), start, stop):
                 return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         finally:
             self.processing_class = processing_class
+            if self.accelerator.is_local_main_process:
+                self._discard_store("eval")
 
     # Order. Trainer sees one epoch, as long as what remains of the run.
 
@@ -216,8 +221,21 @@ class ResumableTrainer(ObservabilityMixin, HubPushMixin, Trainer):
         loader.base_dataloader.generator = torch.Generator().manual_seed(self.args.seed)
         return loader
 
+    def _store_folder(self, name: str) -> Path:
+        # of each node one, told apart where they share the output folder
+        node = self.args.process_index - self.args.local_process_index
+        return Path(self.args.output_dir) / "chunks" / f"{name}-{node}"
+
+    def _discard_store(self, name: str) -> None:
+        folder = self._store_folder(name)
+        discard(folder)
+        with suppress(OSError):  # not there, or another store is in it
+            folder.parent.rmdir()
+
     @contextmanager
-    def _fetching(self, table, name: str, order: EpochOrder | None = None, position: int = 0) -> Iterator[None]:
+    def _fetching(
+        self, table, name: str, order: EpochOrder | None = None, position: int = 0, stop: int | None = None
+    ) -> Iterator[None]:
         """While rows are read: a table that is not on the disk is fetched, within `args.max_disk`, ahead of them."""
         if not table.needs_store:
             yield
@@ -227,20 +245,24 @@ class ResumableTrainer(ObservabilityMixin, HubPushMixin, Trainer):
                 f"A step takes {self._step_rows} rows, more than chunk_rows={self.args.chunk_rows}, which are fetched "
                 f"together: set chunk_rows to at least {self._step_rows}."
             )
-        # of each node one, told apart where they share the output folder
-        node = self.args.process_index - self.args.local_process_index
-        folder = Path(self.args.output_dir) / "chunks" / f"{name}-{node}"
+        outer = table.store  # of the training on a table that is evaluated too
         with self.accelerator.local_main_process_first():
             is_main = self.accelerator.is_local_main_process
-            store = table.use_store(folder, self.args.max_disk, order, position, is_main)
+            folder = self._store_folder(name)
+            store = table.use_store(folder, self.args.max_disk, order, position, stop, is_main)
         try:
             yield
         finally:
-            store.close()
+            table.store = outer
+            store.close(keep=True)
+            # an evaluation in training leaves what there was room for to the next one
+            if is_main and not (name == "eval" and self.is_in_train):
+                self._discard_store(name)
 
     def evaluation_loop(self, dataloader, *args, **kwargs):
         self._evaluated = 0
-        with self._fetching(dataloader.dataset.table, "eval"):
+        table = dataloader.dataset.table
+        with self._fetching(table, "eval", stop=len(table)):
             return super().evaluation_loop(dataloader, *args, **kwargs)
 
     def set_initial_training_values(self, args, dataloader):

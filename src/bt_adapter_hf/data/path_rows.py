@@ -1,0 +1,131 @@
+"""Tables that name their videos: csv, jsonl and parquet files of paths and addresses."""
+
+import csv
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .files import PEEK_BYTES, FoundFiles, open_file
+from .media import Media, open_media
+from .readers import (
+    TEXT_COLUMNS,
+    VIDEO_COLUMNS,
+    WEBVID_COLUMNS,
+    ColumnError,
+    Reader,
+    Record,
+    RowReader,
+    ShardReader,
+    clean_texts,
+    digest,
+    in_threads,
+    pick_column,
+    slices,
+)
+
+
+if TYPE_CHECKING:
+    import datasets
+
+# Reader of `datasets` and its options for each kind of table file that names its videos.
+READERS = {
+    ".jsonl": ("json", {}),
+    ".json": ("json", {}),
+    # Captions and file names are text: "None", "NA" and "null" are words here.
+    ".csv": ("csv", {"keep_default_na": False}),
+    ".tsv": ("csv", {"keep_default_na": False, "sep": "\t"}),
+    ".parquet": ("parquet", {}),
+}
+
+
+def table_of_paths(
+    files: FoundFiles, video_column: str | None, text_column: str | None, media_root: str | Path | None
+) -> Reader:
+    """A table whose rows name their videos. `datasets` keeps it as a memory-mapped file."""
+    import datasets
+    import pyarrow.compute as pc
+
+    reader, options = READERS[files.suffix]
+    if reader == "csv":
+        options = {**options, "features": _all_strings(files.paths[0], options.get("sep", ","))}
+    rows = datasets.load_dataset(reader, data_files=files.paths, split="train", **options)
+    if len(rows) == 0:
+        raise ValueError("it has no rows")
+    columns = rows.column_names
+    webvid = video_column is None and WEBVID_COLUMNS <= set(columns)
+    if webvid:
+        video_columns = ["page_dir", "videoid"]
+        text_column = text_column or "name"
+    else:
+        video_columns = [pick_column(columns, video_column, VIDEO_COLUMNS, "video")]
+    text_column = pick_column(columns, text_column, TEXT_COLUMNS, "text")
+    rows = rows.select_columns([*video_columns, text_column])
+    media = open_media(files, media_root)
+    paths = rows.data.column(video_columns[0])
+    if not webvid and str(paths.type) not in ("string", "large_string"):
+        raise ColumnError(f"has {paths.type} in its video column {video_columns[0]!r}, expected paths or URLs.")
+    reader = PathRows(rows, video_columns, text_column, media)
+    if media.is_local("") and not pc.any(pc.match_substring(paths, "://")).as_py():
+        return reader
+    return FetchedRows(reader)
+
+
+def _all_strings(path: str, separator: str) -> "datasets.Features | None":
+    """Features of a csv: every column is text, so that "007" and a folder 001 stay what they are."""
+    import datasets
+
+    with open_file(path, PEEK_BYTES) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+        header = next(csv.reader(text, delimiter=separator), [])
+    if not header:
+        raise ValueError("it has no header line")
+    if len(set(header)) < len(header):
+        raise ValueError(f"its header names a column twice: {', '.join(header)}")
+    return datasets.Features({name: datasets.Value("string") for name in header})
+
+
+class PathRows(RowReader):
+    """Rows of a table in a memory-mapped file; the videos are local files or members of local archives."""
+
+    def __init__(self, rows: "datasets.Dataset", video_columns: list[str], text_column: str, media: Media):
+        self.rows, self.video_columns, self.text_column, self.media = rows, video_columns, text_column, media
+        self.shard_rows = [len(rows)]
+        self.fingerprint = digest(self.video_columns, text_column, *(batch for batch in rows.iter(10_000)))
+
+    def name(self, shard: int, index: int) -> str | None:
+        return self._name(self.rows[index])
+
+    def _name(self, row: dict[str, Any]) -> str | None:
+        parts = [row[column] for column in self.video_columns]
+        if None in parts:
+            return None
+        return parts[0] if len(parts) == 1 else f"{parts[0]}/{parts[1]}.mp4"
+
+    def read(self, shard: int, index: int) -> Record:
+        return self.load(self.rows[index])
+
+    def load(self, row: dict[str, Any]) -> Record:
+        name, texts = self._name(row), clean_texts(row[self.text_column])
+        if not name:
+            return Record(None, "", texts, "The row names no video.")
+        return self.media.record(name, texts)
+
+    def texts(self) -> Iterator[list[str]]:
+        for row in self.rows.select_columns(self.text_column):
+            yield clean_texts(row[self.text_column])
+
+
+class FetchedRows(ShardReader):
+    """Slices of a table whose videos are fetched one by one."""
+
+    def __init__(self, table: PathRows):
+        self.table = table
+        self.slices = slices(len(table.rows))
+        self.shard_rows = [len(rows) for rows in self.slices]
+        self.fingerprint = table.fingerprint
+
+    def read_shard(self, shard: int) -> Iterator[Record]:
+        yield from in_threads(self.table.load, self.table.rows.select(self.slices[shard]))
+
+    def texts(self) -> Iterator[list[str]]:
+        return self.table.texts()

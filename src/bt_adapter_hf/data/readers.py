@@ -1,0 +1,116 @@
+"""What the readers of all kinds of tables share: rows, columns, and the interface that tables and stores ask for."""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
+
+
+VIDEO_COLUMNS = ("video", "file_name", "path", "video_path")
+TEXT_COLUMNS = ("text", "caption", "captions", "sentence", "sentences")
+# Both layouts in which WebVid was published; the video is page_dir/videoid.mp4, the text is name.
+WEBVID_COLUMNS = {"videoid", "page_dir", "name"}
+
+ROWS_PER_SHARD = 1000  # of a table that has no shards of its own
+THREADS = 16  # that wait for a network at the same time
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Record(NamedTuple):
+    """One row: the video (bytes, or path of a local file), its name, its texts; or the problem that it has."""
+
+    video: bytes | str | None
+    name: str
+    texts: list[str]
+    problem: str | None = None
+
+
+class Reader(ABC):
+    """What is behind a table.
+
+    Attributes:
+        shard_rows: number of rows of each shard.
+        fingerprint: hex digest of the rows.
+    """
+
+    shard_rows: list[int]
+    fingerprint: str
+
+    @abstractmethod
+    def texts(self) -> Iterator[list[str]]:
+        """The texts of all rows."""
+
+
+class RowReader(Reader):
+    """Reads any row where it is."""
+
+    @abstractmethod
+    def read(self, shard: int, index: int) -> Record: ...
+
+    @abstractmethod
+    def name(self, shard: int, index: int) -> str | None: ...
+
+
+class ShardReader(Reader):
+    """Reads one shard after the other, for a `ChunkStore`."""
+
+    @abstractmethod
+    def read_shard(self, shard: int) -> Iterator[Record]:
+        """The rows of a shard in order, as many as counted. Broken rows are records with a problem.
+
+        Raises:
+            OSError, ValueError: the shard cannot be read, or has changed since it was counted.
+        """
+
+
+class ColumnError(ValueError):
+    """The table lacks a column."""
+
+
+def pick_column(found: Iterable[str], wanted: str | None, defaults: tuple[str, ...], kind: str) -> str:
+    found = list(found)
+    for name in (wanted,) if wanted is not None else defaults:
+        if name in found:
+            return name
+    looked_for = repr(wanted) if wanted is not None else f"any of {', '.join(defaults)}"
+    raise ColumnError(
+        f"has no {kind} column: looked for {looked_for}, found {', '.join(found)}. Name it with {kind}_column."
+    )
+
+
+def clean_texts(value: Any) -> list[str]:
+    texts = value if isinstance(value, list) else [value]
+    return [str(text) for text in texts if text is not None and str(text).strip()]
+
+
+def slices(rows: int) -> list[range]:
+    """So many rows, cut into shards."""
+    return [range(start, min(start + ROWS_PER_SHARD, rows)) for start in range(0, rows, ROWS_PER_SHARD)]
+
+
+def digest(*parts: Any) -> str:
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(json.dumps(part, ensure_ascii=False, default=str).encode())
+        found.update(b"\n")
+    return found.hexdigest()
+
+
+def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """`map` in threads, in order, holding no more than twice as many results as there are threads."""
+    pending = deque()
+    executor = ThreadPoolExecutor(THREADS)
+    try:
+        for item in items:
+            pending.append(executor.submit(function, item))
+            if len(pending) == 2 * THREADS:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        executor.shutdown(cancel_futures=True)
