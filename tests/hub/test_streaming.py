@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from bt_adapter_hf.cli.main import main
 from bt_adapter_hf.data.order import EpochOrder
 from bt_adapter_hf.data.sources import load_table
+from tests.hub.server import OTHER_TOKEN
 from tests.hub.video_datasets import FORMS, PART, ROWS, Clips, put
 
 
@@ -45,6 +46,15 @@ def test_a_pinned_revision_is_the_one_that_is_read(hub, tmp_path, clips):
         assert (len(table), table.revision) == (ROWS, commit)
     with pytest.raises(ValueError, match="v2"):
         load_table(REPO, revision="v2")
+
+
+@pytest.mark.parametrize("source", [REPO, f"hf://datasets/{REPO}/data/*.parquet"])
+def test_a_gated_dataset_says_where_to_ask(hub, clips, monkeypatch, source):
+    hub.create(REPO, repo_type="dataset", gated=True)
+    put(hub, clips, "parquet", REPO)
+    monkeypatch.setenv("HF_TOKEN", OTHER_TOKEN)
+    with pytest.raises(ValueError, match=rf"{REPO}'? is (a )?gated.* at .*/datasets/{REPO} "):
+        load_table(source)
 
 
 def test_of_parquet_only_the_two_columns_are_read(hub, tmp_path, clips):

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ..hub_access import explain, http_cause, is_transient
+from .files import repository
 from .order import Chunk
 
 
@@ -372,7 +373,7 @@ def fetch() -> None:
 
 def _reason(error: Exception, source: str) -> str:
     """What went wrong; without addresses of the storage, which are signed."""
-    return explain(error, source) if http_cause(error) else f"{type(error).__name__}: {error}"
+    return explain(error, repository(source)) if http_cause(error) else f"{type(error).__name__}: {error}"
 
 
 def _end_with(parent: int) -> None:

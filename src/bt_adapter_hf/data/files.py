@@ -118,6 +118,12 @@ def find_files(
     )
 
 
+def repository(source: str) -> str:
+    """A dataset by id or hf:// path as in addresses of the Hub, "datasets/owner/name"; others as they are."""
+    match = re.match(r"(?:hf://datasets/)?([^/@:]+/[^/@:]+)", source)
+    return source if match is None or Path(source).exists() else f"datasets/{match[1]}"
+
+
 def pin(path: str) -> str:
     """An hf:// path with the commit that its branch stands at; other paths as they are."""
     if not path.startswith("hf://datasets/"):

@@ -10,7 +10,7 @@ import numpy as np
 from ..hub_access import explain, http_cause
 from ..import_utils import require_package
 from ..video_errors import VideoError
-from .files import find_files
+from .files import find_files, repository
 from .media import open_media
 from .parquet_shards import ParquetShards
 from .path_rows import READERS, table_of_paths
@@ -194,7 +194,7 @@ def load_table(
             raise ValueError(f"The table {source} has no rows.") from error
         # `datasets` hides what happened in the cause; our own errors say it themselves
         cause = isinstance(error, datasets.exceptions.DatasetsError) and error.__cause__ or error
-        reason = explain(error, source, revision) if http_cause(error) else str(cause) or repr(cause)
+        reason = explain(error, repository(source), revision) if http_cause(error) else str(cause) or repr(cause)
         raise ValueError(f"Cannot read the table {source}: {reason}") from error
     if sum(reader.shard_rows) == 0:
         raise ValueError(f"The table {source} has no rows.")
