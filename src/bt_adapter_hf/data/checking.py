@@ -19,8 +19,8 @@ from ..video_decoding import BTAdapterVideoMetadata
 from ..video_io import VideoError, load_video
 from .broken import BrokenItem, count_reasons
 from .decoding_process import DecodingProcess
-from .files import PEEK_BYTES, is_remote, open_file
-from .instructions import InstructionDataset, InstructionTable, UnusableRow, split_hub_file, visuals_of
+from .files import PEEK_BYTES, is_remote, open_file, split_hub_path
+from .instructions import InstructionDataset, InstructionTable, UnusableRow, visuals_of
 from .sources import BrokenRowError, PairTable, Record
 
 
@@ -333,7 +333,7 @@ def holds_conversations(source: str, revision: str | None = None) -> bool:
         return False
     try:
         if is_remote(source):
-            repo, written, path = split_hub_file(source)
+            repo, written, path = split_hub_path(source)
             at = (written or revision or "main").replace("/", "%2F")
             source = f"hf://datasets/{repo}@{at}/{path}"
         with open_file(str(Path(source).expanduser()) if not is_remote(source) else source, PEEK_BYTES) as file:

@@ -100,7 +100,8 @@ def find_files(
             raise FileNotFoundError("no such file or folder, and not the id of a Hub dataset")
         return _by_builder(source, suffixes, split, config_name, _commit(source, revision))
     if source.startswith("hf://"):
-        repo, commit, inside = _split_hub_path(source, revision)
+        repo, written, inside = split_hub_path(source)
+        commit = _commit(repo, written or revision)
         if not inside:
             return _by_builder(repo, suffixes, split, config_name, commit)
         base = f"hf://datasets/{repo}@{commit}"
@@ -128,17 +129,21 @@ def pin(path: str) -> str:
     """An hf:// path with the commit that its branch stands at; other paths as they are."""
     if not path.startswith("hf://datasets/"):
         return path
-    repo, commit, inside = _split_hub_path(path, None)
-    return f"hf://datasets/{repo}@{commit}/{inside}"
+    repo, revision, inside = split_hub_path(path)
+    return f"hf://datasets/{repo}@{_commit(repo, revision)}/{inside}"
 
 
-def _split_hub_path(path: str, revision: str | None) -> tuple[str, str, str]:
-    """(repo, commit, path inside) of hf://datasets/owner/name[@revision]/path."""
+def split_hub_path(path: str) -> tuple[str, str | None, str]:
+    """(repository, revision, path inside, maybe empty) of `hf://datasets/owner/name[@revision]/path`.
+
+    Raises:
+        ValueError: for an address of another kind.
+    """
     match = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/?(.*)", path)
     if match is None:
-        raise ValueError("expected hf://datasets/owner/name/path")
-    repo, written, inside = match.groups()
-    return repo, _commit(repo, written.replace("%2F", "/") if written else revision), inside
+        raise ValueError("a table is a file on the disk or on the Hub, hf://datasets/owner/name/path: download it")
+    repo, revision, inside = match.groups()
+    return repo, revision and revision.replace("%2F", "/"), inside
 
 
 def _commit(repo: str, revision: str | None) -> str:

@@ -25,7 +25,7 @@ from ..video_errors import VideoError, VideoNotFoundError
 from .archives import ARCHIVE_SUFFIXES, MediaArchives
 from .broken import BrokenItem, BrokenItemsError
 from .decoding_process import DecodingProcess
-from .files import find_files, is_remote
+from .files import find_files, is_remote, repository, split_hub_path
 
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ def load_instructions(
                 raise ValueError(f"it holds a {type(rows).__name__}, and no list of rows")
             rows = [json.dumps(row) for row in rows]
     except (OSError, ValueError, HTTPError) as error:
-        reason = explain(error, f"datasets/{split_hub_file(source)[0]}", revision) if http_cause(error) else error
+        reason = explain(error, repository(source), revision) if http_cause(error) else error
         raise ValueError(f"Cannot read the table {source}: {reason}") from error
     if not rows:
         raise ValueError(f"The table {source} has no rows.")
@@ -242,24 +242,13 @@ def load_instructions(
 
 def _download(source: str, revision: str | None) -> tuple[Path, str]:
     """A table on the Hub: the local copy, and its commit."""
-    repo, written, path = split_hub_file(source)
+    repo, written, path = split_hub_path(source)
+    if not path:
+        raise ValueError(f"it is a repository; name a file in it, hf://datasets/{repo}/path")
     file = retried(
         lambda: hf_hub_download(repo, path, repo_type="dataset", revision=written or revision), f"Downloading {source}"
     )
     return Path(file), re.search(r"snapshots[/\\]([0-9a-f]{40})[/\\]", file)[1]
-
-
-def split_hub_file(source: str) -> tuple[str, str | None, str]:
-    """(repository, revision, path inside) of `hf://datasets/owner/name[@revision]/path`.
-
-    Raises:
-        ValueError: for an address of another kind.
-    """
-    match = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", source)
-    if match is None:
-        raise ValueError("a table is a file on the disk or on the Hub, hf://datasets/owner/name/path: download it")
-    repo, revision, path = match.groups()
-    return repo, revision and revision.replace("%2F", "/"), path
 
 
 def _open_media(root: str | Path | None) -> Path | MediaArchives:

@@ -18,10 +18,10 @@ from ..data.broken import count_reasons, read_broken
 from ..data.instructions import InstructionTable
 from ..data.sources import PairTable
 from ..import_utils import require_package
+from ..model_card import SUMMARY_NAME
 from .resumable import ResumableTrainer
 
 
-SUMMARY_NAME = "run_summary.json"
 PLOT_NAME = "losses.png"
 # Fields of `TrainingArguments` that a reader looks for, whether or not they were changed.
 TRAINING_FIELDS = (
