@@ -21,7 +21,7 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, L
 from bt_adapter_hf import BTAdapterLlavaConfig, BTAdapterLlavaForConditionalGeneration, BTAdapterLlavaProcessor
 from bt_adapter_hf.assets import default_chat_model_path
 from bt_adapter_hf.data.instructions import InstructionCollator, InstructionDataset, load_instructions
-from bt_adapter_hf.processing_bt_adapter_chat import _video_processor
+from bt_adapter_hf.models.processing_bt_adapter_chat import _video_processor
 from bt_adapter_hf.training.frozen_states import FrozenStates, build_states, plan_states
 from bt_adapter_hf.training.instruction_tuning import InstructionArguments, InstructionTrainer, prepare_for_tuning
 

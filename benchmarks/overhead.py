@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from bt_adapter_hf import BTAdapterVisionModel
-from bt_adapter_hf.modeling_bt_adapter_pretraining import random_tube_mask
+from bt_adapter_hf.models.modeling_bt_adapter_pretraining import random_tube_mask
 
 
 BACKBONES = {

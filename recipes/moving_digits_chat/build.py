@@ -64,7 +64,7 @@ from bt_adapter_hf.data.moving_digits_chat import (
     write_chat_clips,
 )
 from bt_adapter_hf.evaluation.controls import reverse_frames, shuffle_frames
-from bt_adapter_hf.modeling_bt_adapter_llava import BTAdapterLlavaModel
+from bt_adapter_hf.models.modeling_bt_adapter_llava import BTAdapterLlavaModel
 from bt_adapter_hf.training.arguments import BTAdapterTrainingArguments
 from bt_adapter_hf.training.resumable import parameter_groups
 

@@ -5,36 +5,37 @@ Importing the package is cheap: names are loaded on first use, and torch with th
 
 import importlib
 
-from ._auto_registration import install
+from .models.registration import install
 
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "configuration_bt_adapter": ("BTAdapterConfig", "BTAdapterVisionConfig"),
-    "configuration_bt_adapter_chat": (
+    "models.configuration_bt_adapter": ("BTAdapterConfig", "BTAdapterVisionConfig"),
+    "models.configuration_bt_adapter_chat": (
         "BTAdapterInstructBlipConfig",
         "BTAdapterLlavaConfig",
         "BTAdapterMiniGPT4Config",
     ),
-    "modeling_bt_adapter": ("BTAdapterModel", "BTAdapterVisionModel"),
-    "modeling_bt_adapter_instructblip": ("BTAdapterInstructBlipForConditionalGeneration",),
-    "modeling_bt_adapter_llava": ("BTAdapterLlavaForConditionalGeneration", "llava_projector"),
-    "modeling_bt_adapter_minigpt4": ("BTAdapterMiniGPT4ForConditionalGeneration",),
-    "modeling_bt_adapter_pretraining": ("BTAdapterForPreTraining",),
-    "processing_bt_adapter": ("BTAdapterProcessor",),
-    "processing_bt_adapter_chat": (
+    "models.modeling_bt_adapter": ("BTAdapterModel",),
+    "models.modeling_bt_adapter_vision": ("BTAdapterVisionModel",),
+    "models.modeling_bt_adapter_instructblip": ("BTAdapterInstructBlipForConditionalGeneration",),
+    "models.modeling_bt_adapter_llava": ("BTAdapterLlavaForConditionalGeneration", "llava_projector"),
+    "models.modeling_bt_adapter_minigpt4": ("BTAdapterMiniGPT4ForConditionalGeneration",),
+    "models.modeling_bt_adapter_pretraining": ("BTAdapterForPreTraining",),
+    "models.processing_bt_adapter": ("BTAdapterProcessor",),
+    "models.processing_bt_adapter_chat": (
         "BTAdapterInstructBlipProcessor",
         "BTAdapterLlavaProcessor",
         "BTAdapterMiniGPT4Processor",
     ),
-    "video_processing_bt_adapter": ("BTAdapterVideoProcessor",),
-    "adapters": ("get_bt_adapter_model", "load_bt_adapter", "save_bt_adapter", "unload_bt_adapter"),
-    "lora": ("lora_config",),
-    "quantization": ("quantization_config",),
+    "models.video_processing_bt_adapter": ("BTAdapterVideoProcessor",),
+    "adapters.verbs": ("get_bt_adapter_model", "load_bt_adapter", "save_bt_adapter", "unload_bt_adapter"),
+    "adapters.lora": ("lora_config",),
+    "adapters.quantization": ("quantization_config",),
     "conversion": ("convert_original_checkpoint",),
-    "hub": ("push_to_hub", "save_with_code"),
-    "video_io": ("VideoError", "available_video_backends", "load_video"),
+    "hub.push": ("push_to_hub", "save_with_code"),
+    "models.video_io": ("VideoError", "available_video_backends", "load_video"),
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 

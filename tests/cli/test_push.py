@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Warnings while validating metada
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr("bt_adapter_hf.hub_access.RETRY_WAITS", [0.01])
+    monkeypatch.setattr("bt_adapter_hf.hub.access.RETRY_WAITS", [0.01])
 
 
 def test_push_and_load(hub, tiny_checkpoint, capsys):  # noqa: F811

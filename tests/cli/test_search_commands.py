@@ -12,8 +12,8 @@ from PIL import Image
 
 from bt_adapter_hf import BTAdapterModel
 from bt_adapter_hf.cli.main import main
-from bt_adapter_hf.encoding import VideoEncoder
-from bt_adapter_hf.indexing import VideoIndex
+from bt_adapter_hf.search.encoding import VideoEncoder
+from bt_adapter_hf.search.index import VideoIndex
 
 
 @pytest.fixture

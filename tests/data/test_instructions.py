@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bt_adapter_hf import BTAdapterLlavaProcessor, video_io
+from bt_adapter_hf import BTAdapterLlavaProcessor
 from bt_adapter_hf.assets import default_chat_model_path
 from bt_adapter_hf.data.broken import BrokenItemsError
 from bt_adapter_hf.data.instructions import (
@@ -21,7 +21,8 @@ from bt_adapter_hf.data.instructions import (
     longest_conversation,
     visuals_of,
 )
-from bt_adapter_hf.processing_bt_adapter_chat import BTAdapterInstructBlipProcessor, BTAdapterMiniGPT4Processor
+from bt_adapter_hf.models import video_io
+from bt_adapter_hf.models.processing_bt_adapter_chat import BTAdapterInstructBlipProcessor, BTAdapterMiniGPT4Processor
 from tests import clip_tools
 from tests.chat import tiny_hosts
 from tests.chat.tiny_hosts import PATCHES, QUERIES

@@ -16,8 +16,8 @@ from bt_adapter_hf import (
     lora_config,
     save_bt_adapter,
 )
-from bt_adapter_hf.hub import push_to_hub
-from bt_adapter_hf.model_card import MARKER, model_card
+from bt_adapter_hf.hub.card import MARKER, model_card
+from bt_adapter_hf.hub.push import push_to_hub
 from tests import tiny_pairs
 from tests.chat import saved_hosts
 from tests.hub import metadata
@@ -293,6 +293,6 @@ def test_figures_of_a_card_are_those_of_its_recipe(name):
 
 
 def test_the_template_of_the_package_is_the_one_beside_the_cards():
-    from bt_adapter_hf.model_card import TEMPLATE
+    from bt_adapter_hf.hub.card import TEMPLATE
 
     assert (ROOT / "model_cards" / "template.md").read_text() == TEMPLATE.read_text()

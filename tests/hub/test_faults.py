@@ -17,10 +17,10 @@ import torch
 from transformers import CLIPModel
 
 from bt_adapter_hf import BTAdapterModel, get_bt_adapter_model, load_bt_adapter, save_bt_adapter
-from bt_adapter_hf.adapters import AdapterError, find_tower
+from bt_adapter_hf.adapters.verbs import AdapterError, find_tower
 from bt_adapter_hf.data.chunk_store import ChunkStoreError
 from bt_adapter_hf.data.sources import load_table
-from bt_adapter_hf.hub import PushError, push_to_hub
+from bt_adapter_hf.hub.push import PushError, push_to_hub
 from tests import tiny_pairs
 from tests.hub.video_datasets import Clips, put
 
@@ -84,7 +84,7 @@ def outcome(results: list, action: str, case: Case, run: Callable[[], Any]) -> A
 @pytest.fixture
 def quick(monkeypatch) -> None:
     """Waits of our own between two tries, which are seconds otherwise."""
-    monkeypatch.setattr("bt_adapter_hf.hub_access.RETRY_WAITS", [0.05, 0.1, 0.2])
+    monkeypatch.setattr("bt_adapter_hf.hub.access.RETRY_WAITS", [0.05, 0.1, 0.2])
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from bt_adapter_hf import (
     lora_config,
     save_bt_adapter,
 )
-from bt_adapter_hf.adapter_files import AdapterError
-from bt_adapter_hf.hub import push_to_hub
+from bt_adapter_hf.adapters.files import AdapterError
+from bt_adapter_hf.hub.push import push_to_hub
 from tests import tiny_pairs
 from tests.chat import saved_hosts, tiny_hosts
 from tests.hub.clients import run_python
@@ -32,7 +32,7 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Retries without waiting."""
-    monkeypatch.setattr("bt_adapter_hf.hub_access.RETRY_WAITS", [0.01, 0.01, 0.01])
+    monkeypatch.setattr("bt_adapter_hf.hub.access.RETRY_WAITS", [0.01, 0.01, 0.01])
 
 
 def clip(seed: int = 0) -> CLIPModel:

@@ -27,7 +27,7 @@ from bt_adapter_hf import (
     lora_config,
     save_bt_adapter,
 )
-from bt_adapter_hf.hub import PushError, push_to_hub
+from bt_adapter_hf.hub.push import PushError, push_to_hub
 from tests import tiny_pairs
 from tests.chat import saved_hosts, tiny_hosts
 
@@ -47,7 +47,7 @@ HOSTS = {
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Retries without waiting."""
-    monkeypatch.setattr("bt_adapter_hf.hub_access.RETRY_WAITS", [0.01, 0.01, 0.01])
+    monkeypatch.setattr("bt_adapter_hf.hub.access.RETRY_WAITS", [0.01, 0.01, 0.01])
 
 
 @pytest.fixture(scope="module")

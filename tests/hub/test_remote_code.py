@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from bt_adapter_hf import BTAdapterModel
-from bt_adapter_hf.hub import push_to_hub
+from bt_adapter_hf.hub.push import push_to_hub
 from tests import tiny_pairs
 from tests.chat import saved_hosts, tiny_hosts
 from tests.hub.clients import run_python

@@ -12,7 +12,7 @@ from transformers import CLIPModel
 
 from bt_adapter_hf import get_bt_adapter_model, load_bt_adapter, save_bt_adapter
 from bt_adapter_hf.data.sources import load_table
-from bt_adapter_hf.hub import push_to_hub
+from bt_adapter_hf.hub.push import push_to_hub
 from tests import tiny_pairs
 from tests.hub.clients import run_python
 from tests.hub.server import TOKEN
@@ -75,7 +75,7 @@ def fails(action: Callable[[], object], token: str) -> None:
 
 @pytest.mark.parametrize("token", [TOKEN, WRONG], ids=["valid", "wrong"])
 def test_push(hub, nowhere, monkeypatch, adapter_folder, token):
-    monkeypatch.setattr("bt_adapter_hf.hub_access.RETRY_WAITS", [0.05])
+    monkeypatch.setattr("bt_adapter_hf.hub.access.RETRY_WAITS", [0.05])
     monkeypatch.setenv("HF_TOKEN", token)
     if token == TOKEN:
         push_to_hub(adapter_folder, ADAPTER)
@@ -112,7 +112,7 @@ def test_a_token_in_a_file_is_not_published(hub, adapter_folder):
 
 @pytest.mark.parametrize("token", [TOKEN, WRONG], ids=["valid", "wrong"])
 def test_pull(hub, nowhere, monkeypatch, clip, adapter_folder, token):
-    monkeypatch.setattr("bt_adapter_hf.hub_access.RETRY_WAITS", [0.05])
+    monkeypatch.setattr("bt_adapter_hf.hub.access.RETRY_WAITS", [0.05])
     monkeypatch.setenv("HF_TOKEN", token)
     hub.create(ADAPTER, private=True)
     hub.put_files(ADAPTER, adapter_folder)

@@ -13,7 +13,7 @@ from transformers import set_seed
 from bt_adapter_hf import BTAdapterModel, BTAdapterProcessor
 from bt_adapter_hf.cli.main import main
 from bt_adapter_hf.data.pairs import PairCollator, PairDataset, load_table
-from bt_adapter_hf.hub import PushError
+from bt_adapter_hf.hub.push import PushError
 from bt_adapter_hf.training.arguments import BTAdapterTrainingArguments
 from bt_adapter_hf.training.trainer import BTAdapterTrainer
 from tests import tiny_instructions, tiny_pairs
@@ -36,7 +36,7 @@ def clips(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Retries without waiting."""
-    monkeypatch.setattr("bt_adapter_hf.hub_access.RETRY_WAITS", [0.01, 0.01, 0.01])
+    monkeypatch.setattr("bt_adapter_hf.hub.access.RETRY_WAITS", [0.01, 0.01, 0.01])
 
 
 def make_trainer(clips, output_dir, **options) -> BTAdapterTrainer:

@@ -7,7 +7,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from bt_adapter_hf import BTAdapterForPreTraining
 from bt_adapter_hf.conversion import convert_original_checkpoint
 from bt_adapter_hf.conversion.names import rename_from_released
-from bt_adapter_hf.modeling_bt_adapter_pretraining import random_tube_mask
+from bt_adapter_hf.models.modeling_bt_adapter_pretraining import random_tube_mask
 from tests.parity.golden import FOLDER, Golden, cases, patch_major
 
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from benchmarks.saved_memory import saved_memory
-from bt_adapter_hf.modeling_bt_adapter_pretraining import BTAdapterPreTrainingFeatures
+from bt_adapter_hf.models.modeling_bt_adapter_pretraining import BTAdapterPreTrainingFeatures
 from bt_adapter_hf.training.cached_gradients import cached_gradient_step
 from tests import tiny_pairs
 

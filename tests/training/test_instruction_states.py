@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bt_adapter_hf import VideoError, video_io
+from bt_adapter_hf import VideoError
+from bt_adapter_hf.adapters.host_modules import find_tower
 from bt_adapter_hf.data.instructions import load_instructions
-from bt_adapter_hf.host_modules import find_tower
+from bt_adapter_hf.models import video_io
 from bt_adapter_hf.training import frozen_states
 from bt_adapter_hf.training.frozen_states import FrozenStates, build_states, plan_states, selected_states, video_key
 from tests import tiny_instructions
@@ -104,7 +105,7 @@ def test_training_from_states_gives_the_same_losses(name, dtype, tolerance, tabl
         raise AssertionError("the backbone ran")
 
     monkeypatch.setattr(find_tower(trainer.model).vision_model, "forward", no_backbone)
-    monkeypatch.setattr("bt_adapter_hf.video_io.load_pyav", no_backbone)
+    monkeypatch.setattr("bt_adapter_hf.models.video_io.load_pyav", no_backbone)
     trainer.train()
     assert losses(trainer) == pytest.approx(losses(expected), rel=tolerance)
 

@@ -19,11 +19,11 @@ from bt_adapter_hf import (
     load_bt_adapter,
     quantization_config,
 )
+from bt_adapter_hf.adapters.host_modules import find_tower
 from bt_adapter_hf.assets import default_chat_model_path
 from bt_adapter_hf.data.broken import BrokenItemsError
 from bt_adapter_hf.data.instructions import InstructionCollator, InstructionDataset, load_instructions
 from bt_adapter_hf.data.moving_digits import MOTIONS, opposite, write_clips
-from bt_adapter_hf.host_modules import find_tower
 from bt_adapter_hf.training.frozen_states import FrozenStates, build_states, plan_states
 from bt_adapter_hf.training.instruction_tuning import (
     InstructionArguments,

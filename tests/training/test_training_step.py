@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.saved_memory import saved_memory
-from bt_adapter_hf.modeling_bt_adapter import BTAdapterLayer
+from bt_adapter_hf.models.modeling_bt_adapter_branch import BTAdapterLayer
 from tests import tiny_pairs
 from tests.training.run_pretraining import run
 from tests.training.test_cached_gradients import assert_equal_gradients, gradients, make_batch, make_model
@@ -83,7 +83,7 @@ def test_cached_gradients_in_the_trainer(clips, tmp_path):
 
 def test_contrast_keeps_its_digits_under_autocast():
     """At a temperature of 0.01 logits in bfloat16 would be off by up to 0.2."""
-    from bt_adapter_hf.modeling_bt_adapter_pretraining import contrastive_loss
+    from bt_adapter_hf.models.modeling_bt_adapter_pretraining import contrastive_loss
 
     x, y = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0)).unbind()
     y = x + 0.5 * y

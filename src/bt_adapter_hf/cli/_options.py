@@ -29,7 +29,7 @@ def add_device_option(parser: argparse.ArgumentParser) -> None:
 def load_encoder(args: argparse.Namespace):
     """The `VideoEncoder` that the model options describe."""
     quiet_transformers()
-    from ..encoding import VideoEncoder
+    from ..search.encoding import VideoEncoder
 
     return VideoEncoder.from_pretrained(
         args.model,

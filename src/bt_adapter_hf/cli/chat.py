@@ -107,8 +107,8 @@ def _find_model(args: argparse.Namespace):
 
     import bt_adapter_hf
 
-    from ..adapter_files import is_peft_folder
-    from ..adapter_source import resolve_adapter
+    from ..adapters.files import is_peft_folder
+    from ..adapters.source import resolve_adapter
     from ..assets import default_chat_model_path
 
     name = str(default_chat_model_path()) if args.model is None else args.model
@@ -157,7 +157,7 @@ def _look(file: str, processor) -> tuple[dict[str, Any], dict[str, Any]]:
             raise ValueError(f"'{file}' cannot be read as an image: {error}") from error
         return {"type": "image", "image": image}, {"file": file, "kind": "image"}
 
-    from ..video_io import load_video
+    from ..models.video_io import load_video
 
     rules = processor.video_processor
     frames, metadata = load_video(

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"the template '{args.template}' has no {{}} for the label to go.")
     if args.top < 1:
         raise ValueError(f"--top {args.top}: expected at least 1.")
-    from ..encoding import find_videos
+    from ..search.encoding import find_videos
 
     paths = find_videos(args.files)
     encoder = load_encoder(args)

@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     model = plan.build()
     with _Replacing(output) as folder:
         if args.to == "adapter":
-            from ..adapters import save_bt_adapter
+            from ..adapters.verbs import save_bt_adapter
 
             save_bt_adapter(model, folder, base_model_name_or_path=args.base, revision=args.revision)
         else:

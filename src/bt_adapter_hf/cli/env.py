@@ -55,7 +55,7 @@ def environment_report() -> dict:
     problems = [problem for name, module in CORE if (problem := _core_problem(name, module, torch_works)) is not None]
     decoders, decoder_error = _decoders()
     if decoder_error is not None and not problems:
-        problems.append(f"bt_adapter_hf.video_io does not import ({decoder_error})")
+        problems.append(f"bt_adapter_hf.models.video_io does not import ({decoder_error})")
     return {
         "bt_adapter_hf": _version("bt_adapter_hf"),
         "python": platform.python_version(),
@@ -140,7 +140,7 @@ def _devices() -> list[str]:
 def _decoders() -> tuple[dict[str, str | None], str | None]:
     """Each video backend with None, or what keeps it from being used; and why that cannot be told."""
     try:
-        from ..video_io import available_video_backends
+        from ..models.video_io import available_video_backends
     except Exception as error:  # whatever a broken torchvision raises inside transformers
         return {}, _one_line(error)
     return available_video_backends(), None

@@ -201,7 +201,7 @@ def load_model(args: argparse.Namespace, training_args):
 
     import bt_adapter_hf
 
-    from ..compat_bt_adapter import resolve_revision
+    from ..models.compat_bt_adapter import resolve_revision
 
     args.revision = resolve_revision(args.model, args.revision)  # one commit for model and processor
     processor, host = chat_processor(args, **({} if args.num_frames is None else {"num_frames": args.num_frames}))

@@ -25,8 +25,8 @@ def register(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..encoding import find_videos
-    from ..indexing import IndexWriter, check_writable
+    from ..search.encoding import find_videos
+    from ..search.index import IndexWriter, check_writable
 
     paths = find_videos(args.videos)
     check_writable(args.output)

@@ -207,7 +207,7 @@ def load_model(args: argparse.Namespace):
     from huggingface_hub.errors import StrictDataclassError
     from transformers.utils import logging
 
-    from ..compat_bt_adapter import resolve_revision
+    from ..models.compat_bt_adapter import resolve_revision
     from ..training.starting_point import load_starting_point
 
     args.revision = resolve_revision(args.model, args.revision)  # one commit for model and processor

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     quiet_transformers()
     import dataclasses
 
-    from ..hub import push_to_hub
+    from ..hub.push import push_to_hub
 
     pushed = push_to_hub(
         args.folder,

@@ -44,11 +44,11 @@ def run(args: argparse.Namespace) -> int:
 
     require_package("sklearn", "quickstart")
     quiet_transformers()
-    from ..contact_sheet import write_contact_sheet
     from ..data.moving_digits import MOTIONS, clip_caption, write_clips
-    from ..encoding import VideoEncoder
     from ..evaluation.moving_digits import evaluate_moving_digits, format_scores
-    from ..indexing import IndexWriter, VideoIndex, check_writable
+    from ..search.contact_sheet import write_contact_sheet
+    from ..search.encoding import VideoEncoder
+    from ..search.index import IndexWriter, VideoIndex, check_writable
 
     def say(text: str = "") -> None:
         if not args.json:

@@ -32,9 +32,9 @@ def register(subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     quiet_transformers()
-    from ..contact_sheet import check_sheet_path, write_contact_sheet
-    from ..encoding import VideoEncoder
-    from ..indexing import VideoIndex
+    from ..search.contact_sheet import check_sheet_path, write_contact_sheet
+    from ..search.encoding import VideoEncoder
+    from ..search.index import VideoIndex
 
     if args.sheet:
         check_sheet_path(args.sheet)

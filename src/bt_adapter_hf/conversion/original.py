@@ -19,10 +19,11 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ..adapters import find_tower, first_layers
-from ..configuration_bt_adapter import BACKBONE_TYPES, BTAdapterConfig, BTAdapterVisionConfig
-from ..modeling_bt_adapter import BTAdapterModel, BTAdapterPreTrainedModel, BTAdapterVisionModel
-from ..modeling_bt_adapter_pretraining import BTAdapterForPreTraining
+from ..adapters.verbs import find_tower, first_layers
+from ..models.configuration_bt_adapter import BACKBONE_TYPES, BTAdapterConfig, BTAdapterVisionConfig
+from ..models.modeling_bt_adapter import BTAdapterModel
+from ..models.modeling_bt_adapter_pretraining import BTAdapterForPreTraining
+from ..models.modeling_bt_adapter_vision import BTAdapterPreTrainedModel, BTAdapterVisionModel
 from .names import (
     LLAVA_PREFIX,
     Layout,

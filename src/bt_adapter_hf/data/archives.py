@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
-from ..video_errors import VideoAccessError, VideoNotFoundError
+from ..models.video_errors import VideoAccessError, VideoNotFoundError
 from .files import PEEK_BYTES, file_size, open_file
 
 

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..video_decoding import BTAdapterVideoMetadata
-from ..video_io import VideoError, load_video
+from ..models.video_decoding import BTAdapterVideoMetadata
+from ..models.video_io import VideoError, load_video
 from .broken import BrokenItem, count_reasons
 from .decoding_process import DecodingProcess
 from .files import PEEK_BYTES, is_remote, open_file, split_hub_path

@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from ..hub_access import explain, http_cause, is_transient
+from ..hub.access import explain, http_cause, is_transient
 from .files import repository
 from .order import Chunk
 

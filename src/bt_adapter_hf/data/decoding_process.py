@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..video_errors import VideoDecodeError, VideoTimeoutError
+from ..models.video_errors import VideoDecodeError, VideoTimeoutError
 
 
 # Arrays up to this size in sum go through shared memory; only what is used of it takes any.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from ..hub_access import retried
+from ..hub.access import retried
 from ..import_utils import require_package
 
 

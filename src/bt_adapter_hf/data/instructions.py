@@ -20,8 +20,8 @@ from PIL import Image
 from transformers import PreTrainedConfig
 from transformers.image_utils import load_image
 
-from ..hub_access import explain, http_cause, retried
-from ..video_errors import VideoError, VideoNotFoundError
+from ..hub.access import explain, http_cause, retried
+from ..models.video_errors import VideoError, VideoNotFoundError
 from .archives import ARCHIVE_SUFFIXES, MediaArchives
 from .broken import BrokenItem, BrokenItemsError
 from .decoding_process import DecodingProcess
@@ -29,7 +29,7 @@ from .files import find_files, is_remote, repository, split_hub_path
 
 
 if TYPE_CHECKING:
-    from ..processing_bt_adapter_chat import BTAdapterChatProcessorMixin
+    from ..models.processing_bt_adapter_chat import BTAdapterChatProcessorMixin
     from ..training.frozen_states import FrozenStates
 
 

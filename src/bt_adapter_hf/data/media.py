@@ -6,8 +6,8 @@ import urllib.error
 from glob import has_magic
 from pathlib import Path
 
-from ..video_download import download
-from ..video_errors import VideoAccessError, VideoDownloadError, VideoError, VideoNotFoundError
+from ..models.video_download import download
+from ..models.video_errors import VideoAccessError, VideoDownloadError, VideoError, VideoNotFoundError
 from .archives import ARCHIVE_SUFFIXES, MediaArchives
 from .files import FoundFiles, find_files, is_remote, join, open_file, pin
 from .readers import Record

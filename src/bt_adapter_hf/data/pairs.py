@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import default_collate
 
-from ..video_io import VideoError, load_video
+from ..models.video_io import VideoError, load_video
 from .broken import BrokenItem, BrokenItemsError
 from .chunk_store import ChunkStore
 from .decoding_process import DecodingProcess
@@ -16,7 +16,7 @@ from .sources import PairTable, load_table
 
 
 if TYPE_CHECKING:
-    from ..processing_bt_adapter import BTAdapterProcessor
+    from ..models.processing_bt_adapter import BTAdapterProcessor
 
 
 __all__ = ["PairCollator", "PairDataset", "PairTable", "load_table", "random_crop_box"]

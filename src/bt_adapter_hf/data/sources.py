@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..hub_access import explain, http_cause
+from ..hub.access import explain, http_cause
 from ..import_utils import require_package
-from ..video_errors import VideoError
+from ..models.video_errors import VideoError
 from .files import find_files, repository
 from .media import open_media
 from .parquet_shards import ParquetShards

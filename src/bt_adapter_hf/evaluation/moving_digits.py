@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from ..data.moving_digits import COLOURS, DIGITS, MOTIONS, all_captions, clip_caption, opposite
-from ..modeling_bt_adapter import BTAdapterModel
-from ..processing_bt_adapter import BTAdapterProcessor
+from ..models.modeling_bt_adapter import BTAdapterModel
+from ..models.processing_bt_adapter import BTAdapterProcessor
 from .controls import CONTROLS, control_features
 from .retrieval import Features, cosine_similarity, retrieval_metrics
 

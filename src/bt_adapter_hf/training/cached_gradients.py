@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
-from ..modeling_bt_adapter_pretraining import (
+from ..models.modeling_bt_adapter_pretraining import (
     BTAdapterForPreTraining,
     BTAdapterForPreTrainingOutput,
     BTAdapterPreTrainingFeatures,

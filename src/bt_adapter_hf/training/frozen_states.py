@@ -22,16 +22,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from ..adapters.fingerprint import WARN_DISTANCE, backbone_fingerprint, distance
+from ..adapters.host_modules import execution_device, find_tower
 from ..data.archives import MediaArchives
 from ..data.decoding_process import DecodingProcess
 from ..data.instructions import read_media
-from ..fingerprint import WARN_DISTANCE, backbone_fingerprint, distance
-from ..host_modules import execution_device, find_tower
-from ..video_io import VideoError, VideoNotFoundError
+from ..models.video_io import VideoError, VideoNotFoundError
 
 
 if TYPE_CHECKING:
-    from ..processing_bt_adapter_chat import BTAdapterChatProcessorMixin
+    from ..models.processing_bt_adapter_chat import BTAdapterChatProcessorMixin
 
 
 logger = logging.getLogger(__name__)

@@ -6,11 +6,11 @@ from huggingface_hub import HfApi
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 
-from ..hub import Pushed, PushError, collect_files, publish
-from ..hub_access import check_token, explain, http_cause, retried
-from ..model_card import SUMMARY_NAME, is_generated, model_card
-from ..remote_code import code_files
-from ..repo_contents import read_json
+from ..hub.access import check_token, explain, http_cause, retried
+from ..hub.card import SUMMARY_NAME, is_generated, model_card
+from ..hub.contents import read_json
+from ..hub.push import Pushed, PushError, collect_files, publish
+from ..hub.remote_code import code_files
 
 
 CARD_NAME = "README.md"

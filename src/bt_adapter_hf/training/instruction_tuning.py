@@ -7,10 +7,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..adapters import save_bt_adapter
-from ..host_modules import find_tower, is_peft_model, is_quantized
+from ..adapters.host_modules import find_tower, is_peft_model, is_quantized
+from ..adapters.verbs import save_bt_adapter
 from ..import_utils import require_package
-from ..modeling_bt_adapter_chat import BTAdapterChatMixin
+from ..models.modeling_bt_adapter_chat import BTAdapterChatMixin
 from .arguments import ResumableArguments
 from .resumable import ResumableTrainer
 
@@ -74,7 +74,7 @@ def prepare_for_tuning(model: PreTrainedModel, lora: Mapping[str, Any] | None = 
         require_package("peft", "train")
         import peft
 
-        from ..lora import lora_config
+        from ..adapters.lora import lora_config
 
         if is_quantized(model):
             # activation checkpointing is Trainer's to switch on

@@ -17,8 +17,8 @@ from .. import __version__
 from ..data.broken import count_reasons, read_broken
 from ..data.instructions import InstructionTable
 from ..data.sources import PairTable
+from ..hub.card import SUMMARY_NAME
 from ..import_utils import require_package
-from ..model_card import SUMMARY_NAME
 from .resumable import ResumableTrainer
 
 

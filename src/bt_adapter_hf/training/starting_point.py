@@ -5,10 +5,10 @@ from typing import Any
 
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
-from ..configuration_bt_adapter import BTAdapterConfig
-from ..modeling_bt_adapter_pretraining import BTAdapterForPreTraining
-from ..processing_bt_adapter import BTAdapterProcessor
-from ..video_processing_bt_adapter import BTAdapterVideoProcessor
+from ..models.configuration_bt_adapter import BTAdapterConfig
+from ..models.modeling_bt_adapter_pretraining import BTAdapterForPreTraining
+from ..models.processing_bt_adapter import BTAdapterProcessor
+from ..models.video_processing_bt_adapter import BTAdapterVideoProcessor
 
 
 def load_starting_point(

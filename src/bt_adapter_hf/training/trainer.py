@@ -10,7 +10,7 @@ from transformers.trainer_utils import EvalPrediction
 
 from ..evaluation.controls import control_features, control_metrics
 from ..evaluation.retrieval import retrieval_metrics
-from ..modeling_bt_adapter_pretraining import BTAdapterForPreTrainingOutput
+from ..models.modeling_bt_adapter_pretraining import BTAdapterForPreTrainingOutput
 from .arguments import BTAdapterTrainingArguments
 from .cached_gradients import cached_gradient_step
 from .resumable import ResumableTrainer

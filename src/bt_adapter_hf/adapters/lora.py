@@ -1,0 +1,106 @@
+"""LoRA and QLoRA on the language model, by peft, together with the branch and the projector."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..import_utils import require_package
+from ..models.modeling_bt_adapter_chat import BTAdapterChatMixin
+from .attachment import empty_model
+from .files import CONFIG_NAME, PEFT_WEIGHTS_NAME, AdapterConfig, AdapterError
+from .verbs import describe_adapter
+
+
+require_package("peft", "train")
+
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict  # noqa: E402
+
+
+class BTAdapterLoraConfig(LoraConfig):
+    """A `LoraConfig` whose `save_pretrained`, which that of a peft model calls, also describes the branch.
+
+    With `bt_adapter_config.json` beside peft's files [`load_bt_adapter`] restores all of them in one call.
+    """
+
+    branch_description: AdapterConfig  # no field: peft writes its own file without it
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        super().save_pretrained(save_directory, **kwargs)
+        Path(save_directory, CONFIG_NAME).write_text(self.branch_description.to_json(), encoding="utf-8")
+
+
+def lora_config(
+    model: PreTrainedModel,
+    *,
+    target_modules: list[str] | None = None,
+    modules_to_save: list[str] | None = None,
+    **fields: Any,
+) -> BTAdapterLoraConfig:
+    """The config to give to `peft.get_peft_model`, for LoRA on the language model and whole training of the rest.
+
+    Names such as "q_proj" are also those of layers in the image tower and in the branch; LoRA stays out of these here.
+
+    Args:
+        model: a chat model of ours, quantized or not.
+        target_modules: names of linear layers of the language model; by default all but its output layer.
+        modules_to_save: trained whole, besides the branch and the projector.
+        fields: the other fields of `peft.LoraConfig`, `r` and `lora_alpha` among them.
+
+    Raises:
+        ValueError: if the model is no chat model with a branch, or its language model has no layer of such a name.
+    """
+    if not isinstance(model, BTAdapterChatMixin):
+        raise ValueError(
+            f"{type(model).__name__} is no chat model with a BT-Adapter: load one with from_pretrained, or attach the "
+            "adapter with load_bt_adapter or get_bt_adapter_model first."
+        )
+    output = model.get_output_embeddings()
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if "language_model." in name and isinstance(module, nn.Linear) and module is not output
+    }
+    wanted = linear if target_modules is None else set(target_modules)
+    if not wanted or wanted - linear:
+        raise ValueError(
+            f"The language model has no linear layers named {sorted(wanted - linear)}; it has {sorted(linear)}."
+        )
+    projector = next(
+        n for n, _ in model.named_modules() if n.endswith(("multi_modal_projector", "language_projection"))
+    )
+    config = BTAdapterLoraConfig(
+        target_modules=rf"(?:.*\.)?language_model\.(?:.*\.)?(?:{'|'.join(sorted(wanted))})",
+        modules_to_save=["bt_adapter", projector.rpartition(".")[2], *(modules_to_save or [])],
+        **fields,
+    )
+    config.branch_description = describe_adapter(model)
+    return config
+
+
+def load_lora(model: PreTrainedModel, folder: Path, description: AdapterConfig) -> PeftModel:
+    """A peft model around a model with a branch, with all that peft saved in a folder; it learns on.
+
+    Raises:
+        AdapterError: if the model lacks a part that the folder has weights for, or the other way round.
+    """
+    config = BTAdapterLoraConfig(**LoraConfig.from_pretrained(folder).to_dict())
+    config.branch_description = description
+    config.inference_mode = False  # peft saves it as True
+    with safe_open(folder / PEFT_WEIGHTS_NAME, framework="pt") as file:
+        saved = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    # On a model without weights, for peft leaves traces in one that it wraps.
+    rehearsal = PeftModel(empty_model(type(model), model.config), replace(config, init_lora_weights=False))
+    expected = {key: tuple(tensor.shape) for key, tensor in get_peft_model_state_dict(rehearsal).items()}
+    wrong = sorted(key for key in saved.keys() | expected.keys() if saved.get(key) != expected.get(key))
+    if wrong:
+        raise AdapterError(
+            f"{folder / PEFT_WEIGHTS_NAME} was saved from another model than a {type(model).__name__} of this size: "
+            f"{len(wrong)} tensors differ, among them {', '.join(wrong[:3])}."
+        )
+    wrapped = PeftModel(model, config)
+    wrapped.load_adapter(str(folder), "default", is_trainable=True)
+    return wrapped.train(model.training)

@@ -1,0 +1,240 @@
+"""Where an adapter comes from, a folder or the Hub, and the base model that it names."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from huggingface_hub import ResolvedRevision, is_offline_mode, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..hub.access import check_token, explain, http_cause, retried
+from ..hub.weights import fetch_weights, is_damaged
+from ..models.compat_bt_adapter import resolve_revision
+from .files import (
+    CONFIG_NAME,
+    PEFT_CONFIG_NAME,
+    PEFT_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    AdapterConfig,
+    AdapterError,
+    branch_fields,
+    check_extra,
+    is_peft_folder,
+    read_branch,
+)
+from .fingerprint import check_backbone
+from .host_modules import fill_parameter, find_tower, path_of
+
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+_HUB_ARGUMENTS = ("token", "cache_dir", "local_files_only")
+_OTHER_WEIGHTS = ("variant", "subfolder", "state_dict", "gguf_file")  # options that ask for others than the usual file
+
+
+def resolve_adapter(
+    adapter: str | os.PathLike,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The folder of an adapter; one on the Hub is downloaded, all its files from one commit.
+
+    The weights of a download are compared with the Hub's hash of them, and fetched again where they differ.
+
+    Raises:
+        OSError: if there is no such folder, and the Hub does not give it; the text says why.
+        AdapterError: if it arrived damaged twice.
+    """
+    if Path(adapter).is_dir():
+        return Path(adapter)
+    check_token(token)
+
+    def download(force: bool = False) -> Path:
+        folder = snapshot_download(
+            str(adapter),
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force,
+            allow_patterns=[CONFIG_NAME, WEIGHTS_NAME, PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME],
+        )
+        return Path(folder)
+
+    try:
+        folder = retried(download, f"Downloading {adapter}")
+        damaged = _damaged(folder)
+        if damaged and not local_files_only:
+            logger.warning("%s of %s arrived damaged: downloading it again.", damaged, adapter)
+            folder = retried(lambda: download(force=True), f"Downloading {adapter}")
+            damaged = _damaged(folder)
+    except (HTTPError, OSError, HFValidationError) as error:
+        raise OSError(
+            f"{adapter} is neither a folder nor an adapter that could be fetched from the Hub: "
+            f"{explain(error, str(adapter), revision)}"
+        ) from error
+    if damaged:
+        raise AdapterError(
+            f"{damaged} of {adapter} is not the file that the Hub has: its sha256 differs. Delete {folder} and load "
+            "the adapter again."
+        )
+    return folder
+
+
+def from_hub(load: Callable[[], Result], name: str | os.PathLike, revision: str | None) -> Result:
+    """What `load` returns, tried again where the Hub was busy.
+
+    Raises:
+        OSError: for what the Hub said, in a sentence; other errors are as they were.
+    """
+    try:
+        return retried(load, f"Loading {name}")
+    except OSError as error:
+        cause = http_cause(error)
+        if cause is None or isinstance(cause, EntryNotFoundError):
+            raise
+        raise OSError(f"{name} could not be loaded: {explain(error, str(name), revision)}") from error
+
+
+def load_with_base(
+    load: Callable[..., tuple[PreTrainedModel, dict]], name: str | os.PathLike, options: dict[str, Any]
+) -> tuple[PreTrainedModel, dict] | None:
+    """Loads the base model that an adapter names, and puts the adapter's branch into it.
+
+    Args:
+        load: the class's `from_pretrained` of transformers.
+        name: folder or id.
+        options: of the call.
+
+    Returns:
+        The model and the report on its weights; None if `name` is no adapter.
+    """
+    found = find_adapter(name, options)
+    if found is None:
+        return None
+    folder, adapter = found
+    base, base_revision = base_of(folder, name, adapter)
+    options = {key: value for key, value in options.items() if key not in ("revision", "subfolder")}
+    layers = list(options.pop("adapter_layers", None) or adapter.adapter_layers)
+    fields = {"adapter_layers": layers, **branch_fields(adapter, len(layers))}
+    with naming_base(name, base, base_revision), without_load_report():
+        base_revision = pinned(base, {**options, "revision": base_revision})
+        options = {**fields, **options, "revision": base_revision, "output_loading_info": True}
+        model, info = from_hub(lambda: load(base, **options), base, base_revision)
+    filled = set(fill_branch(model, folder, adapter))
+    info["missing_keys"] = {key for key in info["missing_keys"] if key not in filled}
+    return model, info
+
+
+def find_adapter(name: str | os.PathLike, hub: Mapping[str, Any]) -> tuple[Path, AdapterConfig] | None:
+    """Folder and config of the adapter that is called so; None if there is none.
+
+    Args:
+        name: folder or id, of a repository without a config.json.
+        hub: `revision`, `token`, `cache_dir`, `local_files_only`.
+    """
+    arguments = {key: hub[key] for key in (*_HUB_ARGUMENTS, "revision") if hub.get(key) is not None}
+    try:
+        folder = resolve_adapter(name, **arguments)
+    except (OSError, AdapterError):
+        return None  # the caller has an error of its own, of the same cause
+    if not (folder / CONFIG_NAME).is_file():
+        return None
+    return folder, AdapterConfig.read(folder)
+
+
+def base_of(folder: Path, name: str | os.PathLike, adapter: AdapterConfig) -> tuple[str, str | None]:
+    """Name and revision of the base model, to be loaded as a whole with the adapter.
+
+    Raises:
+        AdapterError: if the adapter names none, or brings LoRA, which is loaded in two steps.
+    """
+    base, revision = adapter.base_model_name_or_path, adapter.revision
+    if not base:
+        raise AdapterError(
+            f"{name} is an adapter that names no base model: load the model that it belongs to, then call "
+            "load_bt_adapter(model, adapter)."
+        )
+    if is_peft_folder(folder):
+        at = f", revision={revision!r}" if revision else ""
+        raise AdapterError(
+            f"{name} brings LoRA with a branch, for {base}. Load that model with AutoModelForImageTextToText."
+            f"from_pretrained({base!r}{at}), then call load_bt_adapter(model, {str(name)!r}), which restores all that "
+            "was trained."
+        )
+    return base, revision
+
+
+@contextlib.contextmanager
+def naming_base(name: str | os.PathLike, base: str, revision: str | None) -> Iterator[None]:
+    """Makes errors in loading a base model say which one it is, why it did not come, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        why = explain(error, base, revision) if http_cause(error) else f"{base} could not be loaded ({error})"
+        raise OSError(
+            f"The base model of the adapter {name} is {base}, and {why.rstrip('.')}. Or load another copy of these "
+            "weights and put the adapter into it: load_bt_adapter(model, adapter)."
+        ) from error
+
+
+def fill_branch(
+    model: nn.Module, folder: Path, adapter: AdapterConfig, allow_backbone_mismatch: bool = False
+) -> list[str]:
+    """Copies an adapter's tensors into the branch of a model, which has the adapter's shape already.
+
+    Returns:
+        Names of the tensors that were filled.
+    """
+    tower = find_tower(model)
+    check_backbone(folder, adapter, tower.vision_model, allow_backbone_mismatch)
+    state, extra = read_branch(folder, adapter, tower.bt_adapter)
+    check_extra(folder, adapter, extra, model)
+    prefix = path_of(model, tower.bt_adapter)
+    values = {f"{prefix}.{key}" if prefix else key: value for key, value in state.items()} | extra
+    for name, value in values.items():
+        fill_parameter(model, name, value)
+    return list(values)
+
+
+def pinned(name: str | os.PathLike | None, options: Mapping[str, Any]) -> str | None:
+    """The revision of a call of `from_pretrained`, resolved to the commit that it stands for, if it can be found out.
+
+    The usual weights of that commit are in the cache then, whole.
+    """
+    check_token(options.get("token"))
+    arguments = {key: options[key] for key in _HUB_ARGUMENTS if options.get(key) is not None}
+    revision = resolve_revision(name, options.get("revision"), **arguments)
+    local = arguments.pop("local_files_only", False) or is_offline_mode()
+    if isinstance(revision, ResolvedRevision) and not local and not any(options.get(key) for key in _OTHER_WEIGHTS):
+        fetch_weights(str(name), revision.resolved, **arguments)
+    return revision
+
+
+@contextlib.contextmanager
+def without_load_report() -> Iterator[None]:
+    """Silences transformers' table of weights; `_check_loading` makes errors of what it would tell."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
+
+
+def _damaged(folder: Path) -> str | None:
+    """The name of a weights file that differs from the Hub's hash of it."""
+    return next((name for name in (WEIGHTS_NAME, PEFT_WEIGHTS_NAME) if is_damaged(folder / name)), None)

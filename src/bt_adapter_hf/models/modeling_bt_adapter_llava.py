@@ -1,0 +1,239 @@
+"""LLaVA with a BT-Adapter: images as before, and videos as one image's number of tokens."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForImageTextToText, LlavaForConditionalGeneration, LlavaModel
+from transformers.models.llava.modeling_llava import (
+    LlavaCausalLMOutputWithPast,
+    LlavaModelOutputWithPast,
+    LlavaMultiModalProjector,
+    LlavaPreTrainedModel,
+)
+
+from .compat_bt_adapter import (
+    BaseModelOutputWithPooling,
+    can_return_tuple,
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from .configuration_bt_adapter_chat import BTAdapterLlavaConfig
+from .modeling_bt_adapter_chat import (
+    BTAdapterChatMixin,
+    check_length,
+    check_placeholders,
+    embed_text,
+    put_in_place,
+)
+from .modeling_bt_adapter_vision import BTAdapterVisionModel
+
+
+class BTAdapterLlavaModel(LlavaModel):
+    """LLaVA without its language head. `vision_tower` is a [`BTAdapterVisionModel`]."""
+
+    config: BTAdapterLlavaConfig
+    input_modalities = ("image", "video", "text")
+
+    def __init__(self, config: BTAdapterLlavaConfig):
+        # As the native one, which asks AutoModel for the tower: code that came with a checkpoint is not known there.
+        LlavaPreTrainedModel.__init__(self, config)
+        self.vision_tower = BTAdapterVisionModel._from_config(config.vision_config)
+        self.multi_modal_projector = LlavaMultiModalProjector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_video_features(
+        self,
+        pixel_values_videos: torch.FloatTensor | None = None,
+        frame_mask: torch.Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        backbone_states: dict[int, torch.Tensor] | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        """Videos (V, T, 3, H, W), or the backbone_states of [`BTAdapterVisionModel.forward`], and frame_mask (V, T) ->
+        output of the tower.
+
+        `pooler_output` is a list of V tensors (tokens, width of the language model), as many tokens as an image has.
+
+        Raises:
+            ValueError: if the videos are not 5-D.
+        """
+        if backbone_states is not None:
+            kwargs["backbone_states"] = backbone_states
+        elif pixel_values_videos.ndim != 5:
+            raise ValueError(
+                f"pixel_values_videos has shape {tuple(pixel_values_videos.shape)}; expected (V, T, 3, H, W). Images "
+                "are passed as pixel_values."
+            )
+        if frame_mask is not None:
+            kwargs["frame_mask"] = frame_mask
+        return self.get_image_features(
+            pixel_values=pixel_values_videos,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            **kwargs,
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        pixel_values_videos: torch.FloatTensor | None = None,
+        frame_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        backbone_states: dict[int, torch.Tensor] | None = None,
+        **kwargs,
+    ) -> LlavaModelOutputWithPast:
+        """See [`BTAdapterLlavaForConditionalGeneration.forward`]."""
+        encoded = dict(mm_encoder_outputs or {})
+        select = {
+            "vision_feature_layer": vision_feature_layer,
+            "vision_feature_select_strategy": vision_feature_select_strategy,
+        }
+        prompt = input_ids if input_ids is not None else inputs_embeds
+        if prompt is not None:
+            check_length(self.config, prompt.shape[1])
+        has_videos = pixel_values_videos is not None or backbone_states is not None
+        if not has_videos and encoded.get("video") is None:
+            if input_ids is not None and input_ids.shape[1] > 1:  # a step of generation has no placeholder
+                check_placeholders(input_ids, self.config.video_token_id, 0, 0, "video")
+            return super().forward(
+                input_ids=input_ids,
+                pixel_values=pixel_values,
+                inputs_embeds=inputs_embeds,
+                mm_encoder_outputs=mm_encoder_outputs,
+                **select,
+                **kwargs,
+            )
+
+        if input_ids is None or inputs_embeds is not None:
+            raise ValueError("Videos find their places by the placeholders in input_ids: pass it, not inputs_embeds.")
+        if encoded and (pixel_values is not None or has_videos):
+            raise ValueError("Pass pixel values or mm_encoder_outputs, not both.")
+        if pixel_values is not None:
+            encoded["image"] = self.get_image_features(pixel_values=pixel_values, return_dict=True, **select)
+        if has_videos:
+            encoded["video"] = self.get_video_features(
+                pixel_values_videos, frame_mask, backbone_states=backbone_states, return_dict=True, **select
+            )
+        inputs_embeds = embed_text(self.get_input_embeddings(), input_ids, self.config.video_token_id)
+        for kind, token_id in (("image", self.config.image_token_id), ("video", self.config.video_token_id)):
+            output = encoded.get(kind)
+            features = [] if output is None else output.pooler_output
+            inputs_embeds = put_in_place(inputs_embeds, input_ids, token_id, features, kind)
+        image_features = None if encoded.get("image") is None else torch.cat(list(encoded["image"].pooler_output))
+        outputs = self.language_model(inputs_embeds=inputs_embeds, **kwargs)
+        return LlavaModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_features,
+        )
+
+
+class BTAdapterLlavaForConditionalGeneration(BTAdapterChatMixin, LlavaForConditionalGeneration):
+    """LLaVA that takes videos.
+
+    Images take the native path, with logits equal to LLaVA's bit for bit. A video has as many tokens as an image,
+    whatever its number of frames. Both may stand in one conversation and in one batch.
+    """
+
+    config: BTAdapterLlavaConfig
+    input_modalities = ("image", "video", "text")
+
+    def __init__(self, config: BTAdapterLlavaConfig):
+        LlavaPreTrainedModel.__init__(self, config)
+        config.validate()
+        self.model = BTAdapterLlavaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_video_features(
+        self, pixel_values_videos: torch.FloatTensor | None = None, frame_mask: torch.Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """See [`BTAdapterLlavaModel.get_video_features`]."""
+        return self.model.get_video_features(pixel_values_videos, frame_mask=frame_mask, **kwargs)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        pixel_values_videos: torch.FloatTensor | None = None,
+        frame_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        backbone_states: dict[int, torch.Tensor] | None = None,
+        **kwargs,
+    ) -> LlavaCausalLMOutputWithPast:
+        """
+        Args:
+            input_ids: (B, S), with a run of placeholders where an image or a video belongs.
+            pixel_values: (images, 3, H, W), in the order of the batch.
+            pixel_values_videos: (videos, T, 3, H, W), in the order of the batch.
+            frame_mask: (videos, T), nonzero = a real frame, where the videos differ in length.
+            attention_mask: (B, S).
+            labels: (B, S), -100 where no loss is wanted.
+            mm_encoder_outputs: features computed before, under "image" and "video", in place of pixel values.
+            backbone_states: in place of pixel_values_videos, see [`BTAdapterVisionModel.forward`].
+            kwargs: as in `LlavaForConditionalGeneration`.
+
+        Raises:
+            ValueError: if placeholders and visual tokens differ in number, or the prompt is too long for the model.
+        """
+        return super().forward(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            pixel_values_videos=pixel_values_videos,
+            frame_mask=frame_mask,
+            attention_mask=attention_mask,
+            labels=labels,
+            mm_encoder_outputs=mm_encoder_outputs,
+            backbone_states=backbone_states,
+            **kwargs,
+        )
+
+
+def llava_projector(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """LLaVA-1.0's single linear layer as the two layers that LLaVA has in transformers, exactly.
+
+    The config goes with it: `projector_hidden_act="linear"`.
+
+    Args:
+        state_dict: of the authors' `mm_projector.bin` (`torch.load(path, weights_only=True)`), under any prefix.
+
+    Returns:
+        State dict for `multi_modal_projector`: the layer, then an identity.
+
+    Raises:
+        ValueError: if the state dict does not hold one linear projector.
+    """
+    found = {key.rpartition("mm_projector.")[2]: value for key, value in state_dict.items() if "mm_projector." in key}
+    if found.keys() != {"weight", "bias"} or found["weight"].ndim != 2 or len(found["weight"]) != len(found["bias"]):
+        raise ValueError(
+            "Expected mm_projector.weight (width, vision width) and mm_projector.bias (width,), the single linear "
+            f"layer of LLaVA-1.0; found { ({key: tuple(value.shape) for key, value in found.items()}) } among "
+            f"{len(state_dict)} tensors."
+        )
+    weight, bias = found["weight"], found["bias"]
+    return {
+        "linear_1.weight": weight,
+        "linear_1.bias": bias,
+        "linear_2.weight": torch.eye(len(weight), dtype=weight.dtype),
+        "linear_2.bias": torch.zeros_like(bias),
+    }
+
+
+# Native renamings hold for native classes only; LLaVA's own, for old and new key names, serve ours as well.
+for _ours, _native in (("bt_adapter_llava", "llava"), ("BTAdapterLlavaModel", "LlavaModel")):
+    register_checkpoint_conversion_mapping(_ours, get_checkpoint_conversion_mapping(_native), overwrite=True)
+
+AutoModel.register(BTAdapterLlavaConfig, BTAdapterLlavaModel, exist_ok=True)
+AutoModelForImageTextToText.register(BTAdapterLlavaConfig, BTAdapterLlavaForConditionalGeneration, exist_ok=True)

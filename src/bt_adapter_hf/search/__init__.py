@@ -1,0 +1,1 @@
+"""Encoding videos, the index over them, the contact sheet."""

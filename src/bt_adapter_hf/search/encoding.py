@@ -1,0 +1,304 @@
+"""Many video files and texts to features: what indexing and zero-shot labelling share."""
+
+import glob
+import hashlib
+import json
+import math
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers import AutoConfig, BatchFeature
+
+from ..assets import default_model_path
+from ..models.compat_bt_adapter import resolve_revision
+from ..models.modeling_bt_adapter import BTAdapterModel
+from ..models.processing_bt_adapter import BTAdapterProcessor
+from ..models.video_io import VideoError
+
+
+VIDEO_EXTENSIONS = frozenset(".3gp .avi .flv .gif .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .webm .wmv".split())
+
+# Fields of a saved config or processor that do not change what it computes.
+_VOLATILE = frozenset(
+    "_attn_implementation _commit_hash _name_or_path architectures attn_implementation auto_map dtype "
+    "processor_class return_metadata torch_dtype transformers_version video_processor_type".split()
+)
+
+
+def find_videos(inputs: Sequence[str | os.PathLike]) -> list[str]:
+    """Absolute paths of the videos that `inputs` name, each once, sorted within each input.
+
+    A folder stands for the files with a video's extension under it, a glob pattern for its matches (folders among
+    them included), a file for itself, whatever its extension. Hidden files and folders are left out of folders.
+
+    Raises:
+        FileNotFoundError: an input does not exist or a pattern matches nothing.
+        ValueError: no input has a video in it.
+    """
+    found: dict[str, None] = {}
+    for item in map(os.fspath, inputs):
+        path = os.path.abspath(os.path.expanduser(item))
+        if os.path.exists(path):
+            matches = [path]
+        else:
+            matches = sorted(glob.glob(path, recursive=True))
+            if not matches:
+                raise FileNotFoundError(f"'{item}' is not a file, a folder or a pattern that matches any.")
+        for match in matches:
+            if os.path.isdir(match):
+                found.update(dict.fromkeys(_videos_under(match)))
+            elif match == path or _is_video(match):
+                found[match] = None
+    if not found:
+        raise ValueError(
+            f"no video under {', '.join(map(repr, map(os.fspath, inputs)))}: "
+            f"looked for files that end in {' '.join(sorted(VIDEO_EXTENSIONS))}."
+        )
+    return list(found)
+
+
+def describe_model(source: str | None, revision: str | None, dtype: str) -> str:
+    """One line for messages."""
+    details = ", ".join(filter(None, (revision and revision[:12], dtype.removeprefix("torch."))))
+    return f"{source or 'moving-digits, the model inside the package'} ({details})"
+
+
+def _is_video(path: str) -> bool:
+    return os.path.splitext(path)[1].lower() in VIDEO_EXTENSIONS
+
+
+def _videos_under(folder: str) -> list[str]:
+    videos = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        videos += [os.path.join(parent, name) for name in files if not name.startswith(".") and _is_video(name)]
+    return sorted(videos)
+
+
+@dataclass
+class VideoEncoder:
+    """A dual encoder with its processor, on one device.
+
+    Attributes:
+        source: the Hub id or folder that both were loaded from; None for the model inside the package.
+        revision: the commit on the Hub, where there is one.
+    """
+
+    model: BTAdapterModel
+    processor: BTAdapterProcessor
+    source: str | None
+    revision: str | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike | None = None,
+        *,
+        revision: str | None = None,
+        num_frames: int | None = None,
+        device: str | None = None,
+        dtype: str = "auto",
+    ) -> "VideoEncoder":
+        """Load model and processor.
+
+        Args:
+            source: Hub id or folder of a `BTAdapterModel` and its processor; None for the moving-digits model inside
+                the package.
+            revision: branch, tag or commit on the Hub.
+            num_frames: frames to sample per video instead of what the saved processor says.
+            device: "cpu", "cuda", "cuda:1", "mps"; by default an accelerator where there is one.
+            dtype: "auto" (as saved), "float32", "bfloat16" or "float16".
+
+        Raises:
+            ValueError: the source holds a model of another kind (a plain CLIP has no trained branch), or a bad value.
+            OSError: there is no model at the source.
+        """
+        name = os.fspath(default_model_path() if source is None else source)
+        if os.path.isdir(name):
+            name = os.path.abspath(name)  # an index outlives the working directory
+        revision = resolve_revision(name, revision)  # one commit for all that is loaded below
+        config = AutoConfig.from_pretrained(name, revision=revision)
+        if config.model_type != BTAdapterModel.config_class.model_type:
+            raise ValueError(
+                f"'{name}' holds a model of type '{config.model_type}'; expected "
+                f"'{BTAdapterModel.config_class.model_type}', a dual encoder with a trained branch."
+            )
+        processor = BTAdapterProcessor.from_pretrained(name, revision=revision)
+        if num_frames is not None:
+            if num_frames < 1:
+                raise ValueError(f"num_frames={num_frames}: expected at least 1.")
+            processor.video_processor.num_frames = num_frames
+        model = BTAdapterModel.from_pretrained(name, revision=revision, dtype=dtype)
+        device = _default_device() if device is None else device
+        try:
+            model.to(device)
+        except (RuntimeError, AssertionError) as error:  # torch's ways to say that there is no such device
+            raise ValueError(f"device '{device}' cannot be used: {str(error).splitlines()[0]}") from error
+        commit = getattr(revision, "resolved", revision)
+        return cls(model.eval(), processor, None if source is None else name, commit)
+
+    @property
+    def name(self) -> str:
+        """For messages: the source and the dtype."""
+        return describe_model(self.source, self.revision, str(self.model.dtype))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides which feature a video gets, apart from the weights: how it is sampled and preprocessed."""
+        return _stable(self.processor.video_processor.to_dict())
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the config and up to 64 values of every weight, as they are in memory (so dtype counts)."""
+        digest = hashlib.sha256(json.dumps(_stable(self.model.config.to_diff_dict()), sort_keys=True).encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            flat = tensor.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // 64)][:64].cpu().contiguous()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(sample.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    @torch.inference_mode()
+    def encode_texts(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
+        """Features of texts: float32 (texts, P), L2-normalised.
+
+        Raises:
+            ValueError: a text is empty or longer than the text tower takes.
+        """
+        limit = self.model.config.text_config.max_position_embeddings
+        features = []
+        for start in range(0, len(texts), batch_size):
+            batch = list(texts[start : start + batch_size])
+            for text in batch:
+                if not text.strip():
+                    raise ValueError("a text is empty.")
+                length = len(self.processor.tokenizer(text)["input_ids"])
+                if length > limit:
+                    raise ValueError(
+                        f"the text '{text[:40]}...' is {length} tokens long; this model takes {limit}: shorten it."
+                    )
+            inputs = self.processor(text=batch, padding=True, return_tensors="pt").to(self.model.device)
+            features.append(_unit_rows(self.model.get_text_features(**inputs).pooler_output, batch))
+        return np.concatenate(features)
+
+    def label_scores(self, video: np.ndarray, texts: np.ndarray) -> list[tuple[int, float, float]]:
+        """Zero-shot labels, best first: (label's index, probability, cosine).
+
+        Args:
+            video: (P,) unit feature of one video.
+            texts: (labels, P) unit features of the labels.
+        """
+        cosines = texts @ video
+        logits = float(self.model.logit_scale.detach().float().exp()) * cosines.astype(np.float64)
+        weights = np.exp(logits - logits.max())
+        order = np.argsort(-cosines, kind="stable")
+        return [(int(i), float(weights[i] / weights.sum()), float(cosines[i])) for i in order]
+
+    def encode_videos(
+        self, paths: Sequence[str], batch_size: int = 8, workers: int | None = None
+    ) -> Iterator["EncodedVideo"]:
+        """Features of video files, in the order of `paths`, decoded `batch_size` and a few ahead in threads.
+
+        A file that cannot be read comes back with its error instead of a feature; nothing else is swallowed.
+
+        Args:
+            batch_size: videos that pass the model at once.
+            workers: threads that decode and preprocess; by default one per core, at most 4.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: expected at least 1.")
+        workers = min(4, os.cpu_count() or 1) if workers is None else workers
+        if workers < 1:
+            raise ValueError(f"workers={workers}: expected at least 1.")
+        with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
+            remaining = iter(paths)
+            queue: deque[tuple[str, Future]] = deque()
+            try:
+                while True:
+                    for path in islice(remaining, batch_size + workers - len(queue)):
+                        queue.append((path, pool.submit(self._prepare, path)))
+                    if not queue:
+                        return
+                    batch = [queue.popleft() for _ in range(min(batch_size, len(queue)))]
+                    yield from self._encode_batch([(path, future.result()) for path, future in batch])
+            finally:
+                for _, future in queue:
+                    future.cancel()
+
+    def _prepare(self, path: str) -> BatchFeature | VideoError:
+        try:
+            return self.processor(videos=[path], return_metadata=True, return_tensors="pt")
+        except VideoError as error:
+            return error
+
+    @torch.inference_mode()
+    def _encode_batch(self, batch: list[tuple[str, BatchFeature | VideoError]]) -> list["EncodedVideo"]:
+        good = [(path, inputs) for path, inputs in batch if not isinstance(inputs, VideoError)]
+        rows = iter(())
+        if good:
+            videos = [inputs["pixel_values_videos"][0] for _, inputs in good]  # each (T, 3, H, W)
+            pixel_values, frame_mask = _pad(videos)
+            output = self.model.get_video_features(
+                pixel_values.to(self.model.device, self.model.dtype), frame_mask=frame_mask.to(self.model.device)
+            )
+            rows = iter(_unit_rows(output.pooler_output, [path for path, _ in good]))
+        encoded = []
+        for path, inputs in batch:
+            if isinstance(inputs, VideoError):
+                encoded.append(EncodedVideo(path, None, {}, inputs))
+            else:
+                encoded.append(EncodedVideo(path, next(rows), _describe(inputs["video_metadata"][0]), None))
+        return encoded
+
+
+class EncodedVideo(NamedTuple):
+    """One file: its L2-normalised float32 feature (P,) and facts (duration in seconds, width, ...), or its error."""
+
+    path: str
+    feature: np.ndarray | None
+    facts: dict[str, Any]
+    error: VideoError | None
+
+
+def _pad(videos: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Videos (T_i, 3, H, W) -> (B, max T, 3, H, W), zeros after the last frame, and the mask (B, max T)."""
+    lengths = torch.tensor([len(video) for video in videos])
+    padded = torch.nn.utils.rnn.pad_sequence(videos, batch_first=True)
+    return padded, torch.arange(padded.shape[1])[None] < lengths[:, None]
+
+
+def _unit_rows(features: torch.Tensor, names: Sequence[str]) -> np.ndarray:
+    """(n, P) of any dtype and device -> float32 (n, P) of unit rows."""
+    features = torch.nn.functional.normalize(features.float(), dim=-1).cpu()
+    bad = (~features.isfinite().all(-1)).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(f"the model's feature of '{names[bad[0]]}' is not finite: try --dtype float32.")
+    return features.numpy()
+
+
+def _describe(metadata: Any) -> dict[str, Any]:
+    """Plain numbers of a video's metadata, for JSON."""
+    facts = {name: getattr(metadata, name) for name in ("duration", "fps", "width", "height", "total_num_frames")}
+    facts["timestamps"] = [round(float(second), 3) for second in metadata.timestamps]
+    for name, value in facts.items():
+        value = value.item() if isinstance(value, np.generic) else value
+        facts[name] = None if isinstance(value, float) and not math.isfinite(value) else value
+    return facts
+
+
+def _default_device() -> str:
+    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+
+
+def _stable(fields: Any) -> Any:
+    if isinstance(fields, dict):
+        return {name: _stable(value) for name, value in fields.items() if name not in _VOLATILE}
+    if isinstance(fields, (list, tuple)):
+        return [_stable(value) for value in fields]
+    return fields if isinstance(fields, (str, int, float, bool, type(None))) else str(fields)

@@ -1,0 +1,185 @@
+"""Masking and the three losses against naive ones; what learns and what does not."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from bt_adapter_hf.models.modeling_bt_adapter_pretraining import contrastive_loss, random_tube_mask
+from tests import tiny_pairs
+
+
+def batch(B: int = 4, T: int = 3) -> dict:
+    generator = torch.Generator().manual_seed(3)
+    words = tiny_pairs.tokenizer()([f"red goes {i}" for i in range(B)], padding=True, return_tensors="pt")
+    return {"pixel_values_videos": torch.randn(B, T, 3, 16, 16, generator=generator), **words}
+
+
+def model(seed: int = 0, **overrides):
+    torch.manual_seed(seed)
+    made = tiny_pairs.model(**overrides)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if "temporal.proj" in name or "video_cls" in name:
+                parameter.normal_(std=0.3)
+    return made
+
+
+def test_tube_masks_drop_the_floor_of_the_share_drawn_per_video():
+    torch.manual_seed(0)
+    mask = random_tube_mask(64, 256, 0.7)
+    assert mask.shape == (64, 256) and (mask.sum(1) == 179).all()  # int(0.7 * 256)
+    assert len({tuple(row.tolist()) for row in mask}) == 64
+    assert (random_tube_mask(3, 196, 0.7).sum(1) == 137).all()
+    # every patch is dropped about equally often
+    assert ((random_tube_mask(4000, 16, 0.5).float().mean(0) - 0.5).abs() < 0.05).all()
+
+
+def naive_contrast(x, y, temperature):
+    x, y = x / x.norm(dim=1, keepdim=True), y / y.norm(dim=1, keepdim=True)
+    total = 0.0
+    for a, b in ((x, y), (y, x)):
+        for m in range(len(a)):
+            scores = torch.stack([a[m] @ b[n] / temperature for n in range(len(b))])
+            total -= (scores[m] - scores.logsumexp(0)) / len(a)
+    return total
+
+
+def test_contrastive_loss_is_the_sum_of_both_directions():
+    x, y = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    torch.testing.assert_close(contrastive_loss(x, y, 0.1), naive_contrast(x, y, 0.1))
+    assert contrastive_loss(x[:1], y[:1], 0.1) == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("kind", ["cosine", "mse"])
+def test_losses_equal_naive_ones(kind, masked):
+    pretraining = model(mbta_loss=kind, temperature=0.1, vtc_weight=2.0, mbta_weight=3.0, mbca_weight=0.5).eval()
+    inputs = batch()
+    mask = torch.tensor([[1, 0, 0, 1], [0, 1, 0, 1], [1, 1, 0, 0], [0, 0, 1, 1]], dtype=torch.bool) if masked else None
+    output = pretraining(**inputs, bool_masked_pos=mask)
+
+    tower = pretraining.vision_model
+    states = tower(inputs["pixel_values_videos"], bool_masked_pos=mask, output_branch_states=True)
+    project, head = pretraining.visual_projection, pretraining.mbta_head
+    text = pretraining.get_text_features(inputs["input_ids"], inputs["attention_mask"]).pooler_output
+    distances, patch_means = [], []
+    for b in range(4):
+        kept = [p for p in range(4) if mask is None or not mask[b, p]]
+        projected = []
+        for t in range(3):
+            for m, p in enumerate(kept):
+                student, teacher = states.branch_patches[b, t, m], states.backbone_state[b, t, 1 + p]
+                projected.append(project(student))
+                if kind == "cosine":
+                    student = head["norm"](head["linear"](student))
+                    teacher = project(tower.vision_model.post_layernorm(teacher))
+                    student, teacher = student / student.norm(), teacher / teacher.norm()
+                else:
+                    student, teacher = head["linear"](student), project(teacher)
+                distances.append((student - teacher).square().sum())
+        patch_means.append(torch.stack(projected).mean(0))
+    video = project(states.pooler_output)
+    torch.testing.assert_close(output.vtc_loss, naive_contrast(video, text, 0.1))
+    torch.testing.assert_close(output.mbca_loss, naive_contrast(torch.stack(patch_means), text, 0.1))
+    torch.testing.assert_close(output.mbta_loss, torch.stack(distances).mean())
+    total = 2.0 * output.vtc_loss + 3.0 * output.mbta_loss + 0.5 * output.mbca_loss
+    torch.testing.assert_close(output.loss, total)
+    torch.testing.assert_close(output.video_embeds, video / video.norm(dim=1, keepdim=True))
+
+
+def test_a_mask_is_drawn_in_training_only():
+    pretraining, seen = model(mask_ratio=0.5), []
+    pretraining.vision_model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["bool_masked_pos"]), with_kwargs=True
+    )
+    torch.manual_seed(0)
+    first = pretraining.train()(**batch()).loss
+    torch.manual_seed(0)
+    second = pretraining(**batch()).loss
+    assert torch.equal(first, second)  # the mask and the dropped paths follow torch's generator
+    pretraining.eval()(**batch())
+    assert (seen[0].sum(1) == 2).all() and torch.equal(seen[0], seen[1]) and seen[2] is None
+
+
+def test_only_branch_and_head_learn_and_all_of_them():
+    pretraining = model(mask_ratio=0.5).train()
+    assert not pretraining.text_model.training and not pretraining.vision_model.vision_model.training
+    pretraining(**batch()).loss.backward()
+    learning = {name for name, p in pretraining.named_parameters() if p.requires_grad}
+    assert learning == {name for name, _ in pretraining.named_parameters() if "bt_adapter." in name or "mbta_" in name}
+    assert all(p.grad is not None for name, p in pretraining.named_parameters() if name in learning)
+    assert all(p.grad is None for name, p in pretraining.named_parameters() if name not in learning)
+
+
+def test_losses_of_weight_zero_are_not_computed():
+    pretraining = model(mbta_weight=0.0, mbca_weight=0.0).train()
+    assert pretraining.mbta_head is None
+    output = pretraining(**batch())
+    assert output.mbta_loss is None and output.mbca_loss is None
+    assert torch.equal(output.loss, output.vtc_loss)
+    output.loss.backward()
+    assert all(p.grad is not None for p in pretraining.parameters() if p.requires_grad)
+
+
+def test_a_few_steps_lower_the_loss():
+    pretraining = model(mask_ratio=0.5, temperature=0.1).train()
+    optimizer = torch.optim.AdamW([p for p in pretraining.parameters() if p.requires_grad], lr=3e-3)
+    losses = []
+    for _ in range(30):
+        loss = pretraining(**batch()).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert max(losses[-5:]) < 0.95 * min(losses[:5])
+
+
+def test_mispaired_batches_are_refused():
+    inputs = batch()
+    inputs["pixel_values_videos"] = inputs["pixel_values_videos"][:3]
+    with pytest.raises(ValueError, match="found 4 texts, 3 videos"):
+        model()(**inputs)
+
+
+# ----------------------------------------------------------------------------------------------- several processes
+
+
+def _gradients_of_rank(rank: int, world: int, port: int, results):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    inputs = {key: value.chunk(world)[rank] for key, value in batch().items()}
+    results[rank] = _gradients(torch.nn.parallel.DistributedDataParallel(_without_chance()), inputs)
+    dist.destroy_process_group()
+
+
+def _without_chance():
+    pretraining = model(mask_ratio=0.0, temperature=0.1)
+    for module in pretraining.modules():
+        if hasattr(module, "rate"):
+            module.rate = 0.0
+    return pretraining.train()
+
+
+def _gradients(wrapped, inputs) -> dict:
+    wrapped(**inputs).loss.backward()
+    return {name.removeprefix("module."): p.grad for name, p in wrapped.named_parameters() if p.requires_grad}
+
+
+def test_two_processes_give_the_gradient_of_the_global_batch():
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(_gradients_of_rank, args=(2, port, results), nprocs=2)
+        ranks = dict(results)
+    expected = _gradients(_without_chance(), batch())
+    for name, gradient in expected.items():
+        if name.endswith("k_proj.bias"):  # zero up to rounding
+            continue
+        for rank in range(2):
+            torch.testing.assert_close(ranks[rank][name], gradient, rtol=1e-4, atol=1e-6 * gradient.abs().max().item())

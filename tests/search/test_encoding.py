@@ -1,0 +1,164 @@
+import os
+
+import numpy as np
+import pytest
+import torch
+from transformers import CLIPModel
+
+from bt_adapter_hf import BTAdapterModel
+from bt_adapter_hf.models.video_io import EmptyVideoError, VideoDecodeError
+from bt_adapter_hf.search.encoding import VideoEncoder, find_videos
+from tests import tiny_pairs
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_checkpoint) -> VideoEncoder:
+    return VideoEncoder.from_pretrained(tiny_checkpoint, device="cpu")
+
+
+def names(paths, folder):
+    return [os.path.relpath(path, folder) for path in paths]
+
+
+def test_find_videos_in_a_folder(clips):
+    (clips / ".hidden").mkdir()
+    (clips / ".hidden" / "x.mp4").write_bytes(b"")
+    (clips / "._red.mp4").write_bytes(b"")
+    found = find_videos([clips])
+    assert names(found, clips) == ["empty.mp4", "garbage.avi", "green.mp4", "grey.gif", "more/blue.MP4", "red.mp4"]
+    assert all(map(os.path.isabs, found))
+
+
+def test_find_videos_by_pattern_and_file_each_once(clips):
+    found = find_videos([clips / "g*", clips / "**" / "*.MP4", clips / "green.mp4", clips / "notes.txt"])
+    assert names(found, clips) == ["garbage.avi", "green.mp4", "grey.gif", "more/blue.MP4", "notes.txt"]
+
+
+def test_find_videos_refuses_nothing(clips, tmp_path):
+    with pytest.raises(FileNotFoundError, match="'.*nowhere' is not a file"):
+        find_videos([clips, tmp_path / "nowhere"])
+    empty = tmp_path / "no videos"
+    empty.mkdir()
+    (empty / "notes.txt").write_text("")
+    with pytest.raises(ValueError, match=r"no video under '.*no videos': looked for .*\.mp4"):
+        find_videos([empty])
+
+
+@pytest.mark.parametrize(("batch_size", "workers"), [(1, 1), (4, 3), (100, 2)])
+def test_videos_are_encoded_in_order_whatever_the_batches(encoder, clips, batch_size, workers):
+    paths = find_videos([clips])
+    encoded = list(encoder.encode_videos(paths, batch_size=batch_size, workers=workers))
+    assert [video.path for video in encoded] == paths
+    for video in encoded:
+        name = os.path.basename(video.path)
+        if name in ("empty.mp4", "garbage.avi"):
+            assert video.feature is None
+            assert isinstance(video.error, EmptyVideoError if name == "empty.mp4" else VideoDecodeError)
+            assert name in str(video.error)
+            continue
+        inputs = encoder.processor(videos=[video.path], return_tensors="pt")
+        with torch.no_grad():
+            expected = encoder.model.get_video_features(**inputs).pooler_output[0]
+        assert video.error is None
+        assert video.feature.dtype == np.float32
+        np.testing.assert_allclose(video.feature, (expected / expected.norm()).numpy(), atol=1e-6)
+
+
+def test_facts_of_a_video(encoder, clips):
+    (video,) = encoder.encode_videos([str(clips / "red.mp4")])
+    assert video.facts["width"] == video.facts["height"] == 32
+    assert video.facts["total_num_frames"] == 6
+    assert video.facts["fps"] == pytest.approx(10)
+    assert video.facts["duration"] == pytest.approx(0.6, abs=0.11)
+    assert video.facts["timestamps"] == [0.0, 0.1, 0.2, 0.4]  # the released test rule: round(5/4 * i) of 6 frames
+
+
+def test_videos_of_unequal_length_are_masked(tiny_checkpoint, clips, tmp_path):
+    encoder = VideoEncoder.from_pretrained(tiny_checkpoint, device="cpu")
+    encoder.processor.video_processor.do_sample_frames = False  # all frames: six here, nine and two there
+    tiny_pairs.write_clip(tmp_path / "long.mp4", (200, 200, 40), step=1, frames=9)
+    tiny_pairs.write_clip(tmp_path / "short.mp4", (40, 200, 200), step=1, frames=2)
+    paths = [str(clips / "red.mp4"), str(tmp_path / "long.mp4"), str(tmp_path / "short.mp4")]
+    together = [video.feature for video in encoder.encode_videos(paths, batch_size=3)]
+    alone = [next(iter(encoder.encode_videos([path]))).feature for path in paths]
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+
+
+def test_an_error_of_the_program_is_not_taken_for_a_bad_file(encoder, clips, monkeypatch):
+    monkeypatch.setattr(encoder.model, "get_video_features", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(encoder.encode_videos([str(clips / "red.mp4")]))
+
+
+def test_texts(encoder):
+    texts = ["a red dog", "b", "a green dog runs"]
+    features = encoder.encode_texts(texts, batch_size=2)
+    assert features.shape == (3, 12)
+    assert features.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=1e-6)
+    for text, feature in zip(texts, features, strict=True):
+        np.testing.assert_allclose(encoder.encode_texts([text])[0], feature, atol=1e-6)
+
+
+def test_bad_texts(encoder):
+    with pytest.raises(ValueError, match=r"'a very long.*' is \d+ tokens long; this model takes 24"):
+        encoder.encode_texts(["fine", "a very long text about nothing in particular at all"])
+    with pytest.raises(ValueError, match="a text is empty"):
+        encoder.encode_texts(["fine", "  "])
+
+
+def test_label_scores_are_the_models_softmax(encoder, clips):
+    labels = ["red", "green", "blue"]
+    (video,) = encoder.encode_videos([str(clips / "red.mp4")])
+    scores = encoder.label_scores(video.feature, encoder.encode_texts(labels))
+    inputs = encoder.processor(videos=[video.path], text=labels, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = encoder.model(**inputs).logits_per_video[0]
+    probabilities = logits.softmax(-1)
+    assert [i for i, _, _ in scores] == logits.argsort(descending=True).tolist()
+    for i, probability, cosine in scores:
+        assert probability == pytest.approx(probabilities[i].item(), abs=1e-5)
+        assert cosine == pytest.approx((logits[i] / encoder.model.logit_scale.exp()).item(), abs=1e-5)
+
+
+def test_fingerprint_tells_models_apart(tiny_checkpoint, encoder, tmp_path):
+    original = encoder.fingerprint()
+    assert VideoEncoder.from_pretrained(tiny_checkpoint, device="cpu", num_frames=2).fingerprint() == original
+
+    model = BTAdapterModel.from_pretrained(tiny_checkpoint)
+    with torch.no_grad():
+        model.vision_model.bt_adapter.video_cls += 1e-3
+    assert VideoEncoder(model, encoder.processor, None).fingerprint() != original
+    assert VideoEncoder.from_pretrained(tiny_checkpoint, device="cpu", dtype="bfloat16").fingerprint() != original
+    model = BTAdapterModel.from_pretrained(tiny_checkpoint, pooling_order="mean_then_norm")
+    assert VideoEncoder(model, encoder.processor, None).fingerprint() != original
+
+    encoder.model.save_pretrained(tmp_path)
+    assert VideoEncoder(BTAdapterModel.from_pretrained(tmp_path), encoder.processor, None).fingerprint() == original
+
+
+def test_a_model_without_a_trained_branch_is_refused(tmp_path):
+    CLIPModel(tiny_pairs.clip_config()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds a model of type 'clip'; expected 'bt_adapter'"):
+        VideoEncoder.from_pretrained(tmp_path)
+
+
+def test_bad_options(tiny_checkpoint, encoder, tmp_path):
+    with pytest.raises(ValueError, match="num_frames=0"):
+        VideoEncoder.from_pretrained(tiny_checkpoint, num_frames=0)
+    with pytest.raises(ValueError, match="device 'abacus' cannot be used"):
+        VideoEncoder.from_pretrained(tiny_checkpoint, device="abacus")
+    with pytest.raises(OSError, match="nowhere"):
+        VideoEncoder.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="batch_size=0"):
+        next(encoder.encode_videos(["x.mp4"], batch_size=0))
+    with pytest.raises(ValueError, match="workers=0"):
+        next(encoder.encode_videos(["x.mp4"], workers=0))
+
+
+def test_a_model_that_gives_nan_is_an_error(tiny_checkpoint, clips):
+    encoder = VideoEncoder.from_pretrained(tiny_checkpoint, device="cpu")
+    with torch.no_grad():
+        encoder.model.visual_projection.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"feature of '.*red\.mp4' is not finite"):
+        list(encoder.encode_videos([str(clips / "red.mp4")]))
