@@ -127,15 +127,7 @@ class BTAdapterLlavaModel(LlavaModel):
             output = encoded.get(kind)
             features = [] if output is None else output.pooler_output
             inputs_embeds = put_in_place(inputs_embeds, input_ids, token_id, features, kind)
-        image_features = None if encoded.get("image") is None else torch.cat(list(encoded["image"].pooler_output))
-        outputs = self.language_model(inputs_embeds=inputs_embeds, **kwargs)
-        return LlavaModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=image_features,
-        )
+        return super().forward(inputs_embeds=inputs_embeds, **kwargs)
 
 
 class BTAdapterLlavaForConditionalGeneration(BTAdapterChatMixin, LlavaForConditionalGeneration):
