@@ -33,7 +33,7 @@ def rows_of(sheet: Image.Image, colour: tuple[int, int, int]) -> np.ndarray:
 def test_frames_are_on_the_sheet_in_the_order_of_the_hits(index, tmp_path):
     hits = [Hit(1, 0.9, index.rows[0]), Hit(2, 0.4, index.rows[1])]
     write_contact_sheet(tmp_path / "hits.png", "a red square", hits, index, floor=0.1)
-    assert not (tmp_path / "hits.png.tmp").exists()
+    assert not list(tmp_path.glob(".hits.png*"))
     with Image.open(tmp_path / "hits.png") as image:
         assert image.format == "PNG"
         sheet = image.convert("RGB")

@@ -131,7 +131,7 @@ with indexing.IndexWriter({str(tmp_path / "idx")!r}, encoder) as writer:
     assert [Path(row["path"]).name for row in VideoIndex.load(tmp_path / "idx").rows] == ["green.mp4", "grey.gif"]
     assert build(tmp_path / "idx", encoder, [clips])[0] == ["empty.mp4", "garbage.avi", "blue.MP4", "red.mp4"]
     assert len(VideoIndex.load(tmp_path / "idx").rows) == 4
-    assert not list((tmp_path / "idx").glob("*.tmp"))
+    assert not list((tmp_path / "idx").glob(".*"))
 
 
 def test_an_interrupt_keeps_what_was_done(encoder, clips, tmp_path):

@@ -6,8 +6,6 @@ under keys that name no host. Where LoRA was trained with the branch, peft's two
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +20,7 @@ from transformers.utils import logging
 
 from ..models.configuration_bt_adapter import BTAdapterVisionConfig
 from .host_modules import is_quantized, is_writable, learning_copy
+from .writing import written_whole
 
 
 logger = logging.get_logger(__name__)
@@ -264,16 +263,6 @@ def write_adapter(
     """Writes both files; the tensors are on the CPU. Each appears whole or not at all, the weights first."""
     state = dict(state) | {f"{_EXTRA}{key}": value for key, value in extra.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        weights, text = Path(scratch, WEIGHTS_NAME), Path(scratch, CONFIG_NAME)
-        save_file(state, weights, metadata={"format": "pt"})
+    with written_whole(folder / CONFIG_NAME) as text, written_whole(folder / WEIGHTS_NAME) as weights:
         text.write_text(config.to_json(), encoding="utf-8")
-        for path in (weights, text):
-            path.chmod(0o666 & ~_umask())
-            path.replace(folder / path.name)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        save_file(state, weights, metadata={"format": "pt"})

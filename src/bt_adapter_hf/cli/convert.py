@@ -2,10 +2,9 @@
 
 import argparse
 import json
-import shutil
-import tempfile
 from pathlib import Path
 
+from ..adapters.writing import written_whole
 from ._options import quiet_transformers
 
 
@@ -86,7 +85,8 @@ def run(args: argparse.Namespace) -> int:
         _print_plan(args, plan)
         return 0
     model = plan.build()
-    with _Replacing(output) as folder:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(output) as folder:
         if args.to == "adapter":
             from ..adapters.verbs import save_bt_adapter
 
@@ -148,7 +148,8 @@ def _to_original(args: argparse.Namespace, output: Path | None) -> int:
         for key, tensor in state.items():
             print(f"{key}  {tuple(tensor.shape)}  {str(tensor.dtype).removeprefix('torch.')}")
         return 0
-    with _Replacing(output) as path:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(output) as path:
         if output.suffix == ".safetensors":
             save_file(state, path, metadata={"format": "pt"})
         else:  # the released loader looks for "state_dict" in .pth files, and in no others
@@ -183,24 +184,3 @@ def _size(shape: tuple[int, ...]) -> int:
     for length in shape:
         count *= length
     return count
-
-
-class _Replacing:
-    """Gives a path beside `output` to write to, and puts it in the place of `output` only when all went well."""
-
-    def __init__(self, output: Path):
-        self.output = output
-
-    def __enter__(self) -> Path:
-        self.output.parent.mkdir(parents=True, exist_ok=True)
-        self.scratch = Path(tempfile.mkdtemp(prefix=f".{self.output.name}.", dir=self.output.parent))
-        return self.scratch / self.output.name
-
-    def __exit__(self, kind, error, traceback) -> None:
-        try:
-            if error is None:
-                if self.output.is_dir():
-                    shutil.rmtree(self.output)
-                (self.scratch / self.output.name).replace(self.output)
-        finally:
-            shutil.rmtree(self.scratch)

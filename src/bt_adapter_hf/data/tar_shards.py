@@ -2,8 +2,6 @@
 
 import json
 import logging
-import os
-import threading
 import time
 from collections.abc import Iterator
 from itertools import groupby
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 
+from ..adapters.writing import written_whole
 from .archives import TarMember, read_range, scan_tar
 from .files import PEEK_BYTES, FoundFiles, identity, is_remote, open_file
 from .readers import (
@@ -191,7 +190,6 @@ def _tar_members(path: str) -> list[TarMember]:
     # without hidden files, such as those that macOS adds
     members = [member for member in scan_tar(path) if not member.name.rpartition("/")[2].startswith(".")]
     cached.parent.mkdir(parents=True, exist_ok=True)
-    written = cached.with_suffix(f".{os.getpid()}-{threading.get_ident()}.tmp")
-    written.write_text(json.dumps(members), encoding="utf-8")
-    written.replace(cached)
+    with written_whole(cached) as file:
+        file.write_text(json.dumps(members), encoding="utf-8")
     return members

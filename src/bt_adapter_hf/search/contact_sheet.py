@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ..adapters.writing import written_whole
 from ..models.video_io import VideoError, load_video
 from .index import Hit, VideoIndex
 
@@ -55,9 +56,8 @@ def write_contact_sheet(
     """
     path = Path(path)
     sheet = draw_contact_sheet(query, hits, index, floor)
-    temporary = path.with_name(path.name + ".tmp")
-    sheet.save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with written_whole(path) as file:
+        sheet.save(file, format="PNG")
 
 
 def draw_contact_sheet(query: str, hits: Sequence[Hit], index: VideoIndex, floor: float) -> Image.Image:

@@ -25,6 +25,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from ..adapters.writing import PARTIAL, written_whole
 from ..import_utils import is_available
 from .encoding import EncodedVideo, VideoEncoder, describe_model
 
@@ -218,9 +219,9 @@ class IndexWriter:
             return
         self.info["updated"] = _now()
         # First of all: parts without index.json would be nobody's.
-        _write_atomic(self.folder / "index.json", (json.dumps(self.info, indent=2) + "\n").encode())
+        _write(self.folder / "index.json", (json.dumps(self.info, indent=2) + "\n").encode())
         content = save({"features": np.stack(self._features)}, metadata={"rows": json.dumps(self._rows)})
-        _write_atomic(self.folder / f"part-{self._part:05d}.safetensors", content)
+        _write(self.folder / f"part-{self._part:05d}.safetensors", content)
         self._changed = False
         if len(self._rows) >= PART_ROWS:
             self._rows, self._features = [], []
@@ -229,7 +230,7 @@ class IndexWriter:
     def _write_skipped(self) -> None:
         path = self.folder / "skipped.jsonl"
         if self._skipped:
-            _write_atomic(path, "".join(json.dumps(line) + "\n" for line in self._skipped).encode())
+            _write(path, "".join(json.dumps(line) + "\n" for line in self._skipped).encode())
         else:
             path.unlink(missing_ok=True)
 
@@ -324,7 +325,7 @@ def _read_part(path: Path) -> tuple[list[dict[str, Any]], np.ndarray]:
 
 
 def _is_ours(name: str) -> bool:
-    return name in ("index.json", "skipped.jsonl") or name.startswith("part-") or name.endswith(".tmp")
+    return name in ("index.json", "skipped.jsonl") or name.startswith("part-") or name.endswith((PARTIAL, ".tmp"))
 
 
 def _file_state(path: str) -> tuple[int, int] | None:
@@ -335,14 +336,10 @@ def _file_state(path: str) -> tuple[int, int] | None:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _write_atomic(path: Path, content: bytes) -> None:
+def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with written_whole(path) as file:
+        file.write_bytes(content)
 
 
 def _now() -> str:

@@ -8,8 +8,6 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 
+from ..adapters.writing import written_whole
 from .sharding import sharded_like, whole
 
 
@@ -42,14 +41,6 @@ def frozen_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
-def _whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path to write to, renamed to `path` at the end: `path` never holds half of a file."""
-    temporary = path.with_name(f".{path.name}.partial")
-    yield temporary
-    temporary.replace(path)
-
-
 def save_trained(model: nn.Module, folder: str | os.PathLike, write: bool = True) -> None:
     """Write the trainable parameters of `model` to `folder/trained.safetensors`.
 
@@ -64,7 +55,7 @@ def save_trained(model: nn.Module, folder: str | os.PathLike, write: bool = True
     digest = frozen_digest(model)
     if write:
         folder.mkdir(parents=True, exist_ok=True)
-        with _whole_file(folder / TRAINED_WEIGHTS_NAME) as path:
+        with written_whole(folder / TRAINED_WEIGHTS_NAME) as path:
             save_file(trained, path, metadata={"format": "pt", "frozen_digest": digest})
 
 
@@ -127,7 +118,7 @@ class DataState:
 def save_data_state(state: DataState, folder: str | os.PathLike) -> None:
     """Write `state` to `folder/data_state.json`."""
     text = json.dumps(asdict(state), indent=2) + "\n"
-    with _whole_file(Path(folder) / DATA_STATE_NAME) as path:
+    with written_whole(Path(folder) / DATA_STATE_NAME) as path:
         path.write_text(text, encoding="utf-8")
 
 

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from ..adapters.fingerprint import WARN_DISTANCE, backbone_fingerprint, distance
 from ..adapters.host_modules import execution_device, find_tower
+from ..adapters.writing import PARTIAL, written_whole
 from ..data.archives import MediaArchives
 from ..data.decoding_process import DecodingProcess
 from ..data.instructions import read_media
@@ -267,8 +268,9 @@ def build_states(
         {path or URL: reason} of the videos that cannot be used; also in `broken_videos*.jsonl` in the folder.
     """
     plan.folder.mkdir(parents=True, exist_ok=True)
-    _write_whole(plan.folder / PLAN_NAME, lambda path: path.write_text(json.dumps(plan.description, indent=2) + "\n"))
-    for path in plan.folder.glob(f".states-{process:03d}-*.partial"):  # of a killed run
+    with written_whole(plan.folder / PLAN_NAME) as file:
+        file.write_text(json.dumps(plan.description, indent=2) + "\n")
+    for path in plan.folder.glob(f".states-{process:03d}-*{PARTIAL}"):  # of a killed run
         path.unlink()
     own = [(key, video) for key, video in plan.missing.items() if _share(key, processes) == process]
     pixels = _Pixels(own, processor, plan.archives, item_timeout)
@@ -293,7 +295,8 @@ def build_states(
         _write_shard(plan.folder, process, shard)
     rank = f"-rank{process}" if process else ""
     lines = [json.dumps({"video": video, "reason": reason}) + "\n" for video, reason in broken.items()]
-    _write_whole(plan.folder / f"broken_videos{rank}.jsonl", lambda path: path.write_text("".join(lines)))
+    with written_whole(plan.folder / f"broken_videos{rank}.jsonl") as file:
+        file.write_text("".join(lines))
     for video, reason in broken.items():
         logger.warning("Skipped %s: %s", video, reason)
     return broken
@@ -341,16 +344,8 @@ def _pack(key: str, states: torch.Tensor, dtype: str) -> dict[str, torch.Tensor]
 def _write_shard(folder: Path, process: int, shard: dict[str, torch.Tensor]) -> None:
     numbers = [int(re.findall(r"\d+", path.stem)[-1]) for path in folder.glob(f"states-{process:03d}-*.safetensors")]
     path = folder / f"states-{process:03d}-{max(numbers, default=-1) + 1:05d}.safetensors"
-    _write_whole(path, lambda temporary: save_file(shard, temporary, metadata={"format": "pt"}))
-
-
-def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_whole(path) as file:
+        save_file(shard, file, metadata={"format": "pt"})
 
 
 class FrozenStates:

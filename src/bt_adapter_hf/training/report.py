@@ -14,6 +14,7 @@ import torch
 from transformers import TrainingArguments
 
 from .. import __version__
+from ..adapters.writing import written_whole
 from ..data.broken import count_reasons, read_broken
 from ..data.instructions import InstructionTable
 from ..data.sources import PairTable
@@ -101,7 +102,8 @@ def write_run_summary(
         "versions": versions(),
     }
     if trainer.is_world_process_zero():
-        _replace(Path(trainer.args.output_dir) / SUMMARY_NAME, lambda path: path.write_text(_to_json(summary)))
+        with written_whole(Path(trainer.args.output_dir) / SUMMARY_NAME) as file:
+            file.write_text(_to_json(summary))
     return summary
 
 
@@ -165,7 +167,8 @@ def plot_losses(log_history: list[dict[str, float]], path: str | os.PathLike) ->
         axes.set(ylabel=title, xlabel="step")
         axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
         axes.grid(alpha=0.3)
-    _replace(Path(path), lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+    with written_whole(path) as file:
+        figure.savefig(file, format="png", dpi=120)
 
 
 def _series(log_history: list[dict[str, float]], wanted: Callable[[str], bool]) -> dict[str, list[tuple[int, float]]]:
@@ -191,10 +194,3 @@ def _training_fields(args: TrainingArguments) -> dict[str, Any]:
 
 def _to_json(summary: dict[str, Any]) -> str:
     return json.dumps(summary, indent=2, default=str) + "\n"
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside the file first: a run that ends in the middle leaves the old one."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    temporary.replace(path)

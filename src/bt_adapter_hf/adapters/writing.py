@@ -1,0 +1,41 @@
+"""Files and folders that appear whole or not at all: written beside their place, then renamed."""
+
+import os
+import shutil
+import stat
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+PARTIAL = ".partial"  # how the hidden names end under which something is written; a killed process may leave one
+
+
+@contextmanager
+def written_whole(path: str | os.PathLike) -> Iterator[Path]:
+    """A hidden path beside `path`, to write a file or a folder to; it takes the place of `path` when the block ends.
+
+    After an error, a full disk for one, `path` is as it was and nothing is left beside it. Of two processes that write
+    the same, one wins.
+    """
+    path = Path(os.path.abspath(path))  # "." has a name too
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}{PARTIAL}")
+    # What is written gets the rights that any new file has: safetensors lets nobody but the owner read.
+    with open(temporary, "xb") as file:
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+    try:
+        temporary.unlink()
+        yield temporary
+        if temporary.is_dir():
+            if path.is_dir():
+                shutil.rmtree(path)
+        else:
+            temporary.chmod(mode)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())  # or the name may outlive a power failure, and the content not
+        temporary.replace(path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        temporary.unlink(missing_ok=True)
