@@ -5,8 +5,12 @@ load their shared libraries.
 """
 
 import importlib
+import importlib.metadata
+import json
 import logging
 from functools import cache
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 
 logger = logging.getLogger(__name__)
@@ -42,13 +46,33 @@ def require_package(name: str, extra: str) -> None:
         return
     if is_missing(error, name):
         raise ImportError(
-            f"this needs the package '{name}', which is not installed: pip install 'bt_adapter_hf[{extra}]'"
+            f"this needs the package '{name}', which is not installed: {install_command(extra)}"
         ) from error
     raise ImportError(
         f"this needs the package '{name}', which is installed but does not import "
-        f"({type(error).__name__}: {error}). Reinstall it (pip install --force-reinstall 'bt_adapter_hf[{extra}]') "
-        "and run `bt-adapter env` to see what is broken."
+        f"({type(error).__name__}: {error}). Uninstall it (pip uninstall {name}), install it again "
+        f"({install_command(extra)}), and run `bt-adapter env` to see what is broken."
     ) from error
+
+
+def install_command(extra: str) -> str:
+    """What installs one of our extras, from where this package itself came from: it is not on PyPI.
+
+    pip notes where that was (PEP 610); what it has noted nothing about lies in a clone.
+    """
+    try:
+        noted = importlib.metadata.distribution("bt_adapter_hf").read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError:  # a folder on sys.path
+        noted = None
+    origin = json.loads(noted) if noted else {"dir_info": {"editable": True}}
+    url = origin.get("url", "")
+    if "dir_info" in origin:
+        option = "-e " if origin["dir_info"].get("editable") else ""
+        folder = f" ({url2pathname(urlsplit(url).path)})" if url else ""
+        return f"pip install {option}'.[{extra}]' in the clone of bt_adapter_hf{folder}"
+    if "vcs_info" in origin:
+        url = f"{origin['vcs_info']['vcs']}+{url}@{origin['vcs_info']['commit_id']}"
+    return f"pip install 'bt_adapter_hf[{extra}] @ {url}'"
 
 
 def is_missing(error: Exception, name: str) -> bool:

@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import bt_adapter_hf
 from bt_adapter_hf.cli import main as main_module
 from bt_adapter_hf.cli.main import COMMANDS, build_parser, main
 
@@ -74,15 +76,48 @@ def test_import_errors_point_to_a_remedy(failing, capsys):
     failing(ImportError("no module x"))
     assert main(["env"]) == 1
     assert capsys.readouterr().err.endswith("error: no module x (`bt-adapter env` tells what is broken)\n")
-    failing(ImportError("x is missing: pip install 'bt_adapter_hf[train]'"))
+    failing(ImportError("x is missing: pip install -e '.[train]'"))
     assert main(["env"]) == 1
-    assert capsys.readouterr().err.endswith("error: x is missing: pip install 'bt_adapter_hf[train]'\n")
+    assert capsys.readouterr().err.endswith("error: x is missing: pip install -e '.[train]'\n")
 
 
-def test_errors_of_the_program_are_not_hidden(failing):
-    failing(KeyError("bug"))
-    with pytest.raises(KeyError):
-        main(["env"])
+def test_version(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["--version"])
+    assert exit.value.code == 0
+    assert capsys.readouterr().out == f"bt_adapter_hf {bt_adapter_hf.__version__}\n"
+
+
+class OwnError(RuntimeError):
+    """Raised on purpose: its text says what to do."""
+
+    __module__ = "bt_adapter_hf.somewhere"
+
+
+@pytest.mark.parametrize("error", [KeyError("bug"), RuntimeError("a\nb"), AssertionError(), ZeroDivisionError("x")])
+def test_no_exception_leaves_a_command_as_a_traceback(failing, capsys, error):
+    failing(error)
+    assert main(["env"]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n"), "Traceback" in err) == ("", 1, False)
+    message = " ".join(str(error).split()) or "no message"
+    assert err.startswith(f"bt-adapter env: error: {type(error).__name__}: {message} (at bt_adapter_hf/cli/main.py:")
+    assert re.search(r", test_main.py:\d+\)", err)  # where it arose, outside of the package here
+    assert "report this line with the output of `bt-adapter env`" in err and "--debug" in err
+    with pytest.raises(type(error)):
+        main(["env", "--debug"])
+
+
+def test_errors_of_the_package_and_of_memory_need_no_report(failing, capsys):
+    failing(OwnError("do this"))
+    assert main(["env"]) == 1
+    assert capsys.readouterr().err == "bt-adapter env: error: do this\n"
+    failing(torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"))
+    assert main(["env"]) == 1
+    assert capsys.readouterr().err == (
+        "bt-adapter env: error: out of memory: CUDA out of memory. Tried to allocate 2 GiB. "
+        "Give it less at once: a smaller batch, fewer frames\n"
+    )
 
 
 def test_interrupt(failing, capsys):

@@ -1,9 +1,10 @@
+import json
 import logging
 import sys
 
 import pytest
 
-from bt_adapter_hf.import_utils import is_available, require_package
+from bt_adapter_hf.import_utils import install_command, is_available, require_package
 
 
 @pytest.fixture
@@ -23,9 +24,39 @@ def test_available_and_missing():
 
 
 def test_missing_package_names_our_extra():
-    with pytest.raises(ImportError, match=r"'no_such_package_at_all'.*pip install 'bt_adapter_hf\[train\]'"):
+    with pytest.raises(ImportError, match=r"'no_such_package_at_all'.*not installed: pip install .*\[train\]'"):
         require_package("no_such_package_at_all", "train")
     require_package("json", "train")
+
+
+@pytest.mark.parametrize(
+    ("noted", "command"),
+    [
+        (None, "pip install -e '.[train]' in the clone of bt_adapter_hf"),
+        (
+            {"url": "file:///my%20work/bt", "dir_info": {"editable": True}},
+            "pip install -e '.[train]' in the clone of bt_adapter_hf (/my work/bt)",
+        ),
+        ({"url": "file:///w/bt", "dir_info": {}}, "pip install '.[train]' in the clone of bt_adapter_hf (/w/bt)"),
+        (
+            {"url": "https://x.org/bt.git", "vcs_info": {"vcs": "git", "commit_id": "c0ffee"}},
+            "pip install 'bt_adapter_hf[train] @ git+https://x.org/bt.git@c0ffee'",
+        ),
+        (
+            {"url": "file:///w/bt_adapter_hf-0.1.0-py3-none-any.whl", "archive_info": {}},
+            "pip install 'bt_adapter_hf[train] @ file:///w/bt_adapter_hf-0.1.0-py3-none-any.whl'",
+        ),
+    ],
+)
+def test_an_extra_is_installed_from_where_the_package_came_from(tmp_path, monkeypatch, noted, command):
+    """As pip notes it beside an installed package; there is no release on PyPI that a hint could name."""
+    info = tmp_path / "bt_adapter_hf-0.1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bt_adapter_hf\nVersion: 0.1.0\n")
+    if noted is not None:
+        (info / "direct_url.json").write_text(json.dumps(noted))
+    monkeypatch.syspath_prepend(tmp_path)
+    assert install_command("train") == command
 
 
 def test_broken_package_is_unavailable_and_its_cause_is_told(broken_package, caplog):

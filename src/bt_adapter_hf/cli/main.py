@@ -1,4 +1,4 @@
-"""The `bt-adapter` command: finds the subcommand, runs it, turns user errors into one line.
+"""The `bt-adapter` command: finds the subcommand, runs it, turns errors into one line.
 
 Each subcommand is a module of this package with `register(subparsers)` and `run(args) -> int`. Modules import torch
 and transformers inside `run` only, so that `--help` is instant.
@@ -9,8 +9,15 @@ import importlib
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
+from .. import __version__
+
+
+_PACKAGE = __package__.partition(".")[0]
+_FOLDER = Path(__file__).parents[1]
 
 COMMANDS = (
     "quickstart",
@@ -33,6 +40,7 @@ def build_parser(commands: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
         description="Search, label and learn from real video files with a BT-Adapter model.",
         epilog="Start with: bt-adapter quickstart",
     )
+    parser.add_argument("--version", action="version", version=f"bt_adapter_hf {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in commands:
         importlib.import_module(f"{__package__}.{name.replace('-', '_')}").register(subparsers)
@@ -54,14 +62,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our stdout (`| head`) has gone; Python must not complain again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError, ImportError) as error:
+    except Exception as error:
         if args.debug:
             raise
-        message = " ".join(str(error).split())
-        if isinstance(error, ImportError) and "pip install" not in message:
-            message += " (`bt-adapter env` tells what is broken)"
-        print(f"bt-adapter {args.command}: error: {message}", file=sys.stderr)
+        print(f"bt-adapter {args.command}: error: {_one_line(error)}", file=sys.stderr)
         return 1
+
+
+def _one_line(error: Exception) -> str:
+    message = " ".join(str(error).split())
+    if isinstance(error, ImportError) and "pip install" not in message:
+        return f"{message} (`bt-adapter env` tells what is broken)"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # the latter is torch's
+        return f"out of memory: {message or 'Python has no more'}. Give it less at once: a smaller batch, fewer frames"
+    if isinstance(error, ValueError | OSError | ImportError) or type(error).__module__.startswith(_PACKAGE):
+        return message
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if Path(frame.filename).is_relative_to(_FOLDER)]
+    places = [f"{Path(frame.filename).relative_to(_FOLDER.parent)}:{frame.lineno}" for frame in own[-1:]]
+    if frames[-1] not in own:
+        places.append(f"{Path(frames[-1].filename).name}:{frames[-1].lineno}")
+    return (
+        f"{type(error).__name__}: {message or 'no message'} (at {', '.join(places)}). bt_adapter_hf {__version__} did "
+        "not foresee this: please report this line with the output of `bt-adapter env`. --debug shows the traceback"
+    )
 
 
 if __name__ == "__main__":
