@@ -138,7 +138,6 @@ def test_resume(llava, table, tmp_path, capsys):
         (["--set", "learning_rat=1"], "Nearest: learning_rate"),
         (["--eval-steps", "5"], "needs --validation"),
         (["--batch-size", "50"], "fewer than one batch"),
-        (["--num-frames", "0"], "num_frames"),
         (["--bt-adapter", "/nowhere/at/all"], "nowhere"),
     ],
 )

@@ -1,7 +1,51 @@
 """Options and helpers that several commands share."""
 
 import argparse
+import math
 import sys
+from collections.abc import Callable
+
+
+def whole_number(least: int = 1) -> Callable[[str], int]:
+    """The type of an option that takes a whole number of at least `least`; argparse names the option in the error."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}.")
+        return value
+
+    return read
+
+
+def real_number(
+    least: float = -math.inf, most: float = math.inf, *, above: bool = False, below: bool = False
+) -> Callable[[str], float]:
+    """The type of an option that takes a finite number from `least` to `most`.
+
+    Args:
+        above, below: `least` and `most` are not among them.
+    """
+    bounds = []
+    if least > -math.inf:
+        bounds.append(f"{'above' if above else 'of at least'} {least:g}")
+    if most < math.inf:
+        bounds.append(f"{'below' if below else 'of at most'} {most:g}")
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        inside = (least < value if above else least <= value) and (value < most if below else value <= most)
+        if not (math.isfinite(value) and inside):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number {' and '.join(bounds)}".rstrip() + ".")
+        return value
+
+    return read
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -11,14 +55,18 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="Hub id or folder of a BT-Adapter dual encoder (default: the moving-digits model inside the package)",
     )
     parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
-    parser.add_argument("--num-frames", type=int, metavar="T", help="frames per video (default: as the model says)")
+    parser.add_argument(
+        "--num-frames", type=whole_number(), metavar="T", help="frames per video (default: as the model says)"
+    )
     parser.add_argument(
         "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="default: as saved"
     )
     add_device_option(parser)
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="videos at once (default: 8)")
     parser.add_argument(
-        "--workers", type=int, metavar="N", help="threads that decode (default: one per core, at most 4)"
+        "--batch-size", type=whole_number(), default=8, metavar="N", help="videos at once (default: 8)"
+    )
+    parser.add_argument(
+        "--workers", type=whole_number(), metavar="N", help="threads that decode (default: one per core, at most 4)"
     )
 
 

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ._options import real_number, whole_number
+
 
 # Options with a name of their own, and the fields of the training arguments that they set.
 TRAINING_OPTIONS = {
@@ -67,27 +69,37 @@ def add_training_options(
     They themselves stand in the training arguments.
     """
     group = parser.add_argument_group("training")
-    group.add_argument("--batch-size", type=int, metavar="N", help="items per device and step (default: 8)")
-    group.add_argument("--eval-batch-size", type=int, metavar="N", help="(default: 8)")
-    group.add_argument("--gradient-accumulation-steps", type=int, metavar="N", help="(default: 1)")
+    group.add_argument("--batch-size", type=whole_number(), metavar="N", help="items per device and step (default: 8)")
+    group.add_argument("--eval-batch-size", type=whole_number(), metavar="N", help="(default: 8)")
+    group.add_argument("--gradient-accumulation-steps", type=whole_number(), metavar="N", help="(default: 1)")
     group.add_argument(
         "--activation-checkpointing",
         action="store_true",
         default=None,
         help="compute activations of what is trained a second time instead of keeping them: less memory, more time",
     )
-    group.add_argument("--epochs", type=float, metavar="N", help=f"passes over the table (default: {epochs})")
-    group.add_argument("--max-steps", type=int, metavar="N", help="instead of --epochs")
-    group.add_argument("--learning-rate", type=float, metavar="LR", help=f"base rate (default: {learning_rate})")
+    group.add_argument(
+        "--epochs", type=real_number(0, above=True), metavar="N", help=f"passes over the table (default: {epochs})"
+    )
+    group.add_argument("--max-steps", type=whole_number(), metavar="N", help="instead of --epochs")
+    group.add_argument(
+        "--learning-rate", type=real_number(0), metavar="LR", help=f"base rate (default: {learning_rate})"
+    )
     group.add_argument(
         "--lr-multipliers", metavar="JSON", help=f'rates of parts, as {{"bt_adapter.": 10}} (default: {multipliers})'
     )
-    group.add_argument("--workers", type=int, metavar="N", help="processes that decode, per device (default: 0)")
+    group.add_argument(
+        "--workers", type=whole_number(0), metavar="N", help="processes that decode, per device (default: 0)"
+    )
     group.add_argument("--bf16", action="store_true", default=None, help="mixed precision in bfloat16")
-    group.add_argument("--logging-steps", type=int, default=10, metavar="N", help="(default: 10)")
-    group.add_argument("--save-steps", type=int, metavar="N", help="steps between checkpoints (default: 500)")
-    group.add_argument("--eval-steps", type=int, metavar="N", help="steps between evaluations (default: at the end)")
-    group.add_argument("--seed", type=int, metavar="N", help="(default: 42)")
+    group.add_argument("--logging-steps", type=whole_number(), default=10, metavar="N", help="(default: 10)")
+    group.add_argument(
+        "--save-steps", type=whole_number(), metavar="N", help="steps between checkpoints (default: 500)"
+    )
+    group.add_argument(
+        "--eval-steps", type=whole_number(), metavar="N", help="steps between evaluations (default: at the end)"
+    )
+    group.add_argument("--seed", type=whole_number(0), metavar="N", help="(default: 42)")
     group.add_argument("--report-to", metavar="NAME", help="tensorboard, wandb, ... (default: none)")
     group.add_argument(
         "--set",
@@ -101,10 +113,13 @@ def add_training_options(
 
 def add_data_limits(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
-        "--max-broken", type=float, metavar="SHARE", help="broken items that stop the run (default: 0.1)"
+        "--max-broken", type=real_number(0, 1), metavar="SHARE", help="broken items that stop the run (default: 0.1)"
     )
     parser.add_argument(
-        "--chunk-rows", type=int, metavar="N", help="rows that are shuffled among each other (default: 10000)"
+        "--chunk-rows",
+        type=whole_number(),
+        metavar="N",
+        help="rows that are shuffled among each other (default: 10000)",
     )
     parser.add_argument(
         "--max-disk",
@@ -127,7 +142,7 @@ def add_item_timeout(parser: argparse._ActionsContainer) -> None:
 
 def seconds_or_none(text: str) -> float | None:
     """Seconds, and None for "0"."""
-    return float(text) or None
+    return real_number(0)(text) or None
 
 
 def size_in_bytes(text: str) -> int:
@@ -137,11 +152,14 @@ def size_in_bytes(text: str) -> int:
     units |= {f"{letter}iB".upper(): 1024**power for power, letter in enumerate("KMGT", 1)}
     number = text.strip().upper().rstrip("KMGTIB ")
     try:
-        return int(float(number) * units[text.strip().upper()[len(number) :].strip()])
-    except (ValueError, KeyError) as error:
+        size = int(float(number) * units[text.strip().upper()[len(number) :].strip()])
+    except (ValueError, KeyError, OverflowError):
+        size = 0
+    if size < 1:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no size; expected bytes, or a number with KB, MB, GB or TB"
-        ) from error
+            f"{text!r} is no size of at least one byte; expected bytes, or a number with KB, MB, GB or TB."
+        )
+    return size
 
 
 def open_table(args: argparse.Namespace, source: str, split: str):

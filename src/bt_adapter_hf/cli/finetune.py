@@ -4,7 +4,7 @@ import argparse
 import time
 from typing import Any
 
-from ._options import progress, quiet_transformers
+from ._options import progress, quiet_transformers, real_number, whole_number
 from ._training import (
     TRAINING_OPTIONS,
     add_item_timeout,
@@ -82,9 +82,11 @@ def register(subparsers) -> None:
     data.add_argument(
         "--dataset-revision", metavar="NAME", help="branch, tag or commit of the tables, if they are on the Hub"
     )
-    data.add_argument("--num-frames", type=int, metavar="T", help="frames per video (default: as the processor says)")
     data.add_argument(
-        "--max-broken", type=float, metavar="SHARE", help="broken items that stop the run (default: 0.1)"
+        "--num-frames", type=whole_number(), metavar="T", help="frames per video (default: as the processor says)"
+    )
+    data.add_argument(
+        "--max-broken", type=real_number(0, 1), metavar="SHARE", help="broken items that stop the run (default: 0.1)"
     )
     add_item_timeout(data)
     data.add_argument(
@@ -101,9 +103,11 @@ def register(subparsers) -> None:
     learning.add_argument(
         "--lora", action="store_true", help="LoRA on the language model, beside branch and projector"
     )
-    learning.add_argument("--lora-r", type=int, default=16, metavar="R", help="its rank (default: 16)")
-    learning.add_argument("--lora-alpha", type=int, default=32, metavar="A", help="its scale times R (default: 32)")
-    learning.add_argument("--lora-dropout", type=float, default=0.0, metavar="P", help="(default: 0)")
+    learning.add_argument("--lora-r", type=whole_number(), default=16, metavar="R", help="its rank (default: 16)")
+    learning.add_argument(
+        "--lora-alpha", type=whole_number(), default=32, metavar="A", help="its scale times R (default: 32)"
+    )
+    learning.add_argument("--lora-dropout", type=real_number(0, 1), default=0.0, metavar="P", help="(default: 0)")
     learning.add_argument(
         "--load-in-4bit", action="store_true", help="quantize the language model (QLoRA); needs --lora"
     )

@@ -4,7 +4,7 @@ import argparse
 import time
 from typing import Any
 
-from ._options import quiet_transformers
+from ._options import quiet_transformers, real_number, whole_number
 from ._training import (
     TRAINING_OPTIONS,
     add_data_limits,
@@ -43,19 +43,23 @@ On several GPUs: torchrun --nproc-per-node 8 -m bt_adapter_hf.cli.main pretrain 
 
 # Options of the model; the left column is as in the configs.
 CONFIG_OPTIONS = (
-    ("mask_ratio", float, "share of the patches hidden from the branch in training (default: 0.7)"),
-    ("vtc_weight", float, "weight of video-text contrast (default: 1)"),
-    ("mbta_weight", float, "weight of masked branching token alignment (default: 0.1)"),
-    ("mbca_weight", float, "weight of masked branching cross-modal alignment (default: 0.1)"),
-    ("temperature", float, "temperature of the contrastive losses (default: 0.01)"),
+    (
+        "mask_ratio",
+        real_number(0, 1, below=True),
+        "share of the patches hidden from the branch in training (default: 0.7)",
+    ),
+    ("vtc_weight", real_number(0), "weight of video-text contrast (default: 1)"),
+    ("mbta_weight", real_number(0), "weight of masked branching token alignment (default: 0.1)"),
+    ("mbca_weight", real_number(0), "weight of masked branching cross-modal alignment (default: 0.1)"),
+    ("temperature", real_number(0, above=True), "temperature of the contrastive losses (default: 0.01)"),
     ("fusion", str, "how the branch takes in the backbone: gate or sum (default: gate)"),
     ("output_fusion", str, "how branch and backbone are combined at the end: gate or sum (default: gate)"),
     ("gate_on", str, "which side the gates multiply: backbone or branch (default: backbone)"),
-    ("drop_path_rate", float, "stochastic depth of the last branch layer (default: 0.1)"),
-    ("time_embedding_init_std", float, "standard deviation of fresh time embeddings (default: 1)"),
-    ("fusion_gate_scale", float, "factor on the gate inside the branch (default: 100)"),
-    ("output_gate_scale", float, "factor on the gate at the end (default: 10000)"),
-    ("max_frames", int, "rows of the time embedding table; longer videos interpolate (default: 64)"),
+    ("drop_path_rate", real_number(0, 1, below=True), "stochastic depth of the last branch layer (default: 0.1)"),
+    ("time_embedding_init_std", real_number(0), "standard deviation of fresh time embeddings (default: 1)"),
+    ("fusion_gate_scale", real_number(), "factor on the gate inside the branch (default: 100)"),
+    ("output_gate_scale", real_number(), "factor on the gate at the end (default: 10000)"),
+    ("max_frames", whole_number(), "rows of the time embedding table; longer videos interpolate (default: 64)"),
 )
 
 
@@ -82,11 +86,13 @@ def register(subparsers) -> None:
     add_table_options(data)
     data.add_argument("--train-split", default="train", metavar="NAME", help="of a Hub dataset (default: train)")
     data.add_argument("--validation-split", default="validation", metavar="NAME", help="(default: validation)")
-    data.add_argument("--num-frames", type=int, metavar="T", help="frames per clip (default: 8)")
-    data.add_argument("--max-text-length", type=int, metavar="N", help="longest caption in tokens (default: 64)")
+    data.add_argument("--num-frames", type=whole_number(), metavar="T", help="frames per clip (default: 8)")
+    data.add_argument(
+        "--max-text-length", type=whole_number(), metavar="N", help="longest caption in tokens (default: 64)"
+    )
     data.add_argument(
         "--crop-scale",
-        type=float,
+        type=real_number(0, 1, above=True),
         nargs=2,
         metavar=("MIN", "MAX"),
         help="random resized crop of this share of the frame (released: 0.08 1; default: centre crop)",
@@ -101,15 +107,17 @@ def register(subparsers) -> None:
 
     adapter = parser.add_argument_group("branch and losses")
     layers = adapter.add_mutually_exclusive_group()
-    layers.add_argument("--num-adapter-layers", type=int, metavar="K", help="branch layers (default: 4)")
-    layers.add_argument("--adapter-layers", type=int, nargs="+", metavar="I", help="backbone layers that feed them")
+    layers.add_argument("--num-adapter-layers", type=whole_number(), metavar="K", help="branch layers (default: 4)")
+    layers.add_argument(
+        "--adapter-layers", type=whole_number(0), nargs="+", metavar="I", help="backbone layers that feed them"
+    )
     for name, kind, description in CONFIG_OPTIONS:
         adapter.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=name.upper(), help=description)
 
     training = add_training_options(parser, learning_rate="2e-6", epochs=1, multipliers="the released ones")
     training.add_argument(
         "--cached-gradient-batch-size",
-        type=int,
+        type=whole_number(),
         metavar="N",
         help="clips whose activations are in memory at once, for a --batch-size that does not fit: the same gradient, "
         "with a second forward pass",
