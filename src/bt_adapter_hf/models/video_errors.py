@@ -1,8 +1,11 @@
-"""Everything that can be wrong with one video, by kind."""
+"""Everything that can be wrong with one video or image, by kind."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class VideoError(ValueError):
-    """Base of every error that says something about one video (as opposed to a wrong option)."""
+    """Base of every error that says something about one video or image (as opposed to a wrong option)."""
 
 
 class VideoInputError(VideoError):
@@ -38,8 +41,26 @@ class TruncatedVideoError(VideoDecodeError):
 
 
 class VideoTimeoutError(VideoDecodeError):
-    """Reading the video took longer than allowed, and was cut off."""
+    """Downloading or reading the video took longer than allowed, and was cut off."""
 
 
 class VideoBackendError(VideoError):
     """The named backend is known not to read this file correctly."""
+
+
+@contextmanager
+def item_errors(name: str) -> Iterator[None]:
+    """Whatever a library or the operating system raises about one item becomes that item's error, with its name."""
+    try:
+        yield
+    except VideoError:
+        raise
+    except Exception as error:
+        raise VideoDecodeError(f"{name} cannot be read: {sentence(error)}") from error
+
+
+def sentence(error: BaseException) -> str:
+    """The first line of what an error says, with one full stop."""
+    lines = str(error).strip().splitlines() or [""]
+    kind = "" if isinstance(error, OSError) and lines[0] else f"{type(error).__name__}: "
+    return f"{kind}{lines[0]}".rstrip(" .:") + "."

@@ -35,7 +35,7 @@ from .video_decoding import (
     load_pyav,
     load_torchcodec,
 )
-from .video_download import download
+from .video_download import MAX_BYTES, MAX_SECONDS, download
 from .video_errors import (
     EmptyVideoError,
     NoVideoStreamError,
@@ -141,8 +141,8 @@ def load_video(
     generator: np.random.Generator | None = None,
     on_damage: str = "raise",
     background: tuple[int, int, int] = (255, 255, 255),
-    max_download_bytes: int = 1 << 30,
-    timeout: float = 30.0,
+    max_download_bytes: int = MAX_BYTES,
+    timeout: float = MAX_SECONDS,
 ) -> tuple[np.ndarray, BTAdapterVideoMetadata]:
     """Load `num_frames` frames of a video.
 
@@ -159,7 +159,7 @@ def load_video(
             logged (`"pyav"` and GIFs only).
         background: RGB colour 0..255 put behind transparent pixels.
         max_download_bytes: a URL with more than this raises instead of filling the disk.
-        timeout: seconds without an answer after which a download fails.
+        timeout: seconds that a download may take in all.
 
     Returns:
         uint8 RGB frames `(T, H, W, 3)` as displayed (rotation applied), and their metadata: `frames_indices`,
