@@ -209,11 +209,11 @@ def test_a_shard_that_breaks_off_loses_its_rows_only(tmp_path, capsys):
     table = load_table(path)
     found = table.records
 
-    def records(shard):
-        for index, record in enumerate(found(shard)):
+    def records(shard, item_timeout):
+        for index, record in found(shard, item_timeout):
             if shard == 1 and index == 1:
                 raise OSError("the connection is gone")
-            yield record
+            yield index, record
 
     table.records = records
     report = DataReport("table", len(table))

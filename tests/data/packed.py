@@ -1,5 +1,6 @@
 """The clips of a table in the packed forms that data sets come in, and a file server."""
 
+import contextlib
 import io
 import json
 import tarfile
@@ -54,7 +55,10 @@ def write_tar(path: Path, rows: list[tuple[str, bytes, str]], text: str = "txt")
 
 @contextmanager
 def file_server(folder: Path):
-    """Serve a folder; yields (address, paths asked for, answers to give instead: path -> list of codes)."""
+    """Serve a folder; yields (address, paths asked for, answers to give instead: path -> list of codes).
+
+    Below "/drip/" a file comes byte by byte, two a second.
+    """
     log: list[str] = []
     failures: dict[str, list[int]] = {}
 
@@ -63,17 +67,31 @@ def file_server(folder: Path):
             log.append(self.path)
             if failures.get(self.path):
                 self.send_error(failures[self.path].pop(0))
+            elif self.path.startswith("/drip/"):
+                self.drip((folder / self.path.removeprefix("/drip/")).read_bytes())
             else:
                 super().do_GET()
+
+        def drip(self, content: bytes):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            with contextlib.suppress(OSError):  # the client has enough of it
+                for byte in content:
+                    self.wfile.write(bytes([byte]))
+                    if closing.wait(0.5):
+                        return
 
         def log_message(self, *args):
             pass
 
+    closing = threading.Event()
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}", log, failures
     finally:
+        closing.set()
         server.shutdown()
         server.server_close()
 

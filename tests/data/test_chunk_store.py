@@ -1,5 +1,6 @@
 """The bounded folder of fetched shards: right rows, never more bytes than allowed, nothing left after a crash."""
 
+import errno
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import datasets
@@ -14,10 +16,13 @@ import psutil
 import pytest
 import torch
 
-from bt_adapter_hf.data import chunk_store, readers
-from bt_adapter_hf.data.chunk_store import ChunkStoreError, RowOrder, discard
-from bt_adapter_hf.data.order import EpochOrder, OrderSampler
+from bt_adapter_hf.data import chunk_store, media, readers
+from bt_adapter_hf.data.chunk_folder import has_row, shard_path
+from bt_adapter_hf.data.chunk_store import ChunkStoreError, discard
+from bt_adapter_hf.data.order import EpochOrder, OrderSampler, RowOrder
 from bt_adapter_hf.data.pairs import PairCollator, PairDataset, load_table
+from bt_adapter_hf.data.readers import Record
+from bt_adapter_hf.data.sources import BrokenRowError
 from tests import tiny_pairs
 from tests.data.packed import file_server, largest_size, rows_of, write_parquet
 
@@ -51,7 +56,7 @@ def wait_until(condition, seconds=30.0):
 
 
 def shards_in(folder: Path) -> set[int]:
-    return {int(path.name[6:12]) for path in folder.glob("shard-*.arrow")}
+    return {int(path.name[6:12]) for path in folder.glob("shard-*.rows")}
 
 
 def check_row(table, rows, row):
@@ -102,12 +107,12 @@ def test_a_table_that_fits_is_fetched_once(table, rows, tmp_path):
     store = table.use_store(folder, None, EpochOrder(table.shard_rows, seed=0, chunk_rows=5))
     for row in range(24):
         check_row(table, rows, row)
-    times = {path: path.stat().st_mtime_ns for path in folder.glob("*.arrow")}
+    times = {path: path.stat().st_mtime_ns for path in folder.glob("*.rows")}
     assert len(times) == 8
     for position in range(0, 72, 5):
         store.advance(position)
         time.sleep(0.03)
-    assert {path: path.stat().st_mtime_ns for path in folder.glob("*.arrow")} == times
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("*.rows")} == times
 
 
 def test_the_order_of_evaluation_starts_again(table, rows, tmp_path):
@@ -145,7 +150,7 @@ def test_what_is_kept_is_not_fetched_again(table, rows, tmp_path):
         for row in range(12):
             check_row(table, rows, row)
         store.close(keep=True)
-        times.append({path: path.stat().st_mtime_ns for path in folder.glob("shard-*.arrow")})
+        times.append({path: path.stat().st_mtime_ns for path in folder.glob("shard-*.rows")})
     assert len(times[0]) == 4 and times[0] == times[1]
     discard(folder)
     assert not folder.exists()
@@ -268,19 +273,19 @@ def test_a_killed_run_leaves_no_process_and_no_growth(table, rows, tmp_path):
         os.kill(run.pid, signal.SIGKILL)
         wait_until(lambda: not fetcher.is_running() or fetcher.status() == psutil.STATUS_ZOMBIE, 10)
     assert sum(path.stat().st_size for path in folder.iterdir()) <= bound + 1000
-    kept = {path: path.stat().st_mtime_ns for path in folder.glob("shard-*.arrow")}
+    kept = {path: path.stat().st_mtime_ns for path in folder.glob("shard-*.rows")}
     assert kept
     # what else a crash may leave: a shard half written, a name without its content, a request
     cut = sorted(kept)[0]
     cut.write_bytes(cut.read_bytes()[:5000])
-    (folder / "shard-000001.arrow.part").write_bytes(b"x" * 5000)
+    (folder / ".error.txt.1.partial").write_bytes(b"x" * 5000)
     (folder / "wanted-7").touch()
     (folder / "error.txt").write_text("of the run before")
 
     order = EpochOrder(table.shard_rows, seed=3, chunk_rows=6)
     with largest_size(folder) as seen:
         store = table.use_store(folder, bound, order, position=10)
-        assert not (folder / "error.txt").exists() and not list(folder.glob("*.part"))
+        assert not (folder / "error.txt").exists() and not list(folder.glob("*.partial"))
         assert all(path.stat().st_mtime_ns == kept[path] for path in folder.glob("shard-*") if path in kept)
         for position in range(10, 48):
             check_row(table, rows, order.row(position)[1])
@@ -335,3 +340,56 @@ def test_a_shard_without_a_usable_row_is_replaced_from_others(rows, tmp_path):
     assert (item["text"], item["pair_id"]) == (rows[4][2], -1)
     assert [record["index"] for record in item["broken"]] == [3, 2]
     store.close()
+
+
+def test_a_server_that_drips_holds_back_its_own_row_only(rows, tmp_path):
+    """The other rows of the shard can be read at once; its own is broken after the limit."""
+    served = tmp_path / "served"
+    served.mkdir()
+    for name, data, _ in rows[:4]:
+        (served / name).write_bytes(data)
+    with file_server(served) as (address, _, _):
+        urls = [f"{address}/drip/{rows[0][0]}", *(f"{address}/{name}" for name, _, _ in rows[1:4])]
+        lines = [json.dumps({"video": url, "text": text}) for url, (_, _, text) in zip(urls, rows, strict=False)]
+        (tmp_path / "t.jsonl").write_text("\n".join(lines))
+        table = load_table(tmp_path / "t.jsonl")
+        assert table.shard_rows == [4]
+        store = table.use_store(tmp_path / "store", item_timeout=4.0)
+        for row in (3, 1, 2):
+            assert table.pair(row)[0] == rows[row][1]
+        assert not has_row(shard_path(store.folder, 0), 0)
+        started = time.monotonic()
+        with pytest.raises(BrokenRowError, match="took longer than 4 s and was given up") as error:
+            table.pair(0)
+        assert error.value.name == urls[0] and time.monotonic() - started < 15
+        store.close()
+
+
+def test_a_full_disk_is_not_the_fault_of_a_video(rows, tmp_path, monkeypatch):
+    (tmp_path / "clip.mp4").write_bytes(rows[0][1])
+
+    def full(self, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(media.SpooledTemporaryFile, "write", full)
+    with file_server(tmp_path) as (address, _, _):
+        with pytest.raises(OSError, match="No space left"):
+            list(media.Media(None).fetch([(0, Record(None, f"{address}/clip.mp4", ["x"]))], 10.0))
+
+
+def test_what_is_being_fetched_is_not_held_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(media, "MEMORY_BYTES", 1 << 16)
+    size, videos = 6 << 20, 10
+    for number in range(videos):
+        (tmp_path / f"{number}.mp4").write_bytes(bytes([number]) * size)
+    with file_server(tmp_path) as (address, _, _):
+        named = [(number, Record(None, f"{address}/{number}.mp4", [])) for number in range(videos)]
+        tracemalloc.start()
+        found = {}
+        for number, record in media.Media(None).fetch(named, 60.0):
+            found[number] = (len(record.video), record.video[-1])
+            time.sleep(0.05)  # what takes the rows is slower than what fetches them
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert found == {number: (size, number) for number in range(videos)}
+    assert peak < 0.7 * videos * size  # a few of them: one that is read, and what passes through the pipes

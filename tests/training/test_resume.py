@@ -188,7 +188,7 @@ def test_a_packed_table_is_evaluated_while_it_trains_and_fetched_once_for_that(p
 
     class Watch(TrainerCallback):
         def on_evaluate(self, args, state, control, **kwargs):
-            written.append({path.name: path.stat().st_mtime_ns for path in tmp_path.glob("chunks/eval-0/*.arrow")})
+            written.append({path.name: path.stat().st_mtime_ns for path in tmp_path.glob("chunks/eval-0/*.rows")})
 
     trainer.add_callback(Watch())
     trainer.train()

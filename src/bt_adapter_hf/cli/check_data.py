@@ -105,7 +105,7 @@ def pairs(args: argparse.Namespace):
         config = AutoConfig.from_pretrained(args.model, revision=args.revision)
         limit = text_limit(args.max_text_length, tokenizer, config)
     table = open_table(args, args.table, args.split)
-    return PairCheck(table, num_frames=args.num_frames, tokenizer=tokenizer), limit
+    return PairCheck(table, num_frames=args.num_frames, tokenizer=tokenizer, item_timeout=args.item_timeout), limit
 
 
 def conversations(args: argparse.Namespace):

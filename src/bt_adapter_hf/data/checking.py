@@ -57,10 +57,19 @@ class PairCheck:
     Args:
         num_frames: frames that are decoded of each video, spread over it.
         tokenizer: for token counts; none without it.
+        item_timeout: seconds that fetching one video may take.
     """
 
-    def __init__(self, table: PairTable, *, num_frames: int = 8, tokenizer: PreTrainedTokenizerBase | None = None):
+    def __init__(
+        self,
+        table: PairTable,
+        *,
+        num_frames: int = 8,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        item_timeout: float | None = 60.0,
+    ):
         self.table, self.num_frames, self.tokenizer = table, num_frames, tokenizer
+        self.item_timeout = item_timeout
 
     def parts(self, sample: int | None, seed: int) -> list[Any]:
         """What `rows` takes, for all rows or `sample` of them: blocks of row numbers, or (shard, rows of it).
@@ -87,13 +96,15 @@ class PairCheck:
             yield from ((row, None) for row in part)
             return
         shard, wanted = part
-        first, index = sum(self.table.shard_rows[:shard]), 0
+        first, missing = sum(self.table.shard_rows[:shard]), list(range(self.table.shard_rows[shard]))
         try:
-            for index, record in enumerate(islice(self.table.records(shard), wanted), 1):
-                yield first + index - 1, record
+            for index, record in islice(self.table.records(shard, self.item_timeout), wanted):
+                missing.remove(index)
+                yield first + index, record
         except (OSError, ValueError) as error:
             lost = Record(None, f"shard {shard}", [], f"The shard cannot be read: {error}")
-            yield from ((first + missing, lost) for missing in range(index, wanted))
+            came = self.table.shard_rows[shard] - len(missing)
+            yield from ((first + index, lost) for index in missing[: wanted - came])
 
     def check(self, row: int, record: Record | None) -> CheckedRow:
         record = record or self._read(row)

@@ -17,6 +17,8 @@ from ..import_utils import require_package
 # Bytes that one request asks for at least: small for looking at headers and footers, large for reading on.
 PEEK_BYTES = 1 << 16
 READ_BYTES = 1 << 23
+# A larger video is refused, wherever it lies but in a file of its own on the disk.
+MAX_VIDEO_BYTES = 1 << 30
 
 
 def is_remote(path: str) -> bool:

@@ -1,19 +1,25 @@
 """The videos that a table names by path or address: local, remote, or members of archives."""
 
-import io
-import time
+import errno
+import math
 import urllib.error
+from collections.abc import Iterable, Iterator
 from glob import has_magic
 from pathlib import Path
+from tempfile import SpooledTemporaryFile
+from typing import BinaryIO
 
+from ..hub.access import retried
 from ..models.video_download import download
 from ..models.video_errors import VideoAccessError, VideoDownloadError, VideoError, VideoNotFoundError
 from .archives import ARCHIVE_SUFFIXES, MediaArchives
-from .files import FoundFiles, find_files, is_remote, join, open_file, pin
-from .readers import Record
+from .files import MAX_VIDEO_BYTES, READ_BYTES, FoundFiles, find_files, is_remote, join, open_file, pin
+from .readers import Record, as_they_come
 
 
-RETRY_AFTER = (1.0, 4.0)  # seconds before a download is tried again
+RETRY_WAITS = (1.0, 4.0)  # seconds before a download is tried again
+MEMORY_BYTES = 1 << 22  # of a video that is being fetched; what is more goes to a temporary file
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Media:
@@ -33,55 +39,103 @@ class Media:
             return not any(is_remote(archive) for archive in self.archives.paths)
         return not is_remote(join(self.root, path))
 
-    def record(self, path: str, texts: list[str]) -> Record:
-        """The row with this video; one with a problem where it cannot be had."""
-        try:
-            return Record(self.read(path), path, texts)
-        except VideoError as error:
-            return Record(None, path, texts, str(error))
+    def record(self, named: Record) -> Record:
+        """A row that only names its video, with the video; with a problem where it cannot be had."""
+        return _with_content(self._open(named))
 
-    def read(self, path: str) -> bytes | str:
-        """The bytes of a video, or the path of a local file.
+    def fetch(self, rows: Iterable[tuple[int, Record]], timeout: float | None) -> Iterator[tuple[int, Record]]:
+        """Numbered rows that only name their videos, with their videos, as they come.
+
+        What waits here is held on the disk, and one video at a time in memory.
+
+        Args:
+            timeout: seconds that one video may take, further tries included.
+        """
+        named: dict[int, Record] = {}
+
+        def remembered() -> Iterator[tuple[int, Record]]:
+            for number, record in rows:
+                named[number] = record
+                yield number, record
+
+        for number, record in as_they_come(self._open, remembered(), timeout):
+            if record is None:
+                problem = f"Fetching it took longer than {timeout:g} s and was given up."
+                record = named[number]._replace(problem=problem)
+            del named[number]
+            yield number, _with_content(record)
+
+    def _open(self, named: Record) -> Record:
+        if named.problem is not None:
+            return named
+        try:
+            return named._replace(video=self.open(named.name))
+        except VideoError as error:
+            return named._replace(problem=str(error))
+
+    def open(self, path: str) -> BinaryIO | bytes | str:
+        """What holds a video: a local file by its path, a temporary file, or the bytes of a member of archives.
 
         Raises:
             VideoError: this video cannot be had.
-            OSError: the Hub does not answer.
+            OSError: the Hub does not answer, or the disk is full.
         """
         if self.archives is not None and not is_remote(path):
             return self.archives.read(path)
         path = join(self.root, path)
         if not is_remote(path):
             return path
-        if path.startswith(("http://", "https://")):
-            return _download(path)
-        try:
-            with open_file(path) as file:
-                data = file.read(file.size)
-        except FileNotFoundError as error:
-            raise VideoNotFoundError(f"{path} does not exist.") from error
-        if len(data) != file.size:
-            raise VideoAccessError(f"{path} broke off after {len(data)} of {file.size} bytes.")
-        return data
+        fetch = _download if path.startswith(("http://", "https://")) else _read_from_hub
+        content = SpooledTemporaryFile(MEMORY_BYTES)
+        fetch(path, content)
+        content.seek(0)
+        return content
 
 
-def _download(url: str) -> bytes:
+def _with_content(record: Record) -> Record:
+    if record.video is None or isinstance(record.video, (bytes, str)):
+        return record
+    with record.video as file:
+        return record._replace(video=file.read())
+
+
+def _download(url: str, content: BinaryIO) -> None:
     """Fetch a URL, again where the trouble may be over soon.
 
     Raises:
         VideoError: it is gone, or still fails.
     """
-    for wait in (*RETRY_AFTER, None):
-        content = io.BytesIO()
+
+    def attempt() -> None:
+        content.seek(0)
+        content.truncate()
         try:
-            download(url, content)
-            return content.getvalue()
+            download(url, content, MAX_VIDEO_BYTES)
         except VideoDownloadError as error:
-            answer = error.__cause__
-            gone = isinstance(answer, urllib.error.HTTPError) and answer.code < 500 and answer.code != 429
-            if wait is None or gone:
-                raise
-        time.sleep(wait)
-    raise AssertionError("unreachable")
+            if getattr(error.__cause__, "errno", None) in FULL_DISK:
+                raise error.__cause__ from None  # not the fault of the video
+            raise
+
+    retried(attempt, f"Fetching {url}", waits=RETRY_WAITS, give_up_after=math.inf, again=_may_come_back)
+
+
+def _may_come_back(error: BaseException) -> bool:
+    answer = error.__cause__
+    gone = isinstance(answer, urllib.error.HTTPError) and answer.code < 500 and answer.code != 429
+    return isinstance(error, VideoDownloadError) and not gone
+
+
+def _read_from_hub(path: str, content: BinaryIO) -> None:
+    try:
+        with open_file(path) as file:
+            if file.size > MAX_VIDEO_BYTES:
+                raise VideoAccessError(f"{path} has {file.size} bytes, the limit is {MAX_VIDEO_BYTES}.")
+            while piece := file.read(READ_BYTES):
+                content.write(piece)
+    except FileNotFoundError as error:
+        raise VideoNotFoundError(f"{path} does not exist.") from error
+    if content.tell() != file.size:
+        raise VideoAccessError(f"{path} broke off after {content.tell()} of {file.size} bytes.")
 
 
 def open_media(files: FoundFiles, media_root: str | Path | None) -> Media:

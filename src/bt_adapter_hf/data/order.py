@@ -2,7 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -14,6 +14,16 @@ class Chunk(NamedTuple):
     start: int
     stop: int
     shards: list[int]
+
+
+class ChunkOrder(Protocol):
+    """What a `ChunkStore` asks of an order. It is pickled and sent to the fetching process."""
+
+    chunk_rows: int
+
+    def chunks(self, start: int) -> Iterator[Chunk]:
+        """The chunks from the one that holds position `start`, without end."""
+        ...
 
 
 def _shuffled(count: int, *key: int) -> np.ndarray:
@@ -102,6 +112,28 @@ class EpochOrder:
             # 1 + the first shard: another key in every chunk, and none that a permutation of shards has
             self._chunk_rows = chunk, rows[_shuffled(len(rows), self.seed, chunk.epoch, 1 + chunk.shards[0])]
         return self._chunk_rows
+
+
+class RowOrder:
+    """Rows 0 to n - 1 in order, again and again, in chunks of at least `chunk_rows` rows; the order of evaluation."""
+
+    def __init__(self, shard_rows: Sequence[int], chunk_rows: int = 1000):
+        self.shard_rows, self.chunk_rows = list(shard_rows), chunk_rows
+
+    def chunks(self, start: int) -> Iterator[Chunk]:
+        rows = sum(self.shard_rows)
+        epoch = start // rows
+        while True:
+            first = stop = epoch * rows
+            shards = []
+            for shard, count in enumerate(self.shard_rows):
+                shards.append(shard)
+                stop += count
+                if stop - first >= self.chunk_rows or shard == len(self.shard_rows) - 1:
+                    if stop > start:
+                        yield Chunk(epoch, first, stop, shards)
+                    first, shards = stop, []
+            epoch += 1
 
 
 class OrderSampler:

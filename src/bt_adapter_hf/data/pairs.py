@@ -91,7 +91,7 @@ class PairDataset(torch.utils.data.Dataset):
         group_by_caption: bool = False,
         item_timeout: float | None = 60.0,
     ):
-        self.table, self.training, self.seed = table, training, seed
+        self.table, self.training, self.seed, self.item_timeout = table, training, seed, item_timeout
         self.video_processor = processor.video_processor
         self.num_frames = num_frames if num_frames is not None else self.video_processor.num_frames
         if self.num_frames < 1:

@@ -79,7 +79,9 @@ class ParquetShards(ShardReader):
                 open_file(path, PEEK_BYTES) as file,
                 pq.ParquetFile(file, pre_buffer=False, buffer_size=READ_BYTES) as data,
             ):
-                for batch in data.iter_batches(8, row_groups=[group], columns=columns, use_threads=False):
+                mean = data.metadata.row_group(group).total_byte_size // expected
+                rows = max(1, min(8, READ_BYTES // max(mean, 1)))
+                for batch in data.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False):
                     found += batch.num_rows
                     yield from batch.to_pylist()
         except pa.ArrowInvalid as error:
@@ -87,11 +89,18 @@ class ParquetShards(ShardReader):
         if found != expected:
             raise ValueError(f"Row group {group} of {path} has {found} rows, {expected} were counted.")
 
-    def read_shard(self, shard: int) -> Iterator[Record]:
-        for row in self._rows(shard, [self.video_column, self.text_column]):
-            yield self._record(row)
+    def read_shard(self, shard: int, item_timeout: float | None = None) -> Iterator[tuple[int, Record]]:
+        named: list[tuple[int, Record]] = []
+        for index, row in enumerate(self._rows(shard, [self.video_column, self.text_column])):
+            record = self._record(row)
+            if record.video is None and record.problem is None:
+                named.append((index, record))
+            else:
+                yield index, record
+        yield from self.media.fetch(named, item_timeout)
 
     def _record(self, row: dict[str, Any]) -> Record:
+        """The row; without its video where it only names it."""
         video, texts = row[self.video_column], clean_texts(row[self.text_column])
         name = None
         if isinstance(video, dict):  # the struct of a `Video` feature
@@ -100,7 +109,7 @@ class ParquetShards(ShardReader):
             return Record(video, name or "", texts)
         if not name:
             return Record(None, "", texts, "The row holds no video.")
-        return self.media.record(name, texts)
+        return Record(None, name, texts)
 
     def texts(self) -> Iterator[list[str]]:
         for shard in range(len(self.shards)):

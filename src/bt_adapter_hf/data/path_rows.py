@@ -19,7 +19,6 @@ from .readers import (
     ShardReader,
     clean_texts,
     digest,
-    in_threads,
     pick_column,
     slices,
 )
@@ -105,10 +104,13 @@ class PathRows(RowReader):
         return self.load(self.rows[index])
 
     def load(self, row: dict[str, Any]) -> Record:
+        named = self.named(row)
+        return named if named.problem else self.media.record(named)
+
+    def named(self, row: dict[str, Any]) -> Record:
+        """The row without its video."""
         name, texts = self._name(row), clean_texts(row[self.text_column])
-        if not name:
-            return Record(None, "", texts, "The row names no video.")
-        return self.media.record(name, texts)
+        return Record(None, name or "", texts, None if name else "The row names no video.")
 
     def texts(self) -> Iterator[list[str]]:
         for row in self.rows.select_columns(self.text_column):
@@ -124,8 +126,9 @@ class FetchedRows(ShardReader):
         self.shard_rows = [len(rows) for rows in self.slices]
         self.fingerprint = table.fingerprint
 
-    def read_shard(self, shard: int) -> Iterator[Record]:
-        yield from in_threads(self.table.load, self.table.rows.select(self.slices[shard]))
+    def read_shard(self, shard: int, item_timeout: float | None = None) -> Iterator[tuple[int, Record]]:
+        rows = map(self.table.named, self.table.rows.select(self.slices[shard]))
+        yield from self.table.media.fetch(enumerate(rows), item_timeout)
 
     def texts(self) -> Iterator[list[str]]:
         return self.table.texts()

@@ -2,10 +2,14 @@
 
 import hashlib
 import json
+import threading
+import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, TypeVar
 
 
@@ -60,8 +64,10 @@ class ShardReader(Reader):
     """Reads one shard after the other, for a `ChunkStore`."""
 
     @abstractmethod
-    def read_shard(self, shard: int) -> Iterator[Record]:
-        """The rows of a shard in order, as many as counted. Broken rows are records with a problem.
+    def read_shard(self, shard: int, item_timeout: float | None = None) -> Iterator[tuple[int, Record]]:
+        """The rows of a shard with their numbers in it, as they come, as many as counted.
+
+        Broken rows are records with a problem, and so are those whose video does not come in `item_timeout` seconds.
 
         Raises:
             OSError, ValueError: the shard cannot be read, or has changed since it was counted.
@@ -114,3 +120,39 @@ def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Ite
             yield pending.popleft().result()
     finally:
         executor.shutdown(cancel_futures=True)
+
+
+def as_they_come(
+    function: Callable[[Item], Result], items: Iterable[tuple[int, Item]], timeout: float | None
+) -> Iterator[tuple[int, Result | None]]:
+    """`function` of numbered items, in threads; what is ready first comes first.
+
+    None for an item that took longer than `timeout` seconds. Nothing can end its thread, which is left to itself.
+    """
+    results: SimpleQueue[tuple[int, Result | None, BaseException | None]] = SimpleQueue()
+    started: dict[int, float] = {}  # the longest ago first
+    items = iter(items)
+
+    def call(number: int, item: Item) -> None:
+        try:
+            results.put((number, function(item), None))
+        except BaseException as error:
+            results.put((number, None, error))
+
+    while True:
+        for number, item in islice(items, THREADS - len(started)):
+            started[number] = time.monotonic()
+            threading.Thread(target=call, args=(number, item), daemon=True).start()
+        if not started:
+            return
+        first = next(iter(started))
+        try:
+            left = None if timeout is None else max(0.0, started[first] + timeout - time.monotonic())
+            number, result, error = results.get(timeout=left)
+        except Empty:
+            number, result, error = first, None, None
+        if started.pop(number, None) is None:
+            continue  # given up before
+        if error is not None:
+            raise error
+        yield number, result

@@ -19,7 +19,8 @@ from .tar_shards import TarShards
 
 
 if TYPE_CHECKING:
-    from .chunk_store import ChunkOrder, ChunkStore
+    from .chunk_store import ChunkStore
+    from .order import ChunkOrder
 
 SUFFIXES = (*READERS, ".tar")
 
@@ -103,20 +104,22 @@ class PairTable:
             )
         return self.store
 
-    def records(self, shard: int) -> Iterator[Record]:
-        """The rows of one shard in order, read from the source, without a store.
+    def records(self, shard: int, item_timeout: float | None = 60.0) -> Iterator[tuple[int, Record]]:
+        """The rows of one shard with their numbers in it, as they come from the source, without a store.
+
+        A row whose video is not fetched in `item_timeout` seconds has a problem.
 
         Raises:
             OSError, ValueError: the shard cannot be read.
         """
         if isinstance(self._reader, RowReader):
-            return (self._reader.read(shard, index) for index in range(self.shard_rows[shard]))
-        return self._reader.read_shard(shard)
+            return ((index, self._reader.read(shard, index)) for index in range(self.shard_rows[shard]))
+        return self._reader.read_shard(shard, item_timeout)
 
     def wait(self, row: int) -> None:
         """Return when the row can be read without waiting; raises what `pair` raises for a store."""
         if self.store is not None:
-            self.store.wait(self.place(row)[0])
+            self.store.wait(*self.place(row))
 
     def texts(self) -> Iterator[list[str]]:
         """The texts of all rows, in order; of packed shards only these are read."""
@@ -130,12 +133,22 @@ class PairTable:
         position: int = 0,
         stop: int | None = None,
         local_main_process: bool = True,
+        item_timeout: float | None = 60.0,
     ) -> "ChunkStore":
         """Fetch the rows to a bounded folder, in the order in which they will be read; see `ChunkStore`."""
         from .chunk_store import ChunkStore
 
         self.store = ChunkStore(
-            folder, self._reader, self.source, self.fingerprint, max_disk, order, position, stop, local_main_process
+            folder,
+            self._reader,
+            self.source,
+            self.fingerprint,
+            max_disk,
+            order,
+            position,
+            stop,
+            local_main_process,
+            item_timeout,
         )
         return self.store
 

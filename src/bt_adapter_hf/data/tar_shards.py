@@ -129,11 +129,11 @@ class LocalTars(TarShards, RowReader):
 
 
 class RemoteTars(TarShards, ShardReader):
-    def read_shard(self, shard: int) -> Iterator[Record]:
+    def read_shard(self, shard: int, item_timeout: float | None = None) -> Iterator[tuple[int, Record]]:
         path, _ = self._sample(shard, 0)
         with open_file(path) as file:
             for index in range(self.shard_rows[shard]):
-                yield self._record(file, self._sample(shard, index)[1])
+                yield index, self._record(file, self._sample(shard, index)[1])
 
 
 class _TarSample(NamedTuple):

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from huggingface_hub import constants
@@ -25,19 +25,29 @@ _TRANSIENT = (429, 500, 502, 503, 504)
 Result = TypeVar("Result")
 
 
-def retried(call: Callable[[], Result], what: str) -> Result:
+def retried(
+    call: Callable[[], Result],
+    what: str,
+    *,
+    waits: Sequence[float] | None = None,
+    give_up_after: float = _GIVE_UP_AFTER,
+    again: Callable[[BaseException], bool] | None = None,
+) -> Result:
     """What `call` returns, tried again where the Hub was busy or the connection broke.
 
     Args:
         call: may be called several times.
         what: for the log, such as "Creating org/model".
+        waits: seconds before each further try; `RETRY_WAITS` by default.
+        give_up_after: seconds after which there is no further try.
+        again: whether an error may be over soon; `is_transient` by default.
     """
     started = time.monotonic()
-    for wait in [*RETRY_WAITS, None]:
+    for wait in [*(RETRY_WAITS if waits is None else waits), None]:
         try:
             return call()
         except Exception as error:
-            if wait is None or not is_transient(error) or time.monotonic() - started > _GIVE_UP_AFTER:
+            if wait is None or not (again or is_transient)(error) or time.monotonic() - started > give_up_after:
                 raise
             wait = max(wait, _asked_wait(error))
             logger.warning("%s: %s. Next try in %g s.", what, _in_short(error), wait)
@@ -117,7 +127,8 @@ def _in_short(error: BaseException) -> str:
     cause = http_cause(error) or error
     if isinstance(cause, HfHubHTTPError):
         return f"{cause.response.status_code} {cause.response.reason_phrase}".strip()
-    return type(cause).__name__
+    # what the client says names an address of the storage, which is signed
+    return type(cause).__name__ if isinstance(cause, HTTPError) else str(cause).rstrip(".") or type(cause).__name__
 
 
 def _asked_wait(error: BaseException) -> float:

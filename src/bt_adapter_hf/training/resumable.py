@@ -90,7 +90,7 @@ class ResumableTrainer(ObservabilityMixin, HubPushMixin, Trainer):
     **The log** says more, see `ObservabilityMixin`.
 
     The training data set is map-style: `dataset[epoch, row]` is an item, a function of that pair and of `dataset.seed`
-    alone; `dataset.table` is its `PairTable`.
+    alone; `dataset.table` is its `PairTable`, and `dataset.item_timeout` the seconds that fetching one video may take.
 
     Raises:
         ValueError: for arguments that ask for another order.
@@ -155,7 +155,7 @@ class ResumableTrainer(ObservabilityMixin, HubPushMixin, Trainer):
         start = self._start.consumed
         stop = start + self._remaining_steps() * self._step_rows
         try:
-            with self._fetching(self.train_dataset.table, "train", self._order(), start, stop):
+            with self._fetching(self.train_dataset, "train", self._order(), start, stop):
                 return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         finally:
             self.processing_class = processing_class
@@ -234,9 +234,10 @@ class ResumableTrainer(ObservabilityMixin, HubPushMixin, Trainer):
 
     @contextmanager
     def _fetching(
-        self, table, name: str, order: EpochOrder | None = None, position: int = 0, stop: int | None = None
+        self, dataset, name: str, order: EpochOrder | None = None, position: int = 0, stop: int | None = None
     ) -> Iterator[None]:
         """While rows are read: a table that is not on the disk is fetched, within `args.max_disk`, ahead of them."""
+        table = dataset.table
         if not table.needs_store:
             yield
             return
@@ -249,7 +250,8 @@ class ResumableTrainer(ObservabilityMixin, HubPushMixin, Trainer):
         with self.accelerator.local_main_process_first():
             is_main = self.accelerator.is_local_main_process
             folder = self._store_folder(name)
-            store = table.use_store(folder, self.args.max_disk, order, position, stop, is_main)
+            limit = dataset.item_timeout
+            store = table.use_store(folder, self.args.max_disk, order, position, stop, is_main, limit)
         try:
             yield
         finally:
@@ -261,8 +263,8 @@ class ResumableTrainer(ObservabilityMixin, HubPushMixin, Trainer):
 
     def evaluation_loop(self, dataloader, *args, **kwargs):
         self._evaluated = 0
-        table = dataloader.dataset.table
-        with self._fetching(table, "eval", stop=len(table)):
+        dataset = dataloader.dataset
+        with self._fetching(dataset, "eval", stop=len(dataset.table)):
             return super().evaluation_loop(dataloader, *args, **kwargs)
 
     def set_initial_training_values(self, args, dataloader):
