@@ -22,13 +22,13 @@ CORE = [
     "pillow>=10.1",
     "av>=17.0.1",  # the first whose colour conversion can be kept from starting threads, which hang after a fork
     "tqdm>=4.66",
+    "filelock>=3.13",
     f"decord>=0.6.0; {HAS_DECORD_WHEEL}",
 ]
 
 EXTRAS = {
     "train": ["accelerate>=1.1", "datasets>=4.0", "matplotlib>=3.8", "peft>=0.18"],
     "eval": ["datasets>=4.0", "ftfy>=6.1"],
-    "search": ["datasets>=4.0", "faiss-cpu>=1.9"],
     "quickstart": ["scikit-learn>=1.4"],
     "torchcodec": ["torchcodec>=0.9"],  # a further decoder; needs FFmpeg's libraries
     "test": [

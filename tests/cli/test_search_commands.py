@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,13 +24,21 @@ def index(tiny_checkpoint, clips, tmp_path, capsys) -> Path:
     return tmp_path / "idx"
 
 
-def error_of(argv: list, capsys) -> str:
+def error_of(argv: list, capsys, out: str | None = "") -> str:
     """Runs a command that must fail with exactly one line on stderr, and returns it."""
     assert main([str(arg) for arg in argv]) == 1
     captured = capsys.readouterr()
-    assert captured.out == ""
+    assert captured.out == out or out is None
     assert captured.err.count("\n") == 1, captured.err
     return captured.err
+
+
+def usage_error(argv: list, capsys) -> str:
+    """Runs a command that argparse must refuse, and returns the line that says why."""
+    with pytest.raises(SystemExit) as status:
+        main([str(arg) for arg in argv])
+    assert status.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
 
 
 def test_index_and_again(tiny_checkpoint, clips, tmp_path, capsys):
@@ -37,10 +46,10 @@ def test_index_and_again(tiny_checkpoint, clips, tmp_path, capsys):
     assert main(argv) == 0
     out = capsys.readouterr().out
     assert "4 videos added, 0 already there, 2 skipped" in out
-    assert "skipped.jsonl" in out
+    assert "empty.mp4: " in out and "skipped.jsonl" in out  # the first few, and where all are
     assert main([*argv, "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
-    assert summary == {"index": str(tmp_path / "idx"), "added": 0, "present": 4, "skipped": 2}
+    assert summary == {"index": str(tmp_path / "idx"), "added": 0, "present": 4, "gone": 0, "skipped": 2}
 
 
 def test_index_options(tiny_checkpoint, clips, tmp_path, capsys):
@@ -65,7 +74,66 @@ def test_index_errors(tiny_checkpoint, clips, index, tmp_path, capsys):
     assert "other settings" in error_of(["index", clips, "-o", index, *model, "--num-frames", "6"], capsys)
     assert "other weights" in error_of(["index", clips, "-o", index, *model, "--dtype", "bfloat16"], capsys)
     assert "nowhere" in error_of(["index", clips, "-o", tmp_path / "new", "--model", tmp_path / "nowhere"], capsys)
+    error = error_of(["index", clips, "-o", tmp_path / "new", "--model", "./nothere"], capsys)
+    assert error == "bt-adapter index: error: there is no folder './nothere'.\n"
+    for option in ("--batch-size", "--workers", "--num-frames"):
+        error = usage_error(["index", clips, "-o", tmp_path / "new", option, "-1"], capsys)
+        assert f"argument {option}: '-1' is not a whole number" in error
     assert not (tmp_path / "new").exists()
+
+
+def test_damaged_files_can_be_salvaged(tiny_checkpoint, clips, tmp_path, capsys):
+    whole = (clips / "red.mp4").read_bytes()
+    cut = tmp_path / "cut.gif"
+    content = (clips / "grey.gif").read_bytes()
+    cut.write_bytes(content[: len(content) * 3 // 4])
+    argv = ["index", str(cut), "-o", str(tmp_path / "idx"), "--model", str(tiny_checkpoint)]
+    assert main(argv) == 1 and whole
+    assert "on_damage='salvage'" in capsys.readouterr().out
+    assert main([*argv, "--on-damage", "salvage"]) == 0
+    assert "1 videos added" in capsys.readouterr().out
+
+
+def test_names_that_are_no_text_and_files_that_are_gone(tiny_checkpoint, clips, tmp_path, capsys):
+    """They are shown escaped, on one line; JSON has them as they are."""
+    odd = [os.fsencode(clips) + b"/caf\xe9.mp4", os.fsencode(clips) + b"/two\nlines.mp4"]
+    for name in odd:
+        shutil.copy(clips / "red.mp4", name)
+    (clips / "green.mp4").rename(clips / "moved.mp4")
+    os.rename(clips / "garbage.avi", os.fsencode(clips) + b"/bad\xff.avi")
+    assert main(["index", str(clips), "-o", str(tmp_path / "idx"), "--model", str(tiny_checkpoint)]) == 0
+    assert "bad\\xff.avi" in capsys.readouterr().out
+    (clips / "moved.mp4").unlink()
+    argv = ["search", str(tmp_path / "idx"), "a dog", "-k", "9"]
+    assert main([*argv, "--sheet", str(tmp_path / "s.png")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 7
+    assert sum("caf\\xe9.mp4" in line for line in lines) == sum("two\\nlines.mp4" in line for line in lines) == 1
+    assert ["missing" in line for line in lines] == ["moved.mp4" in line for line in lines]
+    assert main([*argv, "--json"]) == 0
+    hits = json.loads(capsys.readouterr().out)
+    assert {os.fsencode(hit["path"]) for hit in hits} > set(odd)
+    assert [hit["missing"] for hit in hits] == [hit["path"].endswith("moved.mp4") for hit in hits]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounts a small disk")
+def test_a_full_disk(index, tiny_checkpoint, clips, tmp_path, capsys):
+    """One line that names the file, and nothing half-written is left."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("no right to mount")
+    try:
+        error = error_of(["search", index, "a dog", "--sheet", disk / "s.png"], capsys, out=None)
+        assert "No space left" in error and "s.png" in error
+        with pytest.raises(OSError, match="No space left"), open(disk / "filler", "wb", buffering=0) as file:
+            while file.write(bytes(512)):
+                pass
+        error = error_of(["index", clips, "-o", disk / "idx", "--model", tiny_checkpoint], capsys)
+        assert "No space left" in error and "index.json" in error
+        assert sorted(path.name for path in disk.rglob("*")) == ["filler"]
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
 
 def test_an_unwritable_output_is_found_before_the_work(clips, tmp_path, capsys):
@@ -111,7 +179,9 @@ def test_search_errors(index, tiny_checkpoint, tmp_path, capsys):
     assert "ends in .png" in error_of(["search", index, "a dog", "--sheet", tmp_path / "x.gif"], capsys)
     assert "a text is empty" in error_of(["search", index, " "], capsys)
     assert "tokens long; this model takes 24" in error_of(["search", index, "a " * 40], capsys)
-    assert "k=0" in error_of(["search", index, "a dog", "-k", "0"], capsys)
+    assert "argument -k: '0' is not a whole number of at least 1" in usage_error(
+        ["search", index, "a dog", "-k", "0"], capsys
+    )
 
     encoder = VideoEncoder.from_pretrained(tiny_checkpoint, device="cpu")
     torch.manual_seed(2)
@@ -170,7 +240,8 @@ def test_classify_errors(tiny_checkpoint, clips, tmp_path, capsys):
     assert "'red' is there twice" in error_of([*files, "--labels", "red, blue, red"], capsys)
     assert "no {} for the label" in error_of([*files, "--labels", "red, blue", "--template", "a dog"], capsys)
     assert "No such file" in error_of([*files, "--labels-file", tmp_path / "nope.txt"], capsys)
-    assert "--top 0" in error_of([*files, "--labels", "red, blue", "--top", "0"], capsys)
+    for option in ("--top", "--batch-size", "--workers", "--num-frames"):
+        assert f"argument {option}: '0' is not" in usage_error([*files, "--labels", "red, blue", option, "0"], capsys)
 
     argv = ["classify", clips / "empty.mp4", "--labels", "red, blue", "--model", tiny_checkpoint]
     assert main([str(arg) for arg in argv]) == 1

@@ -7,41 +7,14 @@ from transformers import CLIPModel
 
 from bt_adapter_hf import BTAdapterModel
 from bt_adapter_hf.models.video_io import EmptyVideoError, VideoDecodeError
-from bt_adapter_hf.search.encoding import VideoEncoder, find_videos
+from bt_adapter_hf.search.encoding import VideoEncoder
+from bt_adapter_hf.search.files import find_videos
 from tests import tiny_pairs
 
 
 @pytest.fixture(scope="module")
 def encoder(tiny_checkpoint) -> VideoEncoder:
     return VideoEncoder.from_pretrained(tiny_checkpoint, device="cpu")
-
-
-def names(paths, folder):
-    return [os.path.relpath(path, folder) for path in paths]
-
-
-def test_find_videos_in_a_folder(clips):
-    (clips / ".hidden").mkdir()
-    (clips / ".hidden" / "x.mp4").write_bytes(b"")
-    (clips / "._red.mp4").write_bytes(b"")
-    found = find_videos([clips])
-    assert names(found, clips) == ["empty.mp4", "garbage.avi", "green.mp4", "grey.gif", "more/blue.MP4", "red.mp4"]
-    assert all(map(os.path.isabs, found))
-
-
-def test_find_videos_by_pattern_and_file_each_once(clips):
-    found = find_videos([clips / "g*", clips / "**" / "*.MP4", clips / "green.mp4", clips / "notes.txt"])
-    assert names(found, clips) == ["garbage.avi", "green.mp4", "grey.gif", "more/blue.MP4", "notes.txt"]
-
-
-def test_find_videos_refuses_nothing(clips, tmp_path):
-    with pytest.raises(FileNotFoundError, match="'.*nowhere' is not a file"):
-        find_videos([clips, tmp_path / "nowhere"])
-    empty = tmp_path / "no videos"
-    empty.mkdir()
-    (empty / "notes.txt").write_text("")
-    with pytest.raises(ValueError, match=r"no video under '.*no videos': looked for .*\.mp4"):
-        find_videos([empty])
 
 
 @pytest.mark.parametrize(("batch_size", "workers"), [(1, 1), (4, 3), (100, 2)])
@@ -137,6 +110,17 @@ def test_fingerprint_tells_models_apart(tiny_checkpoint, encoder, tmp_path):
     assert VideoEncoder(BTAdapterModel.from_pretrained(tmp_path), encoder.processor, None).fingerprint() == original
 
 
+def test_fingerprint_tells_dtypes_apart(tiny_checkpoint):
+    """Also where the bytes are the same: a zero is a zero in each."""
+    fingerprints = set()
+    for dtype in ("float16", "bfloat16"):
+        encoder = VideoEncoder.from_pretrained(tiny_checkpoint, device="cpu", dtype=dtype)
+        for tensor in encoder.model.state_dict().values():
+            tensor.zero_()
+        fingerprints.add(encoder.fingerprint())
+    assert len(fingerprints) == 2
+
+
 def test_a_model_without_a_trained_branch_is_refused(tmp_path):
     CLIPModel(tiny_pairs.clip_config()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds a model of type 'clip'; expected 'bt_adapter'"):
@@ -148,8 +132,10 @@ def test_bad_options(tiny_checkpoint, encoder, tmp_path):
         VideoEncoder.from_pretrained(tiny_checkpoint, num_frames=0)
     with pytest.raises(ValueError, match="device 'abacus' cannot be used"):
         VideoEncoder.from_pretrained(tiny_checkpoint, device="abacus")
-    with pytest.raises(OSError, match="nowhere"):
+    with pytest.raises(FileNotFoundError, match="there is no folder '.*nowhere'"):
         VideoEncoder.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(NotADirectoryError, match="model.safetensors' is a file; expected a folder"):
+        VideoEncoder.from_pretrained(tiny_checkpoint / "model.safetensors")
     with pytest.raises(ValueError, match="batch_size=0"):
         next(encoder.encode_videos(["x.mp4"], batch_size=0))
     with pytest.raises(ValueError, match="workers=0"):

@@ -11,8 +11,10 @@ import torch
 
 from bt_adapter_hf import BTAdapterModel
 from bt_adapter_hf.search import index as indexing
-from bt_adapter_hf.search.encoding import EncodedVideo, VideoEncoder, find_videos
-from bt_adapter_hf.search.index import IndexMismatchError, IndexWriter, VideoIndex, check_writable
+from bt_adapter_hf.search.encoding import EncodedVideo, VideoEncoder
+from bt_adapter_hf.search.files import find_videos
+from bt_adapter_hf.search.index import IndexMismatchError, IndexWriter, VideoIndex
+from bt_adapter_hf.search.store import check_writable
 from tests import tiny_pairs
 
 
@@ -25,9 +27,9 @@ def build(folder, encoder, videos) -> tuple[list[str], int]:
     """Index what is missing; returns that, and how many were skipped."""
     with IndexWriter(folder, encoder) as writer:
         missing = writer.missing(find_videos(videos))
-        for video in encoder.encode_videos(missing):
-            writer.add(video)
-    return [os.path.basename(path) for path in missing], writer.skipped
+        update = writer.update(find_videos(videos), videos)
+    assert update.added + len(update.skipped) == len(missing)
+    return [os.path.basename(path) for path in missing], len(update.skipped)
 
 
 def random_index(rows: int, dim: int = 8) -> VideoIndex:
@@ -92,6 +94,53 @@ def test_resume_indexes_only_what_is_new_or_changed(encoder, clips, tmp_path):
             np.testing.assert_array_equal(feature, old[row["path"]])
 
 
+def names(folder) -> list[str]:
+    return sorted(Path(row["path"]).name for row in VideoIndex.load(folder).rows)
+
+
+def test_what_is_gone_is_taken_out_where_it_was_looked_for(encoder, clips, tmp_path, monkeypatch):
+    monkeypatch.setattr(indexing, "PART_ROWS", 2)
+    build(tmp_path / "idx", encoder, [clips])
+    assert names(tmp_path / "idx") == ["blue.MP4", "green.mp4", "grey.gif", "red.mp4"]
+    (clips / "green.mp4").unlink()
+    (clips / "more" / "blue.MP4").unlink()
+    with IndexWriter(tmp_path / "idx", encoder) as writer:  # it looks elsewhere: they may lie on a disk that is away
+        assert writer.update([str(clips / "grey.gif")], [clips / "more" / "*.gif"]).gone == 1
+    assert names(tmp_path / "idx") == ["green.mp4", "grey.gif", "red.mp4"]
+    with IndexWriter(tmp_path / "idx", encoder) as writer:
+        update = writer.update(find_videos([clips]), [clips])
+    assert (update.added, update.present, update.gone) == (0, 2, 1)
+    assert names(tmp_path / "idx") == ["grey.gif", "red.mp4"]
+    # the rest is as it was, and a file that comes back is indexed again
+    tiny_pairs.write_clip(clips / "green.mp4", tiny_pairs.COLOURS["green"], step=3)
+    assert "green.mp4" in build(tmp_path / "idx", encoder, [clips])[0]
+    index = VideoIndex.load(tmp_path / "idx")
+    for row, feature in zip(index.rows, index.features, strict=True):
+        (video,) = encoder.encode_videos([row["path"]])
+        np.testing.assert_allclose(feature, video.feature, atol=1e-6)
+
+
+def test_a_file_under_several_names_counts_once(encoder, clips, tmp_path):
+    build(tmp_path / "idx", encoder, [clips / "red.mp4"])
+    os.link(clips / "red.mp4", clips / "a hard link.mp4")
+    os.symlink(clips / "red.mp4", clips / "a symbolic link.mp4")
+    missing, _ = build(tmp_path / "idx", encoder, [clips])
+    assert "red.mp4" not in missing and not any("link" in name for name in missing)
+    assert names(tmp_path / "idx") == ["blue.MP4", "green.mp4", "grey.gif", "red.mp4"]
+
+
+def test_two_writers_at_a_time(encoder, clips, tmp_path):
+    """The second is refused and changes nothing; a process that is killed keeps nobody out."""
+    with IndexWriter(tmp_path / "idx", encoder) as first:
+        with pytest.raises(OSError, match="another process is writing the index '.*idx': wait until it has ended"):
+            build(tmp_path / "idx", encoder, [clips / "grey.gif"])
+        first.update([str(clips / "red.mp4")])
+    assert names(tmp_path / "idx") == ["red.mp4"]
+    (tmp_path / "idx" / "index.lock").touch()  # of one that was killed
+    build(tmp_path / "idx", encoder, [clips / "grey.gif"])
+    assert names(tmp_path / "idx") == ["grey.gif", "red.mp4"]
+
+
 def test_parts_are_of_bounded_size(encoder, clips, tmp_path, monkeypatch):
     monkeypatch.setattr(indexing, "PART_ROWS", 3)
     whole = tmp_path / "whole"
@@ -111,7 +160,8 @@ def test_killed_at_any_time_it_goes_on(encoder, tiny_checkpoint, clips, tmp_path
     script = f"""
 import os, signal
 from bt_adapter_hf.search import index as indexing
-from bt_adapter_hf.search.encoding import VideoEncoder, find_videos
+from bt_adapter_hf.search.encoding import VideoEncoder
+from bt_adapter_hf.search.files import find_videos
 indexing.FLUSH_SECONDS = 0
 replace, count = os.replace, 0
 def replace_or_die(source, target):
@@ -148,7 +198,7 @@ def test_another_model_is_refused(encoder, clips, tmp_path):
     torch.manual_seed(1)
     other = VideoEncoder(BTAdapterModel(encoder.model.config), encoder.processor, "other/model")
     with pytest.raises(IndexMismatchError, match=r"made with .*model \(float32\); the model now used, other/model"):
-        IndexWriter(tmp_path / "idx", other)
+        IndexWriter(tmp_path / "idx", other).__enter__()
     index = VideoIndex.load(tmp_path / "idx")
     index.check_model(encoder)
     with pytest.raises(IndexMismatchError, match="other weights"):
@@ -160,17 +210,10 @@ def test_other_settings_are_refused(encoder, tiny_checkpoint, clips, tmp_path):
     build(tmp_path / "idx", encoder, [clips])
     other = VideoEncoder.from_pretrained(tiny_checkpoint, device="cpu", num_frames=6)
     with pytest.raises(IndexMismatchError, match=r"other settings \(num_frames=4, now 6\)"):
-        IndexWriter(tmp_path / "idx", other)
+        IndexWriter(tmp_path / "idx", other).__enter__()
 
 
-@pytest.mark.parametrize("use_faiss", [True, False])
-def test_search_equals_a_naive_one(use_faiss, monkeypatch):
-    if use_faiss:
-        pytest.importorskip("datasets")
-        pytest.importorskip("faiss")
-    else:
-        monkeypatch.setattr(indexing, "is_available", lambda name: False)
-        monkeypatch.setattr(VideoIndex, "_nearest_by_faiss", None)
+def test_search_equals_a_naive_one():
     index = random_index(50)
     queries = index.features[[7, 30]] + 0.1 * index.features[[8, 31]]
     queries /= np.linalg.norm(queries, axis=1, keepdims=True)
@@ -214,6 +257,9 @@ def test_no_index_and_damaged_index(encoder, clips, tmp_path):
     info = tmp_path / "idx" / "index.json"
     info.write_text(info.read_text().replace('"format": 1', '"format": 2'))
     with pytest.raises(ValueError, match="format 2; this version reads 1"):
+        VideoIndex.load(tmp_path / "idx")
+    info.write_text('{"format": 1, "model": null}')
+    with pytest.raises(ValueError, match="index.json' is damaged, it does not say revision, fingerprint"):
         VideoIndex.load(tmp_path / "idx")
     info.write_text("{")
     with pytest.raises(ValueError, match="not the description of a video index"):

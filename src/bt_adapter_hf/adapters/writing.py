@@ -35,6 +35,10 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())  # or the name may outlive a power failure, and the content not
         temporary.replace(path)
+    except OSError as error:
+        if error.errno and error.filename is None:
+            error.filename = str(path)  # a full disk names no file
+        raise
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)

@@ -48,6 +48,9 @@ def real_number(
     return read
 
 
+SHOWN = 3  # of the files that were skipped
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
@@ -57,6 +60,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
     parser.add_argument(
         "--num-frames", type=whole_number(), metavar="T", help="frames per video (default: as the model says)"
+    )
+    parser.add_argument(
+        "--on-damage",
+        choices=("raise", "salvage"),
+        help="skip a file that is cut, or use the frames before the damage (default: as the model says)",
     )
     parser.add_argument(
         "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="default: as saved"
@@ -83,9 +91,20 @@ def load_encoder(args: argparse.Namespace):
         args.model,
         revision=args.revision,
         num_frames=args.num_frames,
+        on_damage=args.on_damage,
         device=args.device,
         dtype=args.dtype,
     )
+
+
+def print_skipped(skipped: list[dict[str, str]], file) -> None:
+    """The first few files that could not be used, and why."""
+    from ..search.files import printable
+
+    for line in skipped[:SHOWN]:
+        print(f"  {printable(line['path'])}: {printable(line['reason'])}", file=file)
+    if len(skipped) > SHOWN:
+        print(f"  and {len(skipped) - SHOWN} more", file=file)
 
 
 def quiet_transformers() -> None:

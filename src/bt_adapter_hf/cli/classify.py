@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from ._options import add_model_options, load_encoder, progress
+from ._options import add_model_options, load_encoder, print_skipped, progress, whole_number
 
 
 def register(subparsers) -> None:
@@ -22,7 +22,9 @@ def register(subparsers) -> None:
     labels.add_argument("--labels", metavar='"A, B"', help="labels, separated by commas")
     labels.add_argument("--labels-file", metavar="TXT", help="file with one label per line")
     parser.add_argument("--template", default="{}", help='sentence around each label, such as "a video of {}"')
-    parser.add_argument("--top", type=int, default=3, metavar="N", help="labels to print per video (default: 3)")
+    parser.add_argument(
+        "--top", type=whole_number(), default=3, metavar="N", help="labels to print per video (default: 3)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_model_options(parser)
     parser.set_defaults(run=run)
@@ -32,9 +34,7 @@ def run(args: argparse.Namespace) -> int:
     labels = read_labels(args.labels, args.labels_file)
     if "{}" not in args.template:
         raise ValueError(f"the template '{args.template}' has no {{}} for the label to go.")
-    if args.top < 1:
-        raise ValueError(f"--top {args.top}: expected at least 1.")
-    from ..search.encoding import find_videos
+    from ..search.files import find_videos
 
     paths = find_videos(args.files)
     encoder = load_encoder(args)
@@ -81,11 +81,12 @@ def read_labels(listed: str | None, file: str | None) -> list[str]:
 
 
 def _print_results(results: list[dict], skipped: list[dict]) -> None:
+    from ..search.files import printable
+
     for video in results:
-        print(video["path"])
+        print(printable(video["path"]))
         for label in video["labels"]:
             print(f"  {label['probability']:>7.1%}  {label['cosine']:>7.4f}  {label['label']}")
     if skipped:
         print(f"{len(skipped)} of {len(results) + len(skipped)} files skipped:")
-        for line in skipped:
-            print(f"  {line['path']}: {line['reason']}")
+        print_skipped(skipped, sys.stdout)

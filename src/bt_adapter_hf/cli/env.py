@@ -24,7 +24,7 @@ CORE = (
 )
 DECODERS = (("decord", "decord"), ("torchcodec", "torchcodec"))
 # Their versions only: importing them is slow, and what breaks them is mostly one of the above.
-OTHERS = ("accelerate", "datasets", "peft", "faiss-cpu", "scikit-learn")
+OTHERS = ("accelerate", "datasets", "peft", "scikit-learn")
 
 
 def register(subparsers) -> None:

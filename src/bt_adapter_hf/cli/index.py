@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 
-from ._options import add_model_options, load_encoder, progress
+from ._options import add_model_options, load_encoder, print_skipped, progress
 
 
 def register(subparsers) -> None:
@@ -13,7 +13,8 @@ def register(subparsers) -> None:
         help="make video files searchable",
         description="Decode the videos in folders, patterns and files and store their features, with what made them, "
         "in the folder INDEX. Stop it at any time: the same command goes on where it stopped, and later adds what is "
-        "new or has changed. Files that cannot be read are counted and listed in INDEX/skipped.jsonl.",
+        "new or has changed and takes out what is gone. Files that cannot be read are counted and listed in "
+        "INDEX/skipped.jsonl.",
         epilog="example: bt-adapter index ~/videos 'clips/**/*.mp4' -o videos.index",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -25,27 +26,32 @@ def register(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..search.encoding import find_videos
-    from ..search.index import IndexWriter, check_writable
+    from ..search.files import find_videos
+    from ..search.index import IndexWriter
+    from ..search.store import check_writable
 
     paths = find_videos(args.videos)
     check_writable(args.output)
     encoder = load_encoder(args)
     with IndexWriter(args.output, encoder) as writer:
-        missing = writer.missing(paths)
-        videos = encoder.encode_videos(missing, batch_size=args.batch_size, workers=args.workers)
-        for video in progress(videos, len(missing), "index"):
-            writer.add(video)
-    present = len(paths) - len(missing)
-    added = len(missing) - writer.skipped
+        update = writer.update(
+            paths,
+            args.videos,
+            batch_size=args.batch_size,
+            workers=args.workers,
+            progress=lambda videos, total: progress(videos, total, "index"),
+        )
+    skipped = len(update.skipped)
     if args.json:
-        summary = {"index": args.output, "added": added, "present": present, "skipped": writer.skipped}
-        print(json.dumps(summary, indent=2))
+        summary = {"index": args.output, "added": update.added, "present": update.present}
+        print(json.dumps({**summary, "gone": update.gone, "skipped": skipped}, indent=2))
     else:
-        print(f"{args.output}: {added} videos added, {present} already there, {writer.skipped} skipped")
-        if writer.skipped:
-            print(f"the skipped files and why: {args.output}/skipped.jsonl")
-    if added + present == 0:
+        gone = f", {update.gone} gone and taken out" if update.gone else ""
+        print(f"{args.output}: {update.added} videos added, {update.present} already there, {skipped} skipped{gone}")
+        print_skipped(update.skipped, sys.stdout)
+        if skipped:
+            print(f"all skipped files and why: {args.output}/skipped.jsonl")
+    if update.added + update.present == 0:
         print("bt-adapter index: error: none of the files could be read", file=sys.stderr)
         return 1
     return 0

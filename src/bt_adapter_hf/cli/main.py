@@ -9,6 +9,7 @@ import importlib
 import logging
 import os
 import sys
+import textwrap
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from .. import __version__
 _PACKAGE = __package__.partition(".")[0]
 _FOLDER = Path(__file__).parents[1]
 
+HELP_WIDTH = 100
 COMMANDS = (
     "quickstart",
     "index",
@@ -44,7 +46,9 @@ def build_parser(commands: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in commands:
         importlib.import_module(f"{__package__}.{name.replace('-', '_')}").register(subparsers)
-        subparsers.choices[name].add_argument("--debug", action="store_true", help="on an error, show the traceback")
+        command = subparsers.choices[name]
+        command.description = textwrap.fill(command.description, HELP_WIDTH)  # its epilog of examples stays as it is
+        command.add_argument("--debug", action="store_true", help="on an error, show the traceback")
     return parser
 
 
@@ -53,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     # Only the asked command is imported; without one, all of them, for the list in --help.
     args = build_parser([argv[0]] if argv and argv[0] in COMMANDS else COMMANDS).parse_args(argv)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text; stderr does so already
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         return args.run(args)

@@ -48,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.moving_digits import evaluate_moving_digits, format_scores
     from ..search.contact_sheet import write_contact_sheet
     from ..search.encoding import VideoEncoder
-    from ..search.index import IndexWriter, VideoIndex, check_writable
+    from ..search.index import IndexWriter, VideoIndex
+    from ..search.store import check_writable
 
     def say(text: str = "") -> None:
         if not args.json:
@@ -70,9 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
     say("\n2. Index and search: bt-adapter index, bt-adapter search")
     with IndexWriter(index_folder, encoder) as writer:
-        missing = writer.missing(paths)
-        for video in progress(encoder.encode_videos(missing, batch_size=32), len(missing), "index"):
-            writer.add(video)
+        writer.update(paths, batch_size=32, progress=lambda videos, total: progress(videos, total, "index"))
     index = VideoIndex.load(index_folder)
     caption_of = {path: row["text"] for path, row in zip(paths, rows, strict=True)}
     texts = encoder.encode_texts(QUERIES)

@@ -1,6 +1,7 @@
 """Talking to the Hub: another try where it did not answer, and a clear sentence where it said no."""
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
@@ -105,6 +106,19 @@ def explain(error: BaseException, repo_id: str, revision: str | None = None) -> 
     if cause is not None:
         return f"{constants.ENDPOINT} could not be reached for {repo_id} ({_in_short(cause)}): check the connection"
     return str(error)
+
+
+def check_folder(name: str) -> None:
+    """Refuses a path to nothing, which the Hub's client would take for an id, and a file.
+
+    Raises:
+        OSError: if the name can only be a path, and there is no such folder.
+    """
+    if os.path.isfile(name):
+        raise NotADirectoryError(f"'{name}' is a file; expected a folder, or an id on the Hub.")
+    is_path = os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name
+    if is_path and not os.path.isdir(name):
+        raise FileNotFoundError(f"there is no folder '{name}'.")
 
 
 def check_token(token: str | bool | None) -> None:

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..adapters.writing import written_whole
 from ..models.video_io import VideoError, load_video
+from .files import printable
 from .index import Hit, VideoIndex
 
 
@@ -54,7 +55,6 @@ def write_contact_sheet(
         query: the text that was searched.
         floor: cosine at which the score bar is empty (`VideoIndex.median_score`); the best hit fills it.
     """
-    path = Path(path)
     sheet = draw_contact_sheet(query, hits, index, floor)
     with written_whole(path) as file:
         sheet.save(file, format="PNG")
@@ -64,7 +64,7 @@ def draw_contact_sheet(query: str, hits: Sequence[Hit], index: VideoIndex, floor
     """The picture that `write_contact_sheet` writes."""
     strips = [_load_strip(hit, index.info["settings"]) for hit in hits]
     row_heights = [max(124, strip.frames[0].height + 26 if strip.frames else 0) + 36 for strip in strips]
-    title = _wrap(query, _font(40), _TEXT_WIDTH + _STRIP_WIDTH)
+    title = _wrap(printable(query), _font(40), _TEXT_WIDTH + _STRIP_WIDTH)
     header = 104 + 50 * len(title)
     width = _MARGIN + _TEXT_WIDTH + _STRIP_WIDTH + _MARGIN
     sheet = Image.new("RGB", (width, header + sum(row_heights) + 64), _PAPER)
@@ -76,6 +76,7 @@ def draw_contact_sheet(query: str, hits: Sequence[Hit], index: VideoIndex, floor
         y += 50
     model = index.info["model"] or "moving-digits"
     model = Path(model).name if os.path.isabs(model) else model  # of a Hub id the owner counts, of a folder the name
+    model = printable(model)
     draw.text((_MARGIN, y + 4), f"{len(hits)} of {len(index.rows)} videos  ·  {model}", _GREY, _font(18))
 
     best = hits[0].score if hits else floor
@@ -104,7 +105,7 @@ def _load_strip(hit: Hit, settings: dict) -> _Strip:
             background=settings["background"],
         )
     except VideoError as error:  # moved or damaged since it was indexed: the sheet says so in its place
-        return _Strip([], [], " ".join(str(error).split()))
+        return _Strip([], [], printable(" ".join(str(error).split())))
     chosen = np.linspace(0, len(frames) - 1, min(MAX_FRAMES, len(frames))).round().astype(int)
     height, width = frames.shape[1:3]
     cell = (_STRIP_WIDTH - _GAP * (len(chosen) - 1)) / len(chosen)
@@ -118,10 +119,13 @@ def _draw_facts(draw: ImageDraw.ImageDraw, y: int, hit: Hit, fill: float) -> Non
     draw.text((_MARGIN, y - 6), str(hit.rank), _INK, _font(44))
     x, width = _MARGIN + 64, _TEXT_WIDTH - 64 - 36
     path = Path(hit.row["path"])
-    draw.text((x, y), _shorten(path.name, _font(20), width), _INK, _font(20))
+    draw.text((x, y), _shorten(printable(path.name), _font(20), width), _INK, _font(20))
     duration = hit.row["duration"]
     facts = [f"{duration:.1f} s"] if duration is not None else []
-    facts += [f"{hit.row['width']} x {hit.row['height']}", _shorten(path.parent.name + "/", _font(16), width // 2)]
+    facts += [
+        f"{hit.row['width']} x {hit.row['height']}",
+        _shorten(printable(path.parent.name) + "/", _font(16), width // 2),
+    ]
     draw.text((x, y + 29), "  ·  ".join(facts), _GREY, _font(16))
     draw.rounded_rectangle((x, y + 66, x + width, y + 74), 4, _TRACK)
     filled = round(width * min(1.0, max(0.0, fill)))

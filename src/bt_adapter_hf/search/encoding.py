@@ -1,6 +1,5 @@
 """Many video files and texts to features: what indexing and zero-shot labelling share."""
 
-import glob
 import hashlib
 import json
 import math
@@ -17,13 +16,12 @@ import torch
 from transformers import AutoConfig, BatchFeature
 
 from ..assets import default_model_path
+from ..hub.access import check_folder
 from ..models.compat_bt_adapter import resolve_revision
 from ..models.modeling_bt_adapter import BTAdapterModel
 from ..models.processing_bt_adapter import BTAdapterProcessor
 from ..models.video_io import VideoError
 
-
-VIDEO_EXTENSIONS = frozenset(".3gp .avi .flv .gif .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .webm .wmv".split())
 
 # Fields of a saved config or processor that do not change what it computes.
 _VOLATILE = frozenset(
@@ -32,54 +30,10 @@ _VOLATILE = frozenset(
 )
 
 
-def find_videos(inputs: Sequence[str | os.PathLike]) -> list[str]:
-    """Absolute paths of the videos that `inputs` name, each once, sorted within each input.
-
-    A folder stands for the files with a video's extension under it, a glob pattern for its matches (folders among
-    them included), a file for itself, whatever its extension. Hidden files and folders are left out of folders.
-
-    Raises:
-        FileNotFoundError: an input does not exist or a pattern matches nothing.
-        ValueError: no input has a video in it.
-    """
-    found: dict[str, None] = {}
-    for item in map(os.fspath, inputs):
-        path = os.path.abspath(os.path.expanduser(item))
-        if os.path.exists(path):
-            matches = [path]
-        else:
-            matches = sorted(glob.glob(path, recursive=True))
-            if not matches:
-                raise FileNotFoundError(f"'{item}' is not a file, a folder or a pattern that matches any.")
-        for match in matches:
-            if os.path.isdir(match):
-                found.update(dict.fromkeys(_videos_under(match)))
-            elif match == path or _is_video(match):
-                found[match] = None
-    if not found:
-        raise ValueError(
-            f"no video under {', '.join(map(repr, map(os.fspath, inputs)))}: "
-            f"looked for files that end in {' '.join(sorted(VIDEO_EXTENSIONS))}."
-        )
-    return list(found)
-
-
 def describe_model(source: str | None, revision: str | None, dtype: str) -> str:
     """One line for messages."""
     details = ", ".join(filter(None, (revision and revision[:12], dtype.removeprefix("torch."))))
     return f"{source or 'moving-digits, the model inside the package'} ({details})"
-
-
-def _is_video(path: str) -> bool:
-    return os.path.splitext(path)[1].lower() in VIDEO_EXTENSIONS
-
-
-def _videos_under(folder: str) -> list[str]:
-    videos = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        videos += [os.path.join(parent, name) for name in files if not name.startswith(".") and _is_video(name)]
-    return sorted(videos)
 
 
 @dataclass
@@ -103,6 +57,7 @@ class VideoEncoder:
         *,
         revision: str | None = None,
         num_frames: int | None = None,
+        on_damage: str | None = None,
         device: str | None = None,
         dtype: str = "auto",
     ) -> "VideoEncoder":
@@ -113,6 +68,7 @@ class VideoEncoder:
                 the package.
             revision: branch, tag or commit on the Hub.
             num_frames: frames to sample per video instead of what the saved processor says.
+            on_damage: "raise" or "salvage", what is done with damaged files, instead of what the saved processor says.
             device: "cpu", "cuda", "cuda:1", "mps"; by default an accelerator where there is one.
             dtype: "auto" (as saved), "float32", "bfloat16" or "float16".
 
@@ -121,6 +77,7 @@ class VideoEncoder:
             OSError: there is no model at the source.
         """
         name = os.fspath(default_model_path() if source is None else source)
+        check_folder(name)
         if os.path.isdir(name):
             name = os.path.abspath(name)  # an index outlives the working directory
         revision = resolve_revision(name, revision)  # one commit for all that is loaded below
@@ -135,6 +92,8 @@ class VideoEncoder:
             if num_frames < 1:
                 raise ValueError(f"num_frames={num_frames}: expected at least 1.")
             processor.video_processor.num_frames = num_frames
+        if on_damage is not None:
+            processor.video_processor.on_damage = on_damage
         model = BTAdapterModel.from_pretrained(name, revision=revision, dtype=dtype)
         device = _default_device() if device is None else device
         try:

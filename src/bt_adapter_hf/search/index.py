@@ -1,36 +1,34 @@
-"""A searchable index of video files: a folder that is complete after every write, whatever interrupts it.
-
-    index.json                provenance: model, revision, fingerprint of the weights, dtype, sampling, preprocessing
-    part-00000.safetensors    "features" float32 (n, P), L2-normalised; its metadata holds the n rows as JSON
-    skipped.jsonl             the files of the last run that could not be read: {"path", "reason"}
-
-Every file is written under another name and moved into place. A video that has changed since (size or time of
-modification) is indexed again: of two rows with one path the later counts.
-"""
+"""A searchable index of video files: what it finds, and how it is brought up to date."""
 
 import importlib.metadata
 import json
 import os
-import tempfile
 import time
-from collections.abc import Iterable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from filelock import FileLock, Timeout
 
-from ..adapters.writing import PARTIAL, written_whole
-from ..import_utils import is_available
+from ..adapters.writing import PARTIAL
 from .encoding import EncodedVideo, VideoEncoder, describe_model
+from .files import file_identity, first_names, roots
+from .store import (
+    FORMAT,
+    LOCK_NAME,
+    check_writable,
+    part_path,
+    part_paths,
+    read_info,
+    read_part,
+    write_file,
+    write_part,
+)
 
 
-FORMAT = 1
 PART_ROWS = 1024
 FLUSH_SECONDS = 20.0
 _RECORDED_PACKAGES = ("bt_adapter_hf", "transformers", "torch", "torchvision", "av")
@@ -76,8 +74,8 @@ class VideoIndex:
         if info is None:
             raise FileNotFoundError(f"'{folder}' holds no index: make one with `bt-adapter index VIDEOS -o {folder}`.")
         rows, parts = [], []
-        for path in _part_paths(folder):
-            part_rows, part_features = _read_part(path)
+        for path in part_paths(folder):
+            part_rows, part_features = read_part(path, info["dim"])
             rows += part_rows
             parts.append(part_features)
         latest = {row["path"]: i for i, row in enumerate(rows)}
@@ -93,8 +91,6 @@ class VideoIndex:
     def search(self, queries: np.ndarray, k: int = 5) -> list[list[Hit]]:
         """The k nearest videos by cosine, best first, for each query.
 
-        Uses FAISS through `datasets` when both are installed, otherwise a matrix product; the results are the same.
-
         Args:
             queries: float32 (queries, P), L2-normalised, from `VideoEncoder.encode_texts` or `encode_videos`.
             k: number of hits; fewer come back from a smaller index.
@@ -106,11 +102,11 @@ class VideoIndex:
                 f"queries have shape {queries.shape}; expected (queries, {self.features.shape[1]}), the width of the "
                 "index: they must come from the same model."
             )
-        k = min(k, len(self.rows))
-        nearest = self._nearest_by_faiss if is_available("datasets") and is_available("faiss") else self._nearest
+        scores = queries @ self.features.T  # (queries, rows)
+        nearest = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         return [
-            [Hit(rank, float(score), self.rows[i]) for rank, (score, i) in enumerate(found, start=1)]
-            for found in nearest(np.ascontiguousarray(queries, dtype=np.float32), k)
+            [Hit(rank, float(of_query[i]), self.rows[i]) for rank, i in enumerate(found, start=1)]
+            for of_query, found in zip(scores, nearest, strict=True)
         ]
 
     def median_score(self, query: np.ndarray) -> float:
@@ -118,83 +114,102 @@ class VideoIndex:
         as long as most of them have not."""
         return float(np.median(self.features @ query))
 
-    def _nearest(self, queries: np.ndarray, k: int) -> list[list[tuple[float, int]]]:
-        scores = queries @ self.features.T  # (queries, rows)
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        return [[(scores[q, i], i) for i in order[q]] for q in range(len(queries))]
 
-    def _nearest_by_faiss(self, queries: np.ndarray, k: int) -> list[list[tuple[float, int]]]:
-        scores, indices = self._faiss_dataset.search_batch("features", queries, k=k)
-        return [
-            sorted(zip(s, i, strict=True), key=lambda x: (-x[0], x[1])) for s, i in zip(scores, indices, strict=True)
-        ]
+class Update(NamedTuple):
+    """What a run did: numbers of videos, and of those that could not be read a line {"path", "reason"} each."""
 
-    @cached_property
-    def _faiss_dataset(self):
-        import datasets
-        import faiss
-
-        dataset = datasets.Dataset.from_dict({"path": [row["path"] for row in self.rows]})
-        with _quiet_progress(datasets):
-            dataset.add_faiss_index_from_external_arrays(
-                self.features, index_name="features", metric_type=faiss.METRIC_INNER_PRODUCT
-            )
-        return dataset
+    added: int
+    present: int
+    gone: int
+    skipped: list[dict[str, str]]
 
 
 class IndexWriter:
-    """Adds videos to an index folder, new or existing.
+    """Brings an index folder, new or existing, up to date.
 
-    Use as a context manager: what has been added is written every 20 seconds and on leaving, errors and Ctrl-C
-    included.
+    A context manager: what has been added is written every 20 seconds and on leaving, errors and Ctrl-C included. Only
+    one at a time has a folder.
 
     Raises:
         IndexMismatchError: the folder holds an index of another model or other settings.
         ValueError: the folder holds something else, or a damaged index.
-        OSError: it cannot be written.
+        OSError: it cannot be written, or another process writes it.
     """
 
     def __init__(self, folder: str | os.PathLike, encoder: VideoEncoder):
-        self.folder = Path(folder)
-        check_writable(self.folder)
-        self.info = read_info(self.folder)
-        if self.info is None:
-            self.info = _new_info(encoder)
-        else:
-            _check_model(self.folder, self.info, encoder)
-            _check_settings(self.folder, self.info, encoder)
+        self.folder, self.encoder = Path(folder), encoder
+        self.skipped: list[dict[str, str]] = []
         self._known: dict[str, tuple[int, int]] = {}
         self._seen: dict[str, tuple[int, int] | None] = {}  # before decoding, so that a later change is noticed
         self._rows: list[dict[str, Any]] = []  # of the part that is being filled
         self._features: list[np.ndarray] = []
         self._part = 0
-        self._skipped: list[dict[str, str]] = []
         self._flushed_at = time.monotonic()
         self._changed = False
-        for path in _part_paths(self.folder):
-            rows, features = _read_part(path)
-            self._known.update((row["path"], (row["size"], row["mtime_ns"])) for row in rows)
-            full = len(rows) >= PART_ROWS
-            self._part = int(path.stem.removeprefix("part-")) + full
-            self._rows, self._features = ([], []) if full else (rows, list(features))
+        check_writable(self.folder)
 
     def __enter__(self) -> "IndexWriter":
+        self._made_folder = not self.folder.exists()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.folder / LOCK_NAME, timeout=0)
+        try:
+            self._lock.acquire()
+        except Timeout as error:
+            raise OSError(
+                f"another process is writing the index '{self.folder}': wait until it has ended, or name another "
+                "folder with -o."
+            ) from error
+        try:
+            self._read()
+        except BaseException:
+            self._unlock()
+            raise
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._flush()
-        self._write_skipped()
+        try:
+            self._flush()
+            self._write_skipped()
+        finally:
+            self._unlock()
 
-    @property
-    def skipped(self) -> int:
-        """Number of files that could not be read."""
-        return len(self._skipped)
+    def update(
+        self,
+        paths: Sequence[str],
+        inputs: Sequence[str | os.PathLike] = (),
+        *,
+        batch_size: int = 8,
+        workers: int | None = None,
+        progress: Callable[[Iterable, int], Iterable] = lambda videos, total: videos,
+    ) -> Update:
+        """Adds the videos that the index lacks, and takes out those that are gone.
+
+        Args:
+            paths: of [`find_videos`].
+            inputs: of [`find_videos`]; what is in the index and lay there, and is no longer on the disk, is taken out.
+            batch_size, workers: of [`VideoEncoder.encode_videos`].
+            progress: what goes over the videos, given them and their number, such as a progress bar.
+        """
+        folders = roots(inputs)
+        gone = {path for path in self._known if not os.path.exists(path) and _is_under(path, folders)}
+        self._take_out(gone)
+        missing = self.missing(paths)
+        videos = self.encoder.encode_videos(missing, batch_size=batch_size, workers=workers)
+        before = len(self.skipped)
+        for video in progress(videos, len(missing)):
+            self.add(video)
+        skipped = self.skipped[before:]
+        return Update(len(missing) - len(skipped), len(self._seen) - len(missing), len(gone), skipped)
 
     def missing(self, paths: Iterable[str]) -> list[str]:
-        """Those of `paths` that are not in the index, or have changed in size or time of modification since."""
-        states = {path: _file_state(path) for path in paths}
-        self._seen.update(states)
-        return [path for path, state in states.items() if state is None or self._known.get(path) != state]
+        """Those of `paths` that are not in the index, or have changed in size or time of modification since.
+
+        A file that the index knows by another name is not missing.
+        """
+        known = first_names(self._known)
+        names = (known.get(file_identity(path), path) for path in paths)
+        self._seen = {path: _file_state(path) for path in names}
+        return [path for path, state in self._seen.items() if state is None or self._known.get(path) != state]
 
     def add(self, video: EncodedVideo) -> None:
         """Add one video, or note its error."""
@@ -208,10 +223,44 @@ class IndexWriter:
             self._known[video.path] = state
             self._changed = True
         else:
-            self._skipped.append({"path": video.path, "reason": " ".join(str(video.error).split())})
+            self.skipped.append({"path": video.path, "reason": " ".join(str(video.error).split())})
         if len(self._rows) >= PART_ROWS or time.monotonic() - self._flushed_at > FLUSH_SECONDS:
             self._flush()
             self._write_skipped()
+
+    def _read(self) -> None:
+        for left in self.folder.glob(f".*{PARTIAL}"):  # by a process that was killed
+            left.unlink()
+        self.info = read_info(self.folder)
+        if self.info is None:
+            self.info = _new_info(self.encoder)
+        else:
+            _check_model(self.folder, self.info, self.encoder)
+            _check_settings(self.folder, self.info, self.encoder)
+        for path in part_paths(self.folder):
+            rows, features = read_part(path, self.info["dim"])
+            self._known.update((row["path"], (row["size"], row["mtime_ns"])) for row in rows)
+            full = len(rows) >= PART_ROWS
+            self._part = int(path.stem.removeprefix("part-")) + full
+            self._rows, self._features = ([], []) if full else (rows, list(features))
+
+    def _take_out(self, gone: set[str]) -> None:
+        """Rewrites the parts with rows of these paths; the one that is being filled follows with the next flush."""
+        if not gone:
+            return
+        current = part_path(self.folder, self._part)
+        for path in part_paths(self.folder):
+            rows, features = read_part(path, self.info["dim"])
+            kept = [i for i, row in enumerate(rows) if row["path"] not in gone]
+            if len(kept) == len(rows):
+                continue
+            rows, features = [rows[i] for i in kept], [features[i] for i in kept]
+            if path == current:
+                self._rows, self._features, self._changed = rows, features, True
+            else:
+                write_part(path, rows, features)
+        for path in gone:
+            del self._known[path]
 
     def _flush(self) -> None:
         self._flushed_at = time.monotonic()
@@ -219,9 +268,8 @@ class IndexWriter:
             return
         self.info["updated"] = _now()
         # First of all: parts without index.json would be nobody's.
-        _write(self.folder / "index.json", (json.dumps(self.info, indent=2) + "\n").encode())
-        content = save({"features": np.stack(self._features)}, metadata={"rows": json.dumps(self._rows)})
-        _write(self.folder / f"part-{self._part:05d}.safetensors", content)
+        write_file(self.folder / "index.json", (json.dumps(self.info, indent=2) + "\n").encode())
+        write_part(part_path(self.folder, self._part), self._rows, self._features)
         self._changed = False
         if len(self._rows) >= PART_ROWS:
             self._rows, self._features = [], []
@@ -229,47 +277,16 @@ class IndexWriter:
 
     def _write_skipped(self) -> None:
         path = self.folder / "skipped.jsonl"
-        if self._skipped:
-            _write(path, "".join(json.dumps(line) + "\n" for line in self._skipped).encode())
+        if self.skipped:
+            write_file(path, "".join(json.dumps(line) + "\n" for line in self.skipped).encode())
         else:
             path.unlink(missing_ok=True)
 
-
-def check_writable(folder: str | os.PathLike) -> None:
-    """Make sure, before hours of work, that an index can be written to `folder`. Leaves nothing behind.
-
-    Raises:
-        ValueError: the folder holds files of something else.
-        OSError: it cannot be created or written.
-    """
-    folder = Path(folder).absolute()
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"'{folder}' is a file; an index is a folder: name another with -o.")
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise OSError(f"the index cannot be written to '{folder}': {error.strerror or error}.") from error
-    if folder.is_dir() and not (folder / "index.json").is_file():
-        foreign = sorted(path.name for path in folder.iterdir() if not _is_ours(path.name))
-        if foreign:
-            raise ValueError(f"'{folder}' holds other files ('{foreign[0]}') and no index: name a new folder with -o.")
-
-
-def read_info(folder: Path) -> dict[str, Any] | None:
-    """The content of index.json, or None where there is none."""
-    path = Path(folder) / "index.json"
-    if not path.is_file():
-        return None
-    try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-        version = info["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"'{path}' is not the description of a video index: {error}.") from error
-    if version != FORMAT:
-        raise ValueError(f"the index '{folder}' has format {version}; this version reads {FORMAT}: upgrade.")
-    return info
+    def _unlock(self) -> None:
+        Path(self._lock.lock_file).unlink(missing_ok=True)  # while it is held: FileLock sees that it is gone
+        self._lock.release()
+        if self._made_folder and not any(self.folder.iterdir()):
+            self.folder.rmdir()
 
 
 def _new_info(encoder: VideoEncoder) -> dict[str, Any]:
@@ -307,25 +324,8 @@ def _check_settings(folder: Path, info: dict[str, Any], encoder: VideoEncoder) -
         )
 
 
-def _part_paths(folder: Path) -> list[Path]:
-    return sorted(Path(folder).glob("part-*.safetensors"))
-
-
-def _read_part(path: Path) -> tuple[list[dict[str, Any]], np.ndarray]:
-    try:
-        with safe_open(path, framework="numpy") as file:
-            rows, features = json.loads(file.metadata()["rows"]), file.get_tensor("features")
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"'{path}' is damaged ({error}): delete it and run `bt-adapter index` again.") from error
-    if len(rows) != len(features):
-        raise ValueError(
-            f"'{path}' is damaged ({len(rows)} rows, {len(features)} features): delete it and index again."
-        )
-    return rows, features
-
-
-def _is_ours(name: str) -> bool:
-    return name in ("index.json", "skipped.jsonl") or name.startswith("part-") or name.endswith((PARTIAL, ".tmp"))
+def _is_under(path: str, folders: list[str]) -> bool:
+    return any(Path(path).is_relative_to(folder) for folder in folders)
 
 
 def _file_state(path: str) -> tuple[int, int] | None:
@@ -336,23 +336,5 @@ def _file_state(path: str) -> tuple[int, int] | None:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as file:
-        file.write_bytes(content)
-
-
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-@contextmanager
-def _quiet_progress(datasets: Any):
-    if datasets.are_progress_bars_disabled():
-        yield
-        return
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.enable_progress_bars()
