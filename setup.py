@@ -64,7 +64,7 @@ setup(
     ],
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"bt_adapter_hf": ["assets/**/*"]},
+    package_data={"bt_adapter_hf": ["py.typed", "assets/**/*"]},
     include_package_data=False,
     python_requires=">=3.11",
     install_requires=CORE,

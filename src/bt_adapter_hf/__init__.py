@@ -30,10 +30,11 @@ _EXPORTS = {
         "BTAdapterMiniGPT4Processor",
     ),
     "models.video_processing_bt_adapter": ("BTAdapterVideoProcessor",),
-    "adapters.verbs": ("get_bt_adapter_model", "load_bt_adapter", "save_bt_adapter", "unload_bt_adapter"),
+    "adapters.verbs": ("get_bt_adapter_model", "save_bt_adapter", "unload_bt_adapter"),
     "adapters.lora": ("lora_config",),
     "adapters.quantization": ("quantization_config",),
     "conversion": ("convert_original_checkpoint",),
+    "hub.loading": ("load_bt_adapter",),
     "hub.push": ("push_to_hub", "save_with_code"),
     "models.video_io": ("VideoError", "available_video_backends", "load_video"),
 }

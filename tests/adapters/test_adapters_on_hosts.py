@@ -24,7 +24,8 @@ from bt_adapter_hf import (
     save_bt_adapter,
     unload_bt_adapter,
 )
-from bt_adapter_hf.adapters.verbs import AdapterError, find_tower
+from bt_adapter_hf.adapters.files import AdapterError
+from bt_adapter_hf.adapters.host_modules import find_tower
 from tests.chat import tiny_hosts
 from tests.chat.tiny_hosts import PATCHES, QUERIES, images, left_padded, right_padded, video
 

@@ -7,8 +7,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from bt_adapter_hf import get_bt_adapter_model, load_bt_adapter, lora_config, quantization_config, save_bt_adapter
-from bt_adapter_hf.adapters.host_modules import learning_copy
-from bt_adapter_hf.adapters.verbs import AdapterError, find_tower
+from bt_adapter_hf.adapters.files import AdapterError
+from bt_adapter_hf.adapters.host_modules import find_tower, learning_copy
 from tests.adapters.test_adapters_on_hosts import HOSTS, Host, assert_as_before, snapshot
 from tests.chat import tiny_hosts
 

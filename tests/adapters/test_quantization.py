@@ -11,7 +11,8 @@ from bt_adapter_hf import (
     save_bt_adapter,
     unload_bt_adapter,
 )
-from bt_adapter_hf.adapters.verbs import AdapterError, find_tower
+from bt_adapter_hf.adapters.files import AdapterError
+from bt_adapter_hf.adapters.host_modules import find_tower
 from tests.adapters.test_adapters_on_hosts import HOSTS, Host, assert_as_before, snapshot
 from tests.chat import tiny_hosts
 

@@ -21,18 +21,18 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from bt_adapter_hf import BTAdapterForPreTraining, BTAdapterModel, BTAdapterVisionModel
-from bt_adapter_hf.adapters.fingerprint import backbone_fingerprint, distance as distance_of
-from bt_adapter_hf.adapters.verbs import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    AdapterError,
-    find_tower,
+from bt_adapter_hf import (
+    BTAdapterForPreTraining,
+    BTAdapterModel,
+    BTAdapterVisionModel,
     get_bt_adapter_model,
     load_bt_adapter,
     save_bt_adapter,
     unload_bt_adapter,
 )
+from bt_adapter_hf.adapters.files import CONFIG_NAME, WEIGHTS_NAME, AdapterError
+from bt_adapter_hf.adapters.fingerprint import backbone_fingerprint, distance as distance_of
+from bt_adapter_hf.adapters.host_modules import find_tower
 
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "image_size": 16, "patch_size": 8}

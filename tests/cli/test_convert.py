@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import CLIPModel
 
-from bt_adapter_hf import BTAdapterModel
-from bt_adapter_hf.adapters.verbs import CONFIG_NAME, WEIGHTS_NAME, load_bt_adapter
+from bt_adapter_hf import BTAdapterModel, load_bt_adapter
+from bt_adapter_hf.adapters.files import CONFIG_NAME, WEIGHTS_NAME
 from bt_adapter_hf.cli.main import main
 from tests.parity.golden import Golden
 

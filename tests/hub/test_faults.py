@@ -17,7 +17,8 @@ import torch
 from transformers import CLIPModel
 
 from bt_adapter_hf import BTAdapterModel, get_bt_adapter_model, load_bt_adapter, save_bt_adapter
-from bt_adapter_hf.adapters.verbs import AdapterError, find_tower
+from bt_adapter_hf.adapters.files import AdapterError
+from bt_adapter_hf.adapters.host_modules import find_tower
 from bt_adapter_hf.data.chunk_store import ChunkStoreError
 from bt_adapter_hf.data.sources import load_table
 from bt_adapter_hf.hub.push import PushError, push_to_hub

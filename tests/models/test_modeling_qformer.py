@@ -15,7 +15,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from bt_adapter_hf import BTAdapterVisionModel
-from bt_adapter_hf.adapters.verbs import AdapterError, save_bt_adapter
+from bt_adapter_hf.adapters.files import AdapterError
+from bt_adapter_hf.adapters.verbs import save_bt_adapter
 from bt_adapter_hf.models.modeling_bt_adapter_instructblip import BTAdapterInstructBlipForConditionalGeneration
 from bt_adapter_hf.models.modeling_bt_adapter_minigpt4 import (
     BTAdapterMiniGPT4ForConditionalGeneration,

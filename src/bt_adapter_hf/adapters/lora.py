@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from ..import_utils import require_package
 from ..models.modeling_bt_adapter_chat import BTAdapterChatMixin
 from .attachment import empty_model
+from .description import describe_adapter
 from .files import CONFIG_NAME, PEFT_WEIGHTS_NAME, AdapterConfig, AdapterError
-from .verbs import describe_adapter
 
 
 require_package("peft", "train")

@@ -10,27 +10,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..models.compat_bt_adapter import resolve_revision
 from ..models.configuration_bt_adapter import BTAdapterVisionConfig
-from ..models.modeling_bt_adapter_chat import BTAdapterChatMixin, tower_config
+from ..models.modeling_bt_adapter_chat import BTAdapterChatMixin
 from ..models.modeling_bt_adapter_vision import BTAdapterVisionModel
 from .attachment import CHAT_HOSTS, OURS, Attachment, attach, chat_config, check_host, native_of
-from .files import (
-    BRANCH_FIELDS,
-    CONFIG_NAME,
-    SIZES,
-    WEIGHTS_NAME,
-    AdapterConfig,
-    AdapterError,
-    branch_fields,
-    check_extra,
-    first_layers,
-    fit_layers,
-    is_peft_folder,
-    read_branch,
-    write_adapter,
-)
-from .fingerprint import backbone_fingerprint, check_backbone
+from .description import describe_adapter
+from .files import AdapterConfig, AdapterError, is_peft_folder, write_adapter
+from .fingerprint import check_backbone
+from .fitting import branch_fields, check_extra, fit_layers, read_branch, tower_config
 from .host_modules import (
     execution_device,
     fill_parameter,
@@ -40,23 +27,6 @@ from .host_modules import (
     learning_copy,
     parameter_value,
 )
-from .source import resolve_adapter
-
-
-__all__ = [
-    "CONFIG_NAME",
-    "WEIGHTS_NAME",
-    "AdapterConfig",
-    "AdapterError",
-    "describe_adapter",
-    "find_tower",
-    "first_layers",
-    "get_bt_adapter_model",
-    "load_bt_adapter",
-    "loaded_from",
-    "save_bt_adapter",
-    "unload_bt_adapter",
-]
 
 
 def get_bt_adapter_model(
@@ -102,44 +72,13 @@ def get_bt_adapter_model(
     return inner.result
 
 
-def load_bt_adapter(
+def attach_adapter(
     model: nn.Module,
-    adapter: str | os.PathLike,
-    *,
+    folder: Path,
     adapter_layers: Sequence[int] | None = None,
     allow_backbone_mismatch: bool = False,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike | None = None,
-    local_files_only: bool = False,
 ) -> nn.Module:
-    """Attaches a trained adapter to a model in memory, without copying the model.
-
-    A branch that reaches beyond what the model reads (EVA-CLIP-g has 40 layers, the towers of BLIP-2 and InstructBLIP
-    39; LLaVA leaves out CLIP's last) is attached with its first layers.
-
-    The model may be quantized by bitsandbytes, and dispatched or offloaded by accelerate; the branch is neither.
-
-    Args:
-        model: as in [`get_bt_adapter_model`]; or a model of ours, whose branch, on the same backbone layers, is
-            replaced in place.
-        adapter: folder, or id on the Hub; also a folder that peft saved from a model with a branch (see
-            [`lora_config`]).
-        adapter_layers: attach the first branch layers only, those fed by these backbone layers.
-        allow_backbone_mismatch: attach to other weights than the adapter was trained on, with a warning.
-        revision, token, cache_dir, local_files_only: for an adapter on the Hub.
-
-    Returns:
-        The model of ours around the model's own modules; the branch learns, the image backbone is frozen. A peft model
-        that was passed, with the model of ours inside; or a new one around it, if the adapter comes with LoRA: all
-        that was saved with it learns then.
-
-    Raises:
-        AdapterError: if the adapter is damaged, or was trained on another backbone, width or set of layers. The model
-            is unchanged then.
-        OSError: if the adapter is not found.
-    """
-    folder = resolve_adapter(adapter, revision, token, cache_dir, local_files_only)
+    """Attaches the adapter in a folder to a model in memory: `load_bt_adapter` behind the search for the folder."""
     adapter_config = AdapterConfig.read(folder)
     if is_peft_folder(folder) and is_peft_model(model):
         raise AdapterError(
@@ -300,31 +239,6 @@ def unload_bt_adapter(model: nn.Module) -> nn.Module:
     return inner.result
 
 
-def describe_adapter(
-    model: PreTrainedModel, base_model_name_or_path: str | None = None, revision: str | None = None
-) -> AdapterConfig:
-    """The content of `bt_adapter_config.json` for the branch of a model; see [`save_bt_adapter`]."""
-    tower = find_tower(model)
-    if not isinstance(tower, BTAdapterVisionModel):
-        raise ValueError(f"{type(model).__name__} has no BT-Adapter to save; attach one with get_bt_adapter_model.")
-    config = tower.config
-    name, commit = loaded_from(model)
-    return AdapterConfig(
-        base_model_name_or_path=base_model_name_or_path or name,
-        revision=revision or (commit if base_model_name_or_path in (None, name) else None),
-        backbone={
-            "model_type": config.backbone.model_type,
-            "num_hidden_layers": config.num_hidden_layers,
-            "image_size": config.image_size,
-            **{size: getattr(config, size) for size in SIZES},
-        },
-        adapter_layers=list(config.adapter_layers),
-        branch={key: getattr(config, key) for key in sorted(BRANCH_FIELDS)},
-        fingerprint=backbone_fingerprint(tower.vision_model, config.adapter_layers[0]),
-        model_type=model.config.model_type,
-    )
-
-
 def _set_branch(
     model: PreTrainedModel, tower: BTAdapterVisionModel, branch: nn.Module, config: BTAdapterVisionConfig
 ) -> None:
@@ -381,15 +295,3 @@ class _InsidePeft:
     @property
     def result(self) -> nn.Module:
         return self._wrapper if self._wrapper is not None else self._model
-
-
-def loaded_from(model: PreTrainedModel) -> tuple[str | None, str | None]:
-    """Name of the checkpoint that a model, or the backbone in it, came from, and its commit if it is on the Hub."""
-    known = getattr(model, "_loaded_from", None)
-    if known is not None:
-        return known
-    for config in (find_tower(model).config, model.config):
-        for part in (getattr(config, "backbone", config), config):
-            if name := getattr(part, "_name_or_path", ""):
-                return name, getattr(resolve_revision(name, local_files_only=True), "resolved", None)
-    return None, None

@@ -108,8 +108,8 @@ def _find_model(args: argparse.Namespace):
     import bt_adapter_hf
 
     from ..adapters.files import is_peft_folder
-    from ..adapters.source import resolve_adapter
     from ..assets import default_chat_model_path
+    from ..hub.source import resolve_adapter
 
     name = str(default_chat_model_path()) if args.model is None else args.model
     model_type = AutoConfig.from_pretrained(name, revision=args.revision).model_type

@@ -19,7 +19,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ..adapters.verbs import find_tower, first_layers
+from ..adapters.fitting import first_layers
+from ..adapters.host_modules import find_tower
 from ..models.configuration_bt_adapter import BACKBONE_TYPES, BTAdapterConfig, BTAdapterVisionConfig
 from ..models.modeling_bt_adapter import BTAdapterModel
 from ..models.modeling_bt_adapter_pretraining import BTAdapterForPreTraining

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from glob import has_magic
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -30,7 +30,6 @@ from .files import find_files, is_remote, repository, split_hub_path
 
 if TYPE_CHECKING:
     from ..models.processing_bt_adapter_chat import BTAdapterChatProcessorMixin
-    from ..training.frozen_states import FrozenStates
 
 
 # Where a VideoChatGPT row names a video without its ending.
@@ -39,6 +38,13 @@ VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi")
 REPLACEMENTS = 100
 
 Messages = list[dict[str, Any]]
+
+
+class StoredStates(Protocol):
+    """Where the frozen backbone's states of videos lie, computed before."""
+
+    def load(self, videos: Sequence[str]) -> dict[int, torch.Tensor]:
+        """{index of the state: (clips, T, N, D)}"""
 
 
 class UnusableRow(ValueError):
@@ -319,7 +325,7 @@ class InstructionDataset(torch.utils.data.Dataset):
         *,
         max_length: int,
         seed: int = 0,
-        states: "FrozenStates | None" = None,
+        states: "StoredStates | None" = None,
         item_timeout: float | None = 60.0,
     ):
         self.table, self.processor, self.states = table, processor, states

@@ -14,8 +14,8 @@ from huggingface_hub.utils.sha import git_hash
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 
+from ..adapters.description import loaded_from
 from ..adapters.files import PEFT_WEIGHTS_NAME, WEIGHTS_NAME, AdapterConfig
-from ..adapters.verbs import loaded_from
 from .access import check_token, explain, http_cause, is_transient, retried
 from .card import is_generated, model_card
 from .contents import Contents

@@ -23,8 +23,9 @@ from transformers.models.blip_2.modeling_blip_2 import Blip2ForConditionalGenera
 from .chat_templates_bt_adapter import MINIGPT4_STOP
 from .compat_bt_adapter import BaseModelOutputWithPooling, can_return_tuple
 from .configuration_bt_adapter_chat import TOWER_FIELDS, BTAdapterMiniGPT4Config
+from .modeling_bt_adapter_chat import NEEDS_PACKAGE
 from .modeling_bt_adapter_qformer import BTAdapterQFormerChatMixin
-from .modeling_bt_adapter_vision import BTAdapterPreTrainedModel, BTAdapterVisionModel
+from .modeling_bt_adapter_vision import BTAdapterVisionModel, package_loading
 
 
 class BTAdapterMiniGPT4ForConditionalGeneration(BTAdapterQFormerChatMixin, Blip2ForConditionalGeneration):
@@ -96,7 +97,10 @@ class BTAdapterMiniGPT4ForConditionalGeneration(BTAdapterQFormerChatMixin, Blip2
             image_token_index=image_token_index,
             video_token_index=image_token_index + 1,
         )
-        adapter = cls.read_adapter(config, bt_adapter, hub)
+        package = package_loading()
+        if package is None and bt_adapter is not None:
+            raise ImportError(NEEDS_PACKAGE)
+        adapter = None if bt_adapter is None else package.fit_config(config, bt_adapter, hub)
         with torch.device("meta"):
             model = cls(config)
         fields = {name: getattr(config.vision_config, name) for name in TOWER_FIELDS}
@@ -108,7 +112,7 @@ class BTAdapterMiniGPT4ForConditionalGeneration(BTAdapterQFormerChatMixin, Blip2
         model.language_projection.load_state_dict({"weight": weight, "bias": bias})
         model.language_model = speech
         if adapter is not None:
-            model.load_branch(*adapter, allow_backbone_mismatch)
+            package.fill_branch(model, *adapter, allow_backbone_mismatch)
         model.freeze_backbone()
         model.generation_config = copy.deepcopy(speech.generation_config)
         model.generation_config.stop_sequences = stop_sequences(tokenizer)
@@ -215,7 +219,6 @@ class _Blip2Eyes(Blip2PreTrainedModel):
     _keep_in_fp32_modules = ["query_tokens", "qformer"]
     _keys_to_ignore_on_load_unexpected = [r"^language_model\.", r"^language_projection\.", r"position_ids$"]
     _new_modules = ()
-    _check_loading = BTAdapterPreTrainedModel._check_loading
 
     def __init__(self, config: Blip2Config):
         super().__init__(config)
@@ -227,7 +230,8 @@ class _Blip2Eyes(Blip2PreTrainedModel):
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
         model, info = super().from_pretrained(source, output_loading_info=True, **kwargs)
-        model._check_loading(info, source)
+        if (package := package_loading()) is not None:
+            package.check_loading(model, info, source)
         return model
 
 

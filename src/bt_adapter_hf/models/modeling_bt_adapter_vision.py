@@ -4,10 +4,11 @@ Letters in shape comments: B videos, T frames, N patches, D width, K branch laye
 backbone (1, or 0 for SigLIP), L backbone layers.
 """
 
-import difflib
+import importlib
 import math
 from collections import defaultdict
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -46,6 +47,17 @@ class BTAdapterVisionOutput(BaseModelOutputWithPooling):
     branch_patches: torch.Tensor | None = None
     branch_cls: torch.Tensor | None = None
     branch_index: torch.Tensor | None = None
+
+
+def package_loading() -> ModuleType | None:
+    """The package's loading, the one thing out of here that models reach; None in code that came with a checkpoint."""
+    return importlib.import_module("bt_adapter_hf.hub.loading") if __name__.startswith("bt_adapter_hf.") else None
+
+
+def plainly_loaded(loaded: PreTrainedModel | tuple[PreTrainedModel, dict]) -> PreTrainedModel | tuple:
+    """What transformers has loaded, its backbone out of training: loading replaces parameters, and new ones learn."""
+    (loaded[0] if isinstance(loaded, tuple) else loaded).freeze_backbone()
+    return loaded
 
 
 class BTAdapterPreTrainedModel(PreTrainedModel):
@@ -112,7 +124,7 @@ class BTAdapterPreTrainedModel(PreTrainedModel):
                     init.copy_(p, q)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """As in transformers, but strict: a weight is never silently random or dropped.
 
         A checkpoint without a branch (CLIPModel, a bare vision model) gives a fresh, warm-started branch and says so
@@ -121,63 +133,16 @@ class BTAdapterPreTrainedModel(PreTrainedModel):
 
         An adapter, by folder or id, is put into the base model that it names, at the revision that it was trained on.
 
+        Code that came with a checkpoint loads as plain transformers does.
+
         Raises:
             ValueError: if the checkpoint does not fill the model, or holds weights that the model has no place for.
             OSError: if a repository cannot be fetched; of an adapter's base model it says which, and what to do.
         """
-        from ..adapters.source import from_hub, load_with_base, pinned  # it needs this module
-
-        name, load = pretrained_model_name_or_path, super().from_pretrained
-        kwargs["revision"] = pinned(name, kwargs)  # one commit for all that is read
-        options = {**kwargs, "output_loading_info": True}
-        try:
-            model, info = from_hub(lambda: load(name, *model_args, **options), name, kwargs["revision"])
-            model._loaded_from = (str(name), getattr(kwargs["revision"], "resolved", None))
-        except OSError:
-            found = load_with_base(load, name, kwargs)
-            if found is None:
-                raise
-            model, info = found
-        model._check_loading(info, pretrained_model_name_or_path)
-        model.freeze_backbone()  # loading replaces parameters, and new ones learn
-        return (model, info) if output_loading_info else model
-
-    def _check_loading(self, info: dict, source: str):
-        missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
-        fresh = []
-        for name in self._new_modules:
-            prefixes = {f"{path}." for path, _ in self.named_modules() if path.split(".")[-1] == name}
-            for prefix in prefixes:
-                keys = {key for key in self.state_dict() if key.startswith(prefix)}
-                if keys and keys <= missing:
-                    missing -= keys
-                    fresh.append(f"{prefix[:-1]} ({len(keys)} tensors)")
-        problems = []
-        for title, keys, others in (
-            ("missing from the checkpoint", missing, unexpected),
-            ("in the checkpoint without a place in the model", unexpected, missing),
-        ):
-            if keys:
-                examples = []
-                for key in sorted(keys)[:5]:
-                    near = difflib.get_close_matches(key, others or self.state_dict().keys(), n=1)
-                    examples.append(f"  {key}" + (f" (nearest: {near[0]})" if near else ""))
-                more = f"\n  and {len(keys) - 5} more" if len(keys) > 5 else ""
-                problems.append(f"{len(keys)} tensors {title}:\n" + "\n".join(examples) + more)
-        if info["mismatched_keys"]:
-            shown = [
-                f"  {k}: {tuple(a)} in the checkpoint, {tuple(b)} in the model" for k, a, b in info["mismatched_keys"]
-            ]
-            problems.append(f"{len(shown)} tensors of another shape:\n" + "\n".join(sorted(shown)[:5]))
-        if problems:
-            raise ValueError(
-                f"{source} does not fit {type(self).__name__}:\n"
-                + "\n".join(problems)
-                + "\nIs it a checkpoint of this "
-                "model, or of its backbone? Check adapter_layers and the sizes in its config.json."
-            )
-        if fresh:
-            logger.warning(f"{source} holds no {', '.join(fresh)}: newly initialised.")
+        load, package = super().from_pretrained, package_loading()
+        if package is not None:
+            return package.load_model(load, pretrained_model_name_or_path, *model_args, **kwargs)
+        return plainly_loaded(load(pretrained_model_name_or_path, *model_args, **kwargs))
 
     def freeze_backbone(self):
         """Takes the image backbone out of training. It is frozen from the start; `requires_grad_(True)` frees it."""

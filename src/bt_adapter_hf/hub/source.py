@@ -9,26 +9,19 @@ from typing import Any, TypeVar
 
 from huggingface_hub import ResolvedRevision, is_offline_mode, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError
-from torch import nn
-from transformers import PreTrainedModel
 
-from ..hub.access import check_token, explain, http_cause, retried
-from ..hub.weights import fetch_weights, is_damaged
-from ..models.compat_bt_adapter import resolve_revision
-from .files import (
+from ..adapters.files import (
     CONFIG_NAME,
     PEFT_CONFIG_NAME,
     PEFT_WEIGHTS_NAME,
     WEIGHTS_NAME,
     AdapterConfig,
     AdapterError,
-    branch_fields,
-    check_extra,
     is_peft_folder,
-    read_branch,
 )
-from .fingerprint import check_backbone
-from .host_modules import fill_parameter, find_tower, path_of
+from ..models.compat_bt_adapter import resolve_revision
+from .access import check_token, explain, http_cause, retried
+from .weights import fetch_weights, is_damaged
 
 
 logger = logging.getLogger(__name__)
@@ -105,36 +98,6 @@ def from_hub(load: Callable[[], Result], name: str | os.PathLike, revision: str 
         raise OSError(f"{name} could not be loaded: {explain(error, str(name), revision)}") from error
 
 
-def load_with_base(
-    load: Callable[..., tuple[PreTrainedModel, dict]], name: str | os.PathLike, options: dict[str, Any]
-) -> tuple[PreTrainedModel, dict] | None:
-    """Loads the base model that an adapter names, and puts the adapter's branch into it.
-
-    Args:
-        load: the class's `from_pretrained` of transformers.
-        name: folder or id.
-        options: of the call.
-
-    Returns:
-        The model and the report on its weights; None if `name` is no adapter.
-    """
-    found = find_adapter(name, options)
-    if found is None:
-        return None
-    folder, adapter = found
-    base, base_revision = base_of(folder, name, adapter)
-    options = {key: value for key, value in options.items() if key not in ("revision", "subfolder")}
-    layers = list(options.pop("adapter_layers", None) or adapter.adapter_layers)
-    fields = {"adapter_layers": layers, **branch_fields(adapter, len(layers))}
-    with naming_base(name, base, base_revision), without_load_report():
-        base_revision = pinned(base, {**options, "revision": base_revision})
-        options = {**fields, **options, "revision": base_revision, "output_loading_info": True}
-        model, info = from_hub(lambda: load(base, **options), base, base_revision)
-    filled = set(fill_branch(model, folder, adapter))
-    info["missing_keys"] = {key for key in info["missing_keys"] if key not in filled}
-    return model, info
-
-
 def find_adapter(name: str | os.PathLike, hub: Mapping[str, Any]) -> tuple[Path, AdapterConfig] | None:
     """Folder and config of the adapter that is called so; None if there is none.
 
@@ -187,25 +150,6 @@ def naming_base(name: str | os.PathLike, base: str, revision: str | None) -> Ite
         ) from error
 
 
-def fill_branch(
-    model: nn.Module, folder: Path, adapter: AdapterConfig, allow_backbone_mismatch: bool = False
-) -> list[str]:
-    """Copies an adapter's tensors into the branch of a model, which has the adapter's shape already.
-
-    Returns:
-        Names of the tensors that were filled.
-    """
-    tower = find_tower(model)
-    check_backbone(folder, adapter, tower.vision_model, allow_backbone_mismatch)
-    state, extra = read_branch(folder, adapter, tower.bt_adapter)
-    check_extra(folder, adapter, extra, model)
-    prefix = path_of(model, tower.bt_adapter)
-    values = {f"{prefix}.{key}" if prefix else key: value for key, value in state.items()} | extra
-    for name, value in values.items():
-        fill_parameter(model, name, value)
-    return list(values)
-
-
 def pinned(name: str | os.PathLike | None, options: Mapping[str, Any]) -> str | None:
     """The revision of a call of `from_pretrained`, resolved to the commit that it stands for, if it can be found out.
 
@@ -218,21 +162,6 @@ def pinned(name: str | os.PathLike | None, options: Mapping[str, Any]) -> str | 
     if isinstance(revision, ResolvedRevision) and not local and not any(options.get(key) for key in _OTHER_WEIGHTS):
         fetch_weights(str(name), revision.resolved, **arguments)
     return revision
-
-
-@contextlib.contextmanager
-def without_load_report() -> Iterator[None]:
-    """Silences transformers' table of weights; `_check_loading` makes errors of what it would tell."""
-
-    def is_other(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
-
-    logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(is_other)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_other)
 
 
 def _damaged(folder: Path) -> str | None:
