@@ -23,7 +23,7 @@ from bt_adapter_hf.data.chunk_store import ChunkStoreError
 from bt_adapter_hf.data.sources import load_table
 from bt_adapter_hf.hub.push import PushError, push_to_hub
 from tests import tiny_pairs
-from tests.hub.video_datasets import Clips, put
+from tests.hub.video_datasets import Clips, options, put
 
 
 BASE, ADAPTER, MODEL, DATA = "tester/base", "tester/adapter", "tester/model", "tester/clips"
@@ -288,7 +288,7 @@ def test_stream_over_what_passes(hub, monkeypatch, tmp_path, results, clips):
         shards = [path for path in hub.files(repo, repo_type="dataset") if path.endswith((".parquet", ".tar"))]
         videos = [f"clip{i}.mp4" for i in range(len(PASSING))]
         names = [f"{repo}(-videos)?/.*{name}$" for name in sorted(shards) or videos]
-        table = load_table(repo)
+        table = load_table(repo, **options(form, repo))
         for case, name in zip(PASSING, names, strict=True):
             faults.append(hub.fail(case.kind, name, **{"port": "storage", **case.options}))
         opened.append((form, table, table.use_store(tmp_path / f"store{number}")))

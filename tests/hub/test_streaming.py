@@ -10,7 +10,7 @@ from bt_adapter_hf.cli.main import main
 from bt_adapter_hf.data.order import EpochOrder
 from bt_adapter_hf.data.sources import load_table
 from tests.hub.server import OTHER_TOKEN
-from tests.hub.video_datasets import FORMS, PART, ROWS, Clips, put
+from tests.hub.video_datasets import FORMS, PART, ROWS, Clips, options, put
 
 
 REPO = "tester/clips"
@@ -24,7 +24,7 @@ def clips(tmp_path_factory) -> Clips:
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_arrives_whole_from_the_commit_that_was_found(hub, tmp_path, clips, form):
     put(hub, clips, form, REPO)
-    table = load_table(REPO)
+    table = load_table(REPO, **options(form, REPO))
     assert len(table) == ROWS and table.needs_store and table.revision == hub.head(REPO, repo_type="dataset")
     # What is done to the repository after the table was opened does not matter.
     changed = {path: b"changed" for path in hub.files(REPO, repo_type="dataset") if path != ".gitattributes"}
@@ -133,6 +133,42 @@ def test_a_video_that_is_missing_is_one_broken_row(hub, tmp_path, clips):
     others = [table.pair(row)[0] for row in range(ROWS) if row != 3]
     store.close()
     assert others == [video for i, (video, _) in enumerate(clips.rows) if i != 3]
+
+
+def test_a_table_leads_nowhere_but_to_its_repository_and_the_media_root(hub, tmp_path, clips):
+    """What somebody wrote into a table is read with the rights of its reader."""
+    secret = "tester/secret"
+    hub.create(secret, repo_type="dataset", private=True)
+    hub.put_files(secret, {"a.mp4": clips.rows[0][0]}, repo_type="dataset")
+    (tmp_path / "own.mp4").write_bytes(clips.rows[0][0])
+    elsewhere = [
+        f"hf://datasets/{secret}/a.mp4",
+        f"../../{secret}/a.mp4",
+        f"../../{secret.partition('/')[2]}/a.mp4",
+        str(tmp_path / "own.mp4"),
+        f"file://{tmp_path}/own.mp4",
+        "../" * 30 + str(tmp_path / "own.mp4").lstrip("/"),
+    ]
+    address = f"{hub.url}/datasets/{secret}/resolve/main/a.mp4"
+    names = ["clip0.mp4", "../clip0.mp4", f"hf://datasets/{REPO}/clip0.mp4", address, *elsewhere]
+    lines = [json.dumps({"video": name, "text": "x"}) for name in names]
+    files = {"data/train.jsonl": "\n".join(lines).encode(), "clip0.mp4": b"at the top", "data/clip0.mp4": b"beside"}
+    hub.put_files(REPO, files, repo_type="dataset")
+    hub.log.clear()
+    table = load_table(f"hf://datasets/{REPO}/data/train.jsonl")
+    found = dict(table.records(0))
+    assert [found[row].video for row in range(3)] == [b"beside", b"at the top", b"at the top"]
+    assert "HTTP 40" in found[3].problem  # the address is asked without the token
+    for row in range(4, len(names)):
+        assert found[row].video is None and ("lies outside of" in found[row].problem or row == 8), found[row]
+    assert "neither a path nor an address" in found[8].problem
+    assert not [request for request in hub.requests(secret) if request.authorized] and len(hub.requests(secret)) >= 1
+    (tmp_path / "media").mkdir()
+    (tmp_path / "media" / "clip0.mp4").write_bytes(b"")
+    local = load_table(f"hf://datasets/{REPO}/data/train.jsonl", media_root=tmp_path / "media")
+    found = dict(local.records(0))
+    assert found[0].video == str(tmp_path / "media" / "clip0.mp4") and found[2].video == b"at the top"
+    assert all(found[row].video is None for row in (1, *range(3, len(names))))
 
 
 def test_a_run_that_lost_the_hub_resumes_and_ends_as_if_nothing_had_happened(

@@ -84,4 +84,9 @@ def put(hub, clips: Clips, form: str, repo_id: str) -> None:
         hub.put_files(f"{repo_id}-videos", clips.videos(), repo_type="dataset")
 
 
+def options(form: str, repo_id: str) -> dict[str, str]:
+    """What `load_table` needs to know of a form: where the videos are that it may name."""
+    return {"media_root": f"hf://datasets/{repo_id}-videos"} if form == "csv of hf:// paths" else {}
+
+
 FORMS = ("parquet", "tars", "video folder", "csv of URLs", "csv of hf:// paths")

@@ -5,20 +5,21 @@ Its `xopen` reads remote files by byte ranges and goes on after broken connectio
 
 import glob
 import os
+import posixpath
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from ..hub.access import retried
 from ..import_utils import require_package
+from ..models.video_errors import VideoAccessError
 
 
 # Bytes that one request asks for at least: small for looking at headers and footers, large for reading on.
 PEEK_BYTES = 1 << 16
 READ_BYTES = 1 << 23
-# A larger video is refused, wherever it lies but in a file of its own on the disk.
-MAX_VIDEO_BYTES = 1 << 30
 
 
 def is_remote(path: str) -> bool:
@@ -41,11 +42,54 @@ def file_size(file: BinaryIO) -> int:
     return size
 
 
-def join(root: str | None, path: str) -> str:
-    """`path` seen from `root`; absolute paths and URLs stay as they are."""
-    if root is None or is_remote(path) or os.path.isabs(path):
+def join(root: str | None, path: str, within: Sequence[str] | None = None) -> str:
+    """`path`, as a row of a table names it, seen from `root`; absolute paths and URLs stay as they are.
+
+    Args:
+        within: folders on the disk or on the Hub that the path may lie in, for tables that somebody else wrote;
+            http(s) addresses are free for all, and no token goes there. None: it may lie anywhere.
+
+    Raises:
+        VideoAccessError: it lies elsewhere, or it is an address of another kind.
+    """
+    if path.startswith(("http://", "https://")):
         return path
-    return f"{root.rstrip('/')}/{path}" if is_remote(root) else str(Path(root) / path)
+    if "::" in path or (is_remote(path) and not path.startswith("hf://")):
+        raise VideoAccessError(f"{path} is neither a path nor an address that begins with http(s):// or hf://.")
+    if root is None or is_remote(path) or os.path.isabs(path):
+        found = path
+    elif is_remote(root):
+        found = f"{root.rstrip('/')}/{path}"
+    else:
+        found = str(Path(root) / path)
+    if within is None:
+        return found
+    for folder in within:
+        if (inside := _inside(found, folder)) is not None:
+            return inside
+    raise VideoAccessError(
+        f"{path} lies outside of {' and '.join(within)}: the rows of a table on the Hub may name what is in its "
+        "repository, or below the media root that you give. Download the table to use it with other files."
+    )
+
+
+def _inside(path: str, folder: str) -> str | None:
+    """The path without detours where it lies in the folder, in the same commit of a repository; else None."""
+    if path.startswith("hf://") and folder.startswith("hf://"):
+        try:
+            (repo, revision, inside), (own, commit, below) = split_hub_path(path), split_hub_path(folder)
+        except ValueError:
+            return None  # a model, a space
+        inside = posixpath.normpath(inside)
+        if repo != own or inside.startswith("..") or not f"{inside}/".startswith(f"{below}/".lstrip("/")):
+            return None
+        return f"hf://datasets/{repo}@{(revision or commit).replace('/', '%2F')}/{inside}"
+    if is_remote(path) != is_remote(folder):
+        return None
+    if is_remote(path):  # below an http(s) address
+        return path if path.startswith(f"{folder.rstrip('/')}/") and "/../" not in path else None
+    path = os.path.normpath(path)
+    return path if path.startswith(os.path.join(folder, "")) else None
 
 
 def identity(path: str) -> str:

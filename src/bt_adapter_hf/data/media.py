@@ -3,17 +3,17 @@
 import errno
 import math
 import urllib.error
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from glob import has_magic
 from pathlib import Path
 from tempfile import SpooledTemporaryFile
 from typing import BinaryIO
 
 from ..hub.access import retried
-from ..models.video_download import download
+from ..models.video_download import MAX_BYTES, MAX_SECONDS, download
 from ..models.video_errors import VideoAccessError, VideoDownloadError, VideoError, VideoNotFoundError
 from .archives import ARCHIVE_SUFFIXES, MediaArchives
-from .files import MAX_VIDEO_BYTES, READ_BYTES, FoundFiles, find_files, is_remote, join, open_file, pin
+from .files import READ_BYTES, FoundFiles, find_files, is_remote, join, open_file, pin
 from .readers import Record, as_they_come
 
 
@@ -28,16 +28,17 @@ class Media:
     Args:
         root: folder, local or remote, that relative paths start from.
         archives: hold the relative paths instead of `root`.
+        within: where the paths may lie at all, see `join`.
     """
 
-    def __init__(self, root: str | None, archives: MediaArchives | None = None):
-        self.root, self.archives = root, archives
+    def __init__(self, root: str | None, archives: MediaArchives | None = None, within: Sequence[str] | None = None):
+        self.root, self.archives, self.within = root, archives, within
 
     def is_local(self, path: str) -> bool:
         """Whether the video can be read in place."""
         if self.archives is not None and not is_remote(path):
             return not any(is_remote(archive) for archive in self.archives.paths)
-        return not is_remote(join(self.root, path))
+        return not is_remote(path) and not is_remote(self.root or "")
 
     def record(self, named: Record) -> Record:
         """A row that only names its video, with the video; with a problem where it cannot be had."""
@@ -58,22 +59,25 @@ class Media:
                 named[number] = record
                 yield number, record
 
-        for number, record in as_they_come(self._open, remembered(), timeout):
+        def opened(record: Record) -> Record:
+            return self._open(record, timeout)
+
+        for number, record in as_they_come(opened, remembered(), timeout):
             if record is None:
                 problem = f"Fetching it took longer than {timeout:g} s and was given up."
                 record = named[number]._replace(problem=problem)
             del named[number]
             yield number, _with_content(record)
 
-    def _open(self, named: Record) -> Record:
+    def _open(self, named: Record, timeout: float | None = None) -> Record:
         if named.problem is not None:
             return named
         try:
-            return named._replace(video=self.open(named.name))
+            return named._replace(video=self.open(named.name, timeout))
         except VideoError as error:
             return named._replace(problem=str(error))
 
-    def open(self, path: str) -> BinaryIO | bytes | str:
+    def open(self, path: str, timeout: float | None = None) -> BinaryIO | bytes | str:
         """What holds a video: a local file by its path, a temporary file, or the bytes of a member of archives.
 
         Raises:
@@ -82,12 +86,14 @@ class Media:
         """
         if self.archives is not None and not is_remote(path):
             return self.archives.read(path)
-        path = join(self.root, path)
+        path = join(self.root, path, self.within)
         if not is_remote(path):
             return path
-        fetch = _download if path.startswith(("http://", "https://")) else _read_from_hub
         content = SpooledTemporaryFile(MEMORY_BYTES)
-        fetch(path, content)
+        if path.startswith(("http://", "https://")):
+            _download(path, content, timeout or MAX_SECONDS)
+        else:
+            _read_from_hub(path, content)
         content.seek(0)
         return content
 
@@ -99,7 +105,7 @@ def _with_content(record: Record) -> Record:
         return record._replace(video=file.read())
 
 
-def _download(url: str, content: BinaryIO) -> None:
+def _download(url: str, content: BinaryIO, timeout: float) -> None:
     """Fetch a URL, again where the trouble may be over soon.
 
     Raises:
@@ -110,7 +116,7 @@ def _download(url: str, content: BinaryIO) -> None:
         content.seek(0)
         content.truncate()
         try:
-            download(url, content, MAX_VIDEO_BYTES)
+            download(url, content, timeout=timeout)
         except VideoDownloadError as error:
             if getattr(error.__cause__, "errno", None) in FULL_DISK:
                 raise error.__cause__ from None  # not the fault of the video
@@ -128,8 +134,8 @@ def _may_come_back(error: BaseException) -> bool:
 def _read_from_hub(path: str, content: BinaryIO) -> None:
     try:
         with open_file(path) as file:
-            if file.size > MAX_VIDEO_BYTES:
-                raise VideoAccessError(f"{path} has {file.size} bytes, the limit is {MAX_VIDEO_BYTES}.")
+            if file.size > MAX_BYTES:
+                raise VideoAccessError(f"{path} has {file.size} bytes, the limit is {MAX_BYTES}.")
             while piece := file.read(READ_BYTES):
                 content.write(piece)
     except FileNotFoundError as error:
@@ -140,17 +146,20 @@ def _read_from_hub(path: str, content: BinaryIO) -> None:
 
 def open_media(files: FoundFiles, media_root: str | Path | None) -> Media:
     """The videos of a table, under `media_root` or beside the table."""
+    within = None if files.repo is None else [files.repo]  # what somebody else wrote must not lead elsewhere
     if media_root is None:
-        return Media(files.root if is_remote(files.root) else str(Path(files.root).resolve()))
+        return Media(files.root if is_remote(files.root) else str(Path(files.root).resolve()), within=within)
     root = str(media_root)
     local = Path(root).expanduser()
     if files.repo is not None and not is_remote(root) and not local.is_absolute() and not local.exists():
         root = f"{files.repo}/{root}"
     if (root.endswith(ARCHIVE_SUFFIXES) or has_magic(root)) and not local.is_dir():
         found = find_files(root, ARCHIVE_SUFFIXES, "", None, None)
-        return Media(None, MediaArchives(found.paths))
+        return Media(None, MediaArchives(found.paths), within)
     if is_remote(root):
-        return Media(pin(root))
+        root = pin(root).rstrip("/")
+        return Media(root, within=within and [*within, root])
     if not local.is_dir():
         raise FileNotFoundError(f"media_root {root} is neither a folder nor a .zip or .tar file")
-    return Media(str(local.resolve()))
+    root = str(local.resolve())
+    return Media(root, within=within and [*within, root])
