@@ -7,9 +7,11 @@ import tarfile
 import zipfile
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from bt_adapter_hf.data import media, readers
+from bt_adapter_hf.data import archives, media, readers, tar_shards
 from bt_adapter_hf.data.sources import BrokenRowError, load_table
 from tests import tiny_pairs
 from tests.data.packed import add_member, file_server, rows_of, write_parquet, write_tar
@@ -137,12 +139,14 @@ def test_fingerprint_is_of_the_rows_wherever_they_lie(clips, rows, tmp_path):
         ("t.jsonl", "{not json", {}, "Cannot read the table"),
         ("t.jsonl", '{"video": 1, "text": "a"}', {}, "int64 in its video column 'video', expected paths"),
         ("t.xlsx", "", {}, "must end in one of .jsonl"),
+        ("t.csv", "video,text\na,caf\udce9\n", {}, "t.csv: it is not UTF-8 .byte 0xe9 at 16.: save it as UTF-8"),
+        ("t.jsonl", "\udcff\udcfe{\0", {}, "t.jsonl: it is encoded in UTF-16: save it as UTF-8"),
         ("t.parquet", "PAR1 not really", {}, "Cannot read the table"),
         ("t.tar", "not a tar", {}, "t.tar is not an uncompressed tar"),
     ],
 )
 def test_bad_tables(name, content, options, message, tmp_path):
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=message):
         load_table(tmp_path / name, **options)
 
@@ -197,6 +201,26 @@ def test_parquet_of_other_columns(rows, tmp_path):
         load_table(str(tmp_path / "*.parquet"))
 
 
+@pytest.mark.parametrize("kind", ["string_view", "large_string", "dictionary", "binary_view", "large_binary"])
+def test_every_way_in_which_arrow_writes_text_and_bytes(kind, rows, tmp_path):
+    texts = pa.array([text for _, _, text in rows])
+    videos = pa.array([data for _, data, _ in rows]) if "binary" in kind else pa.array([name for name, _, _ in rows])
+    if kind == "dictionary":
+        videos, texts = videos.dictionary_encode(), texts.dictionary_encode()
+    else:
+        videos = videos.cast(getattr(pa, kind)())
+        texts = texts if "binary" in kind else texts.cast(getattr(pa, kind)())
+    pq.write_table(pa.table({"video": videos, "text": texts}), tmp_path / "t.parquet")
+    table = load_table(tmp_path / "t.parquet")
+    assert table.needs_store == ("binary" in kind)
+    found = records(table)
+    assert [record.texts for record in found] == [[text] for _, _, text in rows]
+    if "binary" in kind:
+        assert [record.video for record in found] == [data for _, data, _ in rows]
+    else:
+        assert [record.name for record in found] == [name for name, _, _ in rows]
+
+
 # WebDataset tars
 
 
@@ -231,6 +255,93 @@ def test_samples_that_lack_something(rows, tmp_path):
     assert error.value.name == "b.txt"
     with pytest.raises(ValueError, match="no video members: looked for 'avi', found members ending in json, mp4, txt"):
         load_table(tmp_path / "t.tar", video_column="avi")
+
+
+def test_names_with_dots(rows, tmp_path):
+    """As of clips named by their seconds: the first dot is none before an ending."""
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        for name, data in [
+            ("v/abc_12.500_20.250.mp4", rows[0][1]),
+            ("v/abc_12.500_20.250.txt", b"\xef\xbb\xbffirst"),  # a byte order mark is no part of it
+            ("v/abc_12.750_30.000.mp4", rows[1][1]),  # the same up to the first dot
+            ("v/abc_12.750_30.000.json", b'\xef\xbb\xbf{"text": "second"}'),
+            ("v/plain.mp4", rows[2][1]),
+            ("v/plain.txt", b"third"),
+            ("v/low.x.mp4", rows[3][1]),  # an ending of its own, as the text says
+            ("v/low.txt", b"fourth"),
+        ]:
+            add_member(tar, name, data)
+    table = load_table(tmp_path / "t.tar")
+    assert [table.pair(row)[::2] for row in range(3)] == [
+        (rows[0][1], ["first"]),
+        (rows[1][1], ["second"]),
+        (rows[2][1], ["third"]),
+    ]
+    assert len(table) == 4
+    with pytest.raises(BrokenRowError, match="The sample has no video"):
+        table.pair(3)
+    named = load_table(tmp_path / "t.tar", video_column="x.mp4")
+    assert named.pair(len(named) - 1)[::2] == (rows[3][1], ["fourth"])
+    with tarfile.open(tmp_path / "u.tar", "w") as tar:
+        add_member(tar, "a.1.5.wmv", rows[0][1])
+        add_member(tar, "a.1.5.txt", b"x")
+    message = r"found members ending in 1.5.txt, 1.5.wmv .what follows the first dot.. Name one with"
+    with pytest.raises(ValueError, match=message):
+        load_table(tmp_path / "u.tar")
+
+
+def test_names_that_are_no_utf8_or_have_line_breaks(rows, tmp_path):
+    names = [b"caf\xe9".decode(errors="surrogateescape"), "two\nlines"]
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        for name in names:
+            add_member(tar, f"{name}.mp4", rows[0][1])
+            add_member(tar, f"{name}.txt", b"x")
+    table = load_table(tmp_path / "t.tar")
+    assert [table.pair(row)[1] for row in range(2)] == [r"caf\udce9.mp4", r"two\nlines.mp4"]
+    assert table.pair(0)[0] == rows[0][1]
+
+
+def test_sizes_are_bounded(clips, rows, tmp_path, monkeypatch):
+    """Of the members of archives too, whatever their headers claim."""
+    for module in (archives, tar_shards):
+        monkeypatch.setattr(module, "MAX_BYTES", 2000)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb.mp4", bytes(3000))
+        archive.writestr("liar.mp4", bytes(1500))
+        archive.writestr("fine.mp4", bytes(2000))
+    data = (tmp_path / "a.zip").read_bytes()
+    (tmp_path / "a.zip").write_bytes(data.replace((1500).to_bytes(4, "little"), (10).to_bytes(4, "little")))
+    lines = [json.dumps({"video": f"{name}.mp4", "text": "x"}) for name in ("bomb", "liar", "fine")]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    table = load_table(tmp_path / "t.jsonl", media_root=tmp_path / "a.zip")
+    with pytest.raises(BrokenRowError, match="bomb.mp4 .*It has 3000 bytes, and the limit .* is 2000"):
+        table.pair(0)
+    with pytest.raises(BrokenRowError, match="liar.mp4 .*cannot be read"):
+        table.pair(1)
+    assert table.pair(2)[0] == bytes(2000)
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        for name, size in (("big", 2001), ("fine", 2000)):
+            add_member(tar, f"{name}.mp4", bytes(size))
+            add_member(tar, f"{name}.txt", b"x")
+    table = load_table(tmp_path / "t.tar")
+    with pytest.raises(BrokenRowError, match="It has 2001 bytes"):
+        table.pair(0)
+    assert table.pair(1)[0] == bytes(2000)
+
+
+def test_members_of_archives_lead_nowhere(tmp_path):
+    """Their names are compared and never become places on the disk."""
+    (tmp_path / "secret.mp4").write_bytes(b"secret")
+    (tmp_path / "data").mkdir()
+    with zipfile.ZipFile(tmp_path / "data" / "a.zip", "w") as archive:
+        archive.writestr("../secret.mp4", b"member")
+    names = ["../secret.mp4", str(tmp_path / "secret.mp4"), "../../secret.mp4"]
+    (tmp_path / "data" / "t.jsonl").write_text("\n".join(json.dumps({"video": n, "text": "x"}) for n in names))
+    table = load_table(tmp_path / "data" / "t.jsonl", media_root=tmp_path / "data" / "a.zip")
+    assert table.pair(0)[0] == b"member"
+    for row in (1, 2):
+        with pytest.raises(BrokenRowError, match="secret.mp4 is not in"):
+            table.pair(row)
 
 
 def test_a_tar_that_is_cut_is_no_shorter_table(rows, tmp_path):

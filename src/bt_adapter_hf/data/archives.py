@@ -8,8 +8,9 @@ import zipfile
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
+from ..models.video_download import MAX_BYTES
 from ..models.video_errors import VideoAccessError, VideoNotFoundError
-from .files import PEEK_BYTES, file_size, open_file
+from .files import PEEK_BYTES, file_size, open_file, printable
 
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def scan_tar(path: str) -> Iterator[TarMember]:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 while (member := tar.next()) is not None:
                     tar.members.clear()  # tarfile keeps every header it has seen
-                    if member.isreg():
+                    if member.isreg() and not member.issparse():  # the bytes of a sparse one are not its content
                         yield TarMember(member.name, member.offset_data, member.size)
                 end = tar.offset
         except tarfile.TarError as error:
@@ -62,6 +63,19 @@ def read_range(file: BinaryIO, offset: int, size: int) -> bytes:
     data = file.read(size)
     if len(data) != size:
         raise OSError(f"{len(data)} of {size} bytes at {offset} could be read: the file has changed or is cut")
+    return data
+
+
+def too_large(size: int) -> str:
+    return f"It has {size} bytes, and the limit of what is read into memory is {MAX_BYTES}."
+
+
+def _unpacked(archive: zipfile.ZipFile, name: str, size: int) -> bytes:
+    """The content of a member: as many bytes as its header claims, which need not be what comes out."""
+    with archive.open(name) as file:
+        data = file.read(size)
+        if len(data) != size or file.read(1):
+            raise OSError(f"it does not unpack to the {size} bytes that the archive states")
     return data
 
 
@@ -98,7 +112,7 @@ class MediaArchives:
             with open_file(path, PEEK_BYTES) as file, zipfile.ZipFile(file) as archive:
                 for member in archive.infolist():
                     if not member.is_dir():
-                        yield member.filename, 0, member.file_size
+                        yield member.filename, 0, member.file_size  # as the archive claims; see `_unpacked`
         except zipfile.BadZipFile as error:
             raise ValueError(f"{path} is not a readable zip archive: {error}") from error
 
@@ -115,18 +129,22 @@ class MediaArchives:
             member for member in members if member[1].endswith(f"/{path}")
         ]
         if not fitting:
-            raise VideoNotFoundError(f"{path} is not in {', '.join(self.paths)}.")
+            raise VideoNotFoundError(f"{printable(path)} is not in {', '.join(self.paths)}.")
         if len(fitting) > 1:
             names = ", ".join(f"{self.paths[member[0]]}: {member[1]}" for member in fitting[:3])
-            raise VideoAccessError(f"{path} may mean {len(fitting)} members of the archives ({names}).")
+            raise VideoAccessError(
+                f"{printable(path)} may mean {len(fitting)} members of the archives ({printable(names)})."
+            )
         number, name, offset, size = fitting[0]
         archive = self._open(number)
         try:
+            if size > MAX_BYTES:
+                raise OSError(too_large(size).removesuffix("."))
             if isinstance(archive, zipfile.ZipFile):
-                return archive.read(name)
+                return _unpacked(archive, name, size)
             return read_range(archive, offset, size)
         except (OSError, RuntimeError, NotImplementedError, zipfile.BadZipFile) as error:  # RuntimeError: a password
-            raise VideoAccessError(f"{name} in {self.paths[number]} cannot be read: {error}.") from error
+            raise VideoAccessError(f"{printable(name)} in {self.paths[number]} cannot be read: {error}.") from error
 
     def _open(self, number: int) -> "zipfile.ZipFile | BinaryIO":
         """The open archive, one per process and thread: a shared file position would mix up their reads."""

@@ -3,6 +3,7 @@
 Its `xopen` reads remote files by byte ranges and goes on after broken connections and overloaded servers.
 """
 
+import codecs
 import glob
 import os
 import posixpath
@@ -33,6 +34,20 @@ def open_file(path: str, block_size: int = READ_BYTES) -> BinaryIO:
     from datasets.utils.file_utils import xopen
 
     return xopen(path, "rb", block_size=block_size)
+
+
+def check_encoding(head: bytes) -> None:
+    """Raises ValueError if a text file, of which this is the beginning, says that it is something else than UTF-8."""
+    for mark in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        if head.startswith(mark):
+            raise ValueError(f"it is encoded in UTF-{'32' if len(mark) == 4 else '16'}: save it as UTF-8")
+
+
+def printable(name: str) -> str:
+    """A name on one line, in characters that every terminal and file takes: others, such as bytes that are no UTF-8
+    and line breaks, as escapes.
+    """
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in name)
 
 
 def file_size(file: BinaryIO) -> int:

@@ -16,6 +16,7 @@ from .readers import (
     clean_texts,
     digest,
     in_threads,
+    is_bytes,
     pick_column,
 )
 
@@ -38,7 +39,7 @@ class ParquetShards(ShardReader):
         if video_column is None and WEBVID_COLUMNS <= set(schema.names):
             return False
         kind = schema.field(pick_column(schema.names, video_column, VIDEO_COLUMNS, "video")).type
-        return types.is_struct(kind) or types.is_binary(kind) or types.is_large_binary(kind)
+        return types.is_struct(kind) or is_bytes(kind)
 
     @classmethod
     def of(cls, files: FoundFiles, video_column: str | None, text_column: str | None, media: Media) -> "ParquetShards":

@@ -2,11 +2,13 @@
 
 import csv
 import io
+import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .files import PEEK_BYTES, FoundFiles, open_file
+from .files import PEEK_BYTES, FoundFiles, check_encoding, open_file
 from .media import Media, open_media
 from .readers import (
     TEXT_COLUMNS,
@@ -19,6 +21,7 @@ from .readers import (
     ShardReader,
     clean_texts,
     digest,
+    is_text,
     pick_column,
     slices,
 )
@@ -46,9 +49,13 @@ def table_of_paths(
     import pyarrow.compute as pc
 
     reader, options = READERS[files.suffix]
+    if reader != "parquet":
+        with open_file(files.paths[0], PEEK_BYTES) as file:
+            check_encoding(file.read(4))
     if reader == "csv":
         options = {**options, "features": _all_strings(files.paths[0], options.get("sep", ","))}
-    rows = datasets.load_dataset(reader, data_files=files.paths, split="train", **options)
+    with _quiet(logging.getLogger("datasets.packaged_modules")):  # it is in the error that they raise
+        rows = datasets.load_dataset(reader, data_files=files.paths, split="train", **options)
     if len(rows) == 0:
         raise ValueError("it has no rows")
     columns = rows.column_names
@@ -62,12 +69,22 @@ def table_of_paths(
     rows = rows.select_columns([*video_columns, text_column])
     media = open_media(files, media_root)
     paths = rows.data.column(video_columns[0])
-    if not webvid and str(paths.type) not in ("string", "large_string"):
+    if not webvid and not is_text(paths.type):
         raise ColumnError(f"has {paths.type} in its video column {video_columns[0]!r}, expected paths or URLs.")
     reader = PathRows(rows, video_columns, text_column, media)
-    if media.is_local("") and not pc.any(pc.match_substring(paths, "://")).as_py():
+    if media.is_local("") and not pc.any(pc.match_substring(paths.cast("large_string"), "://")).as_py():
         return reader
     return FetchedRows(reader)
+
+
+@contextmanager
+def _quiet(logger: logging.Logger) -> Iterator[None]:
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _all_strings(path: str, separator: str) -> "datasets.Features | None":

@@ -10,7 +10,11 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from queue import Empty, SimpleQueue
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+
+if TYPE_CHECKING:
+    import pyarrow
 
 
 VIDEO_COLUMNS = ("video", "file_name", "path", "video_path")
@@ -87,6 +91,23 @@ def pick_column(found: Iterable[str], wanted: str | None, defaults: tuple[str, .
     raise ColumnError(
         f"has no {kind} column: looked for {looked_for}, found {', '.join(found)}. Name it with {kind}_column."
     )
+
+
+def is_text(kind: "pyarrow.DataType") -> bool:
+    """Whether a column holds text, in any of the ways in which Arrow writes it."""
+    import pyarrow.types as types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+
+
+def is_bytes(kind: "pyarrow.DataType") -> bool:
+    import pyarrow.types as types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
 
 
 def clean_texts(value: Any) -> list[str]:

@@ -208,6 +208,8 @@ def load_table(
         # `datasets` hides what happened in the cause; our own errors say it themselves
         cause = isinstance(error, datasets.exceptions.DatasetsError) and error.__cause__ or error
         reason = explain(error, repository(source), revision) if http_cause(error) else str(cause) or repr(cause)
+        if isinstance(cause, UnicodeDecodeError):
+            reason = f"it is not UTF-8 (byte {cause.object[cause.start]:#04x} at {cause.start}): save it as UTF-8"
         raise ValueError(f"Cannot read the table {source}: {reason}") from error
     if sum(reader.shard_rows) == 0:
         raise ValueError(f"The table {source} has no rows.")

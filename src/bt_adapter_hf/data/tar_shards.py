@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 import numpy as np
 
 from ..adapters.writing import written_whole
-from .archives import TarMember, read_range, scan_tar
-from .files import PEEK_BYTES, FoundFiles, identity, is_remote, open_file
+from ..models.video_download import MAX_BYTES
+from .archives import TarMember, read_range, scan_tar, too_large
+from .files import PEEK_BYTES, FoundFiles, identity, is_remote, open_file, printable
 from .readers import (
     TEXT_COLUMNS,
     ColumnError,
@@ -39,6 +40,8 @@ TEXT_MEMBERS = ("txt", "text", "caption")
 class TarShards(Reader):
     """Slices of WebDataset tars: consecutive members with the same name up to the first dot are one sample.
 
+    Where that finds no video, as with `abc_12.500_20.250.mp4`, names are cut at the last dot, if all have one then.
+
     Where a sample's video and text lie is known from the headers, so that only these are read.
     """
 
@@ -50,8 +53,8 @@ class TarShards(Reader):
         started = time.monotonic()
         tars, endings = [], set()
         for number, members in enumerate(in_threads(_tar_members, files.paths)):
-            samples = [_TarSample.of(group, video_column, text_column) for group in _samples(members)]
-            endings.update(_ending(name) for name, _, _ in members)
+            samples = list(_samples(members, video_column, text_column))
+            endings.update(_split_member(name)[1] for name, _, _ in members)
             tar = pa.table({"tar": pa.array([number] * len(samples), pa.int32()), **_columns(_TarSample, samples)})
             tars += [tar.slice(rows.start, len(rows)) for rows in slices(len(tar))]
             if time.monotonic() - started > 10:
@@ -67,7 +70,8 @@ class TarShards(Reader):
             if not (samples[sizes].to_numpy() >= 0).any():
                 raise ColumnError(
                     f"has no {kind} members: looked for {repr(wanted) if wanted else ', '.join(defaults)}, found "
-                    f"members ending in {', '.join(sorted(endings))}. Name one with {kind}_column."
+                    f"members ending in {_some(sorted(endings))} (what follows the first dot). Name one with "
+                    f"{kind}_column."
                 )
         tar_class = RemoteTars if any(is_remote(path) for path in files.paths) else LocalTars
         return tar_class(files.paths, samples, shard_rows, text_column)
@@ -85,18 +89,19 @@ class TarShards(Reader):
         # in the order in which they lie in the file, for the sake of reading ahead
         parts = {"video": (sample.video_offset, sample.video_size), "text": (sample.text_offset, sample.text_size)}
         data = {
-            part: read_range(file, offset, size) if size >= 0 else None
+            part: read_range(file, offset, size) if 0 <= size <= MAX_BYTES else None
             for part, (offset, size) in sorted(parts.items(), key=lambda item: item[1])
         }
         texts = self._texts(data["text"], sample)
         if data["video"] is None:
-            return Record(None, sample.name, texts, "The sample has no video.")
+            problem = "The sample has no video." if sample.video_size < 0 else too_large(sample.video_size)
+            return Record(None, sample.name, texts, problem)
         return Record(data["video"], sample.name, texts)
 
     def _texts(self, data: bytes | None, sample: "_TarSample") -> list[str]:
         if data is None:
             return []
-        text = data.decode("utf-8", errors="replace")
+        text = data.decode("utf-8-sig", errors="replace")
         if not sample.text_is_json:
             return clean_texts(text.strip())
         try:
@@ -147,37 +152,50 @@ class _TarSample(NamedTuple):
     text_is_json: bool
 
     @classmethod
-    def of(cls, members: list[TarMember], video_column: str | None, text_column: str | None) -> "_TarSample":
-        by_ending = {_ending(member.name): member for member in members}
-        if len(by_ending) < len(members):
-            raise ValueError(f"two members of one sample have the same ending, near {members[0].name}")
-        none = TarMember(members[0].name, 0, -1)
+    def of(cls, by_ending: dict[str, TarMember], video_column: str | None, text_column: str | None) -> "_TarSample":
+        none = TarMember(next(iter(by_ending.values())).name, 0, -1)
         videos = (video_column,) if video_column else VIDEO_MEMBERS
         video = next((by_ending[ending] for ending in videos if ending in by_ending), none)
         plain = (text_column,) if text_column else TEXT_MEMBERS
         ending = next((ending for ending in plain if ending in by_ending), "json")
         text = by_ending.get(ending, none)
-        return cls(video.name, video.offset, video.size, text.offset, text.size, ending == "json")
+        return cls(printable(video.name), video.offset, video.size, text.offset, text.size, ending == "json")
 
 
 def _columns(kind: type, rows: list[tuple]) -> dict[str, list]:
     return {name: [row[i] for row in rows] for i, name in enumerate(kind._fields)}
 
 
-def _split_member(name: str) -> tuple[str, str]:
-    """Key and ending of a member: the last part of its path is cut at the first dot."""
+def _split_member(name: str, at_last_dot: bool = False) -> tuple[str, str]:
+    """Key and ending of a member: the last part of its path is cut at the first dot, or at the last."""
     folder, slash, last = name.rpartition("/")
-    key, _, ending = last.partition(".")
+    key, _, ending = last.rpartition(".") if at_last_dot else last.partition(".")
     return folder + slash + key, ending.lower()
 
 
-def _ending(name: str) -> str:
-    return _split_member(name)[1]
-
-
-def _samples(members: list[TarMember]) -> Iterator[list[TarMember]]:
+def _samples(members: list[TarMember], video_column: str | None, text_column: str | None) -> Iterator["_TarSample"]:
     for _, group in groupby(members, key=lambda member: _split_member(member.name)[0]):
-        yield list(group)
+        group = list(group)
+        sample = _TarSample.of(_by_ending(group), video_column, text_column)
+        if sample.video_size < 0 and any(_split_member(name)[1].count(".") for name, _, _ in group):
+            cut = groupby(group, key=lambda member: _split_member(member.name, at_last_dot=True)[0])
+            others = [_by_ending(list(part), at_last_dot=True) for _, part in cut]
+            samples = [_TarSample.of(other, video_column, text_column) for other in others]
+            if all(sample.video_size >= 0 for sample in samples):
+                yield from samples
+                continue
+        yield sample
+
+
+def _by_ending(members: list[TarMember], at_last_dot: bool = False) -> dict[str, TarMember]:
+    by_ending = {_split_member(member.name, at_last_dot)[1]: member for member in members}
+    if len(by_ending) < len(members):
+        raise ValueError(f"two members of one sample have the same ending, near {printable(members[0].name)}")
+    return by_ending
+
+
+def _some(endings: list[str]) -> str:
+    return ", ".join(map(printable, endings[:8])) + (f" and {len(endings) - 8} others" if len(endings) > 8 else "")
 
 
 def _tar_members(path: str) -> list[TarMember]:
