@@ -1,6 +1,7 @@
 """`bt-adapter push` against a Hub on this machine."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -27,6 +28,17 @@ def test_push_and_load(hub, tiny_checkpoint, capsys):  # noqa: F811
     assert BTAdapterModel.from_pretrained("tester/pushed")._loaded_from[1] == hub.head("tester/pushed")
     card = hub.files("tester/pushed")["README.md"].decode()
     assert "license: mit" in card and "language: en" in card
+
+
+def test_what_is_left_out_is_listed_and_can_be_named(hub, tiny_checkpoint, tmp_path, capsys):  # noqa: F811
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "run")
+    for name in ("LICENSE", "passwords.txt"):
+        (folder / name).write_text("x")
+    assert cli.main(["push", str(folder), "tester/some", "--include", "LICENSE"]) == 0
+    assert "left out: passwords.txt (--include" in capsys.readouterr().out
+    assert "LICENSE" in hub.files("tester/some") and "passwords.txt" not in hub.files("tester/some")
+    assert cli.main(["push", str(folder), "tester/some", "--include", "nope"]) == 1
+    assert "holds no file 'nope', which was to be included" in capsys.readouterr().err
 
 
 def test_json_branch_pull_request_private_message(hub, tiny_checkpoint, tmp_path, capsys):  # noqa: F811

@@ -178,8 +178,18 @@ def test_of_a_folder_only_what_belongs_there(hub, tiny_checkpoint, tmp_path):
         "broken_items.jsonl",
         "log.txt~",
         "evil.py",
+        "service-account.json",
+        "passwords.txt",
+        "holiday.jpg",
+        "notes.md",
+        ".env",
+        "model-backup.safetensors",
+        "model.safetensors.orig",
+        "Config.json",
     ):
         (folder / name).write_bytes(b"x")
+    (folder / "qformer_tokenizer").mkdir()
+    (folder / "qformer_tokenizer" / "secret.json").write_text("{}")
     (folder / "trainer_state.json").write_text("{}")
     (folder / "checkpoint-5").mkdir()
     (folder / "checkpoint-5" / "model.safetensors").write_bytes(b"x")
@@ -196,8 +206,37 @@ def test_of_a_folder_only_what_belongs_there(hub, tiny_checkpoint, tmp_path):
         "pytorch_model.bin",
         "broken_items.jsonl",
         "evil.py",
+        "log.txt~",
+        "trainer_state.json",
+        "service-account.json",
+        "passwords.txt",
+        "holiday.jpg",
+        "notes.md",
+        ".env",
+        "model-backup.safetensors",
+        "model.safetensors.orig",
+        "Config.json",
+        "qformer_tokenizer",
+        "qformer_tokenizer/secret.json",
     }
-    assert left_out <= set(pushed.left_out)
+    assert set(pushed.left_out) == left_out
+
+
+def test_what_is_named_is_published_too(hub, tiny_checkpoint, tmp_path):
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "run")
+    (folder / "images").mkdir()
+    for name in ("LICENSE", "images/a.png", "images/b.png", "images/c.txt", "passwords.txt"):
+        (folder / name).write_bytes(b"x")
+    pushed = push_to_hub(folder, "tester/more", with_code=False, include=["LICENSE", "images/*.png"])
+    assert {"LICENSE", "images/a.png", "images/b.png"} <= set(pushed.files)
+    assert pushed.left_out == ["passwords.txt"] and not {"passwords.txt", "images/c.txt"} & set(pushed.files)
+    for name, said in (
+        ("nope*", "holds no file 'nope\\*'"),
+        ("../run/LICENSE", "is no path in"),
+        ("images", "no file"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            push_to_hub(folder, "tester/more", include=[name])
 
 
 def test_branch_pull_request_and_privacy(hub, dual):

@@ -1,6 +1,7 @@
 """The token is where it must be, in the header of requests to the Hub, and nowhere else."""
 
 import copy
+import json
 import logging
 import traceback
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from bt_adapter_hf.data.sources import load_table
 from bt_adapter_hf.hub.push import push_to_hub
 from tests import tiny_pairs
 from tests.hub.clients import run_python
-from tests.hub.server import TOKEN
+from tests.hub.server import OTHER_TOKEN, TOKEN
 from tests.hub.video_datasets import Clips, put
 
 
@@ -108,6 +109,26 @@ def test_a_token_in_a_file_is_not_published(hub, adapter_folder):
         push_to_hub(adapter_folder, ADAPTER)
     assert TOKEN not in str(caught.value)
     assert not hub.repositories or len(hub.history(ADAPTER)) == 1
+
+
+@pytest.mark.parametrize("name", ["README.md", "run_summary.json", "chat_template.jinja", "vocab.txt", "notes.yaml"])
+@pytest.mark.parametrize("token", [OTHER_TOKEN, "api_org_" + "a1" * 17], ids=["of a user", "of an organisation"])
+@pytest.mark.parametrize("around", ["{}", '{{"HF_TOKEN": "{}"}}', "https://user:{}@host/\n", "export TOKEN_{}_\n"])
+def test_somebody_elses_token_in_a_file_is_not_published(hub, adapter_folder, name, token, around):
+    text = around.format(token)
+    if name == "run_summary.json":
+        text = json.dumps({"steps": 1, "note": text})
+    (adapter_folder / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{name} holds a token of the Hub") as caught:
+        push_to_hub(adapter_folder, ADAPTER, include=[name])
+    assert token not in str(caught.value)
+    assert not hub.repositories or len(hub.history(ADAPTER)) == 1
+
+
+def test_what_only_looks_like_a_token_is_published(hub, adapter_folder):
+    words = ["hf_hub_download", "hf_short123", "shf_" + "a" * 34, "api_org_name", "a" * 40, "hf-" + "a" * 34]
+    (adapter_folder / "vocab.txt").write_text("\n".join(words))
+    assert "vocab.txt" in push_to_hub(adapter_folder, ADAPTER).files
 
 
 @pytest.mark.parametrize("token", [TOKEN, WRONG], ids=["valid", "wrong"])

@@ -9,7 +9,7 @@ from ._options import quiet_transformers
 _EXAMPLES = """examples:
   bt-adapter push my-adapter me/bt-adapter-clip-l14 --license apache-2.0
   bt-adapter push my-adapter me/bt-adapter-clip-l14 --revision experiment --message "Half the learning rate"
-  bt-adapter push my-adapter org/bt-adapter-clip-l14 --pr
+  bt-adapter push my-adapter org/bt-adapter-clip-l14 --pr --include LICENSE --include "images/*.png"
 
 Log in with `hf auth login` first, or set HF_TOKEN."""
 
@@ -19,8 +19,8 @@ def register(subparsers) -> None:
         "push",
         help="publish a model, an adapter or a processor on the Hub, with its card",
         description="Publish a folder with a model, an adapter (also with LoRA) or a processor: in one commit, with a "
-        "model card filled from the folder, and without checkpoints, pickles and the state of a trainer. A README.md "
-        "of your own is kept.",
+        "model card filled from the folder. Files with the names of what a saved model, adapter, processor or run is "
+        "made of are published, no others; what was left out is listed. A README.md of your own is kept.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -38,6 +38,13 @@ def register(subparsers) -> None:
         action="store_true",
         help="leave out the code that loads the model where this package is not installed (trust_remote_code=True)",
     )
+    parser.add_argument(
+        "--include",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="publish this file of the folder too, or what a pattern matches; may be repeated",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
@@ -47,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     import dataclasses
 
     from ..hub.push import push_to_hub
+    from ..search.files import printable
 
     pushed = push_to_hub(
         args.folder,
@@ -57,11 +65,12 @@ def run(args: argparse.Namespace) -> int:
         commit_message=args.message,
         with_code=not args.without_code,
         card={"license": args.license, "language": args.language},
+        include=args.include,
     )
     if args.json:
         print(json.dumps(dataclasses.asdict(pushed)))
         return 0
     print(f"{len(pushed.files)} files published: {pushed.url}")
     if pushed.left_out:
-        print(f"left out: {', '.join(pushed.left_out)}")
+        print(f"left out: {', '.join(map(printable, pushed.left_out))} (--include publishes what you name)")
     return 0

@@ -8,11 +8,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from . import card_text as text
 from .card_example import example, example_without_package
-from .contents import CHAT_CLASSES, Contents, read_json
+from .contents import CHAT_CLASSES, SUMMARY_NAME, Contents, read_json
 
 
 TEMPLATE = Path(__file__).parents[1] / "assets" / "model-card" / "template.md"
-SUMMARY_NAME = "run_summary.json"
 # A card that ends with this line is written anew by the next push; any other is its author's, and kept.
 MARKER = (
     "<!-- Written by bt_adapter_hf from the files of this repository. Delete this line to keep your own edits. -->"

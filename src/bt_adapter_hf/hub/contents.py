@@ -1,11 +1,13 @@
-"""What kind of repository a folder makes."""
+"""What kind of repository a folder makes, and which of its files."""
 
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..adapters.files import CONFIG_NAME, PEFT_CONFIG_NAME
+from ..adapters.files import CONFIG_NAME, PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, WEIGHTS_NAME, AdapterConfig
 from ..models.configuration_bt_adapter import BTAdapterConfig, BTAdapterVisionConfig
 from ..models.configuration_bt_adapter_chat import (
     BTAdapterInstructBlipConfig,
@@ -19,6 +21,23 @@ CHAT_CLASSES = {
     config.model_type: config.__name__.removesuffix("Config")
     for config in (BTAdapterLlavaConfig, BTAdapterInstructBlipConfig, BTAdapterMiniGPT4Config)
 }
+
+
+SUMMARY_NAME = "run_summary.json"
+MODEL_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+# What save_pretrained of a model, an adapter (peft's too) or a processor writes, and what a run adds. By name: a
+# folder may hold anything, and its owner may have forgotten it.
+_NAMES = frozenset(
+    f"""README.md {SUMMARY_NAME} losses.png
+    config.json generation_config.json
+    {CONFIG_NAME} {WEIGHTS_NAME} {PEFT_CONFIG_NAME} {PEFT_WEIGHTS_NAME}
+    processor_config.json preprocessor_config.json video_preprocessor_config.json
+    chat_template.jinja chat_template.json
+    tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json
+    vocab.json vocab.txt merges.txt tokenizer.model spiece.model sentencepiece.bpe.model""".split()
+)
+# Folders of a processor: templates beside the default one, and InstructBLIP's second tokenizer.
+_TEMPLATES, _QFORMER_TOKENIZER = "additional_chat_templates", "qformer_tokenizer"
 
 
 @dataclass(frozen=True)
@@ -82,6 +101,68 @@ class Contents:
             f"{folder} holds no config.json, {CONFIG_NAME} or processor_config.json: it is no model, adapter or "
             "processor. Of a training run name the output folder, not a checkpoint in it."
         )
+
+
+def belongs(name: str) -> bool:
+    """Whether a path in a folder is that of something that a model, an adapter, a processor or a run is made of."""
+    folder, _, file = name.rpartition("/")
+    if folder == _TEMPLATES:
+        return file.endswith(".jinja") and "/" not in file
+    if folder not in ("", _QFORMER_TOKENIZER):
+        return False
+    return file in _NAMES or (not folder and MODEL_WEIGHTS.fullmatch(file) is not None)
+
+
+def collect_files(folder: Path, include: Sequence[str] = ()) -> tuple[dict[str, Path], list[str]]:
+    """The files of a folder that are published, by their path in it, and the names of what is left out.
+
+    Args:
+        include: further files, by their path in the folder or a pattern of paths.
+
+    Raises:
+        ValueError: if it is nothing of this package, its weights are missing, incomplete or pickles, or there is
+            nothing of a name in `include`.
+    """
+    candidates = [*folder.iterdir(), *folder.glob(f"{_TEMPLATES}/*"), *folder.glob(f"{_QFORMER_TOKENIZER}/*")]
+    names = {path.relative_to(folder).as_posix(): path for path in sorted(candidates)}
+    files = {name: path for name, path in names.items() if belongs(name) and path.is_file()}
+    for pattern in include:
+        files |= _included(folder, pattern)
+    folders = {name.partition("/")[0] for name in files if "/" in name}
+    left_out = [name for name in names if name not in files and name not in folders]
+    _check_weights(folder, files, left_out)
+    return files, left_out
+
+
+def _included(folder: Path, pattern: str) -> dict[str, Path]:
+    if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
+        raise ValueError(
+            f"'{pattern}' is no path in {folder}: name what is to be published by its path in the folder."
+        )
+    exact = folder / pattern
+    found = [exact] if exact.is_file() else [path for path in sorted(folder.glob(pattern)) if path.is_file()]
+    if not found:
+        raise ValueError(f"{folder} holds no file '{pattern}', which was to be included.")
+    return {path.relative_to(folder).as_posix(): path for path in found}
+
+
+def _check_weights(folder: Path, files: dict[str, Path], left_out: list[str]) -> None:
+    contents = Contents.of(folder)
+    if contents.kind in ("adapter", "LoRA adapter"):
+        AdapterConfig.read(folder)
+        weights = [WEIGHTS_NAME if contents.kind == "adapter" else PEFT_WEIGHTS_NAME]
+    elif contents.kind == "processor":
+        weights = []
+    elif "model.safetensors.index.json" in files:
+        index = files["model.safetensors.index.json"].read_text(encoding="utf-8")
+        weights = sorted(set(re.findall(r"model-\d+-of-\d+\.safetensors", index)))
+    else:
+        weights = ["model.safetensors"]
+    missing = [name for name in weights if name not in files]
+    if missing:
+        pickles = [name for name in left_out if name.endswith((".bin", ".pt", ".pth"))]
+        hint = f" Pickles such as {pickles[0]} are not published: load it, and save it again." if pickles else ""
+        raise ValueError(f"{folder} holds no {', '.join(missing)}: the {contents.kind} is incomplete.{hint}")
 
 
 def read_json(path: Path) -> dict[str, Any]:

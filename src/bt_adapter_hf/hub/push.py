@@ -15,20 +15,17 @@ from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ..adapters.description import loaded_from
-from ..adapters.files import PEFT_WEIGHTS_NAME, WEIGHTS_NAME, AdapterConfig
 from .access import check_token, explain, http_cause, is_transient, retried
 from .card import is_generated, model_card
-from .contents import Contents
+from .contents import Contents, collect_files
 from .remote_code import add_code, code_files, without_code
 
 
 logger = logging.getLogger(__name__)
 
-_PUBLISHED = {".safetensors", ".json", ".jinja", ".txt", ".model", ".md", ".png", ".jpg", ".gif", ".svg"}
-_OF_A_RUN = {"trainer_state.json", "data_state.json", "trained.safetensors"}
-_QFORMER_TOKENIZER = "qformer_tokenizer"  # folder of InstructBLIP's second tokenizer, the only one that is published
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
-_MODEL_WEIGHTS = re.compile(r"(pytorch_model.*\.bin|model.*\.safetensors)(\.index\.json)?")
+# A token of anybody's: the Hub's of users, and those of organisations.
+_TOKEN = re.compile(rb"(?<![A-Za-z0-9])(hf_|api_org_)[A-Za-z0-9]{30,}")
+_REPLACED_WEIGHTS = re.compile(r"(pytorch_model.*\.bin|model.*\.safetensors)(\.index\.json)?")
 
 
 class PushError(OSError):
@@ -45,7 +42,7 @@ class Pushed:
         url: of the commit, or of the pull request.
         pull_request: its number, if one was opened.
         files: in the commit, by their path.
-        left_out: files and folders that were not published: checkpoints, pickles, logs.
+        left_out: files and folders of the source that were not published.
     """
 
     repo_id: str
@@ -69,11 +66,13 @@ def push_to_hub(
     with_code: bool = True,
     max_shard_size: int | str = "50GB",
     card: Mapping[str, Any] | None = None,
+    include: Sequence[str] = (),
 ) -> Pushed:
     """Publishes a model, an adapter or a processor with a model card, in one commit: all of it or nothing.
 
-    Of a folder only what belongs to model and processor goes: no checkpoints, no pickles, no state of a trainer.
-    Weights of the repository that would be loaded in place of the new ones are deleted in the same commit.
+    Of a folder goes what has the name of something that a saved model, adapter, processor or run is made of, and
+    nothing else unless `include` names it. Weights of the repository that would be loaded in place of the new ones are
+    deleted in the same commit.
 
     Args:
         source: a folder with a model, an adapter (also with LoRA) or a processor; or one of these in memory, a peft
@@ -89,6 +88,7 @@ def push_to_hub(
             not installed.
         max_shard_size: of the weights files of a model in memory.
         card: metadata of the card that the files do not tell, such as `{"license": "mit", "language": "en"}`.
+        include: further files of the folder, by their path in it or by a pattern such as "images/*.png".
 
     Raises:
         ValueError: if the source is nothing of this package, is incomplete, or has a token of the Hub in one of its
@@ -107,14 +107,14 @@ def push_to_hub(
                 base = loaded_from(source)
         if not folder.is_dir():
             raise ValueError(f"{folder} is no folder.")
-        files, left_out = collect_files(folder)
+        files, left_out = collect_files(folder, include)
         if processor is not None:
             processor.save_pretrained(Path(scratch, "processor"))
             files |= collect_files(Path(scratch, "processor"))[0]
         described = Path(scratch, "described")  # what the card tells of, the processor included
         described.mkdir()
         for name, path in files.items():
-            Path(described, name).parent.mkdir(exist_ok=True)
+            Path(described, name).parent.mkdir(parents=True, exist_ok=True)
             Path(described, name).symlink_to(path.resolve())
 
         kind = Contents.of(described).kind
@@ -156,39 +156,6 @@ def save_with_code(directory: str | Path, model: PreTrainedModel, processor: Pro
     if processor is not None:
         processor.save_pretrained(directory)
     add_code(Path(directory))
-
-
-def collect_files(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """The files of a folder that are published, by their path in it, and the names of what is left out.
-
-    Raises:
-        ValueError: if it is nothing of this package, or its weights are missing, incomplete or pickles.
-    """
-    files, left_out = {}, []
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.suffix in _PUBLISHED and path.name not in _OF_A_RUN:
-            files[path.name] = path
-        elif path.name == _QFORMER_TOKENIZER and path.is_dir():
-            files |= {f"{path.name}/{part.name}": part for part in sorted(path.iterdir()) if part.suffix in _PUBLISHED}
-        elif not path.name.startswith("."):
-            left_out.append(path.name)
-    contents = Contents.of(folder)
-    if contents.kind in ("adapter", "LoRA adapter"):
-        AdapterConfig.read(folder)
-        weights = [WEIGHTS_NAME if contents.kind == "adapter" else PEFT_WEIGHTS_NAME]
-    elif contents.kind == "processor":
-        weights = []
-    elif "model.safetensors.index.json" in files:
-        index = files["model.safetensors.index.json"].read_text(encoding="utf-8")
-        weights = sorted(set(re.findall(r"model-\d+-of-\d+\.safetensors", index)))
-    else:
-        weights = ["model.safetensors"]
-    missing = [name for name in weights if name not in files]
-    if missing:
-        pickles = [name for name in left_out if name.endswith((".bin", ".pt", ".pth"))]
-        hint = f" Pickles such as {pickles[0]} are not published: load it, and save it again." if pickles else ""
-        raise ValueError(f"{folder} holds no {', '.join(missing)}: the {contents.kind} is incomplete.{hint}")
-    return files, left_out
 
 
 def publish(
@@ -341,14 +308,14 @@ class _Target:
 
     def _outdated(self, files: set[str]) -> list[CommitOperationDelete]:
         """Weights that would be loaded in place of the new ones, or be left over beside them."""
-        if self.new_repo or not any(_MODEL_WEIGHTS.fullmatch(name) for name in files):
+        if self.new_repo or not any(_REPLACED_WEIGHTS.fullmatch(name) for name in files):
             return []
         tree = retried(lambda: list(self.api.list_repo_tree(self.repo_id, revision=self.head)), "Listing files")
         names = [entry.path for entry in tree if isinstance(entry, RepoFile)]
         return [
             CommitOperationDelete(path_in_repo=name, is_folder=False)
             for name in names
-            if _MODEL_WEIGHTS.fullmatch(name) and name not in files
+            if _REPLACED_WEIGHTS.fullmatch(name) and name not in files
         ]
 
     def _landed(self, additions: list[CommitOperationAdd]) -> tuple[str, str, int | None] | None:
@@ -397,10 +364,10 @@ def _save(source: nn.Module | ProcessorMixin, folder: Path, max_shard_size: int 
 
 
 def _refuse_tokens(files: Mapping[str, Path | bytes], token: str | None) -> None:
-    own = token or get_token()
+    own = (token or get_token() or "").encode()
     for name, content in files.items():
-        if Path(name).suffix not in (".json", ".md", ".txt", ".jinja"):
+        if Path(name).suffix == ".safetensors":
             continue
-        text = (content if isinstance(content, bytes) else content.read_bytes()).decode("utf-8", errors="replace")
-        if _TOKEN.search(text) or (own and own in text):
+        content = content if isinstance(content, bytes) else content.read_bytes()
+        if _TOKEN.search(content) or (own and own in content):
             raise ValueError(f"{name} holds a token of the Hub: take it out, and make a new one if others saw it.")

@@ -4,19 +4,29 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import HubStrategy
 
 from ..hub.access import check_token, explain, http_cause, retried
-from ..hub.card import SUMMARY_NAME, is_generated, model_card
-from ..hub.contents import read_json
-from ..hub.push import Pushed, PushError, collect_files, publish
+from ..hub.card import is_generated, model_card
+from ..hub.contents import SUMMARY_NAME, belongs, collect_files, read_json
+from ..hub.push import Pushed, PushError, publish
 from ..hub.remote_code import code_files
+from .checkpoint import DATA_STATE_NAME, TRAINED_WEIGHTS_NAME
 
 
 CARD_NAME = "README.md"
 # What a run goes on from, besides the trained weights. torch reads these with `weights_only=True`; the arguments of
 # the run (training_args.bin) are a pickle that may hold the token, and are not needed.
-_STATE = ("*.safetensors", "*.json", "optimizer.pt", "scheduler.pt", "rng_state*.pth", "scaler.pt")
+_STATE = (
+    TRAINED_WEIGHTS_NAME,
+    TRAINER_STATE_NAME,
+    DATA_STATE_NAME,
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state*.pth",
+    "scaler.pt",
+)
 
 
 class HubPushMixin(Trainer):
@@ -96,7 +106,9 @@ class HubPushMixin(Trainer):
         folder, files = Path(checkpoint_folder), {}
         if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             name = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else folder.name
-            files = {f"{name}/{path.name}": path for pattern in _STATE for path in sorted(folder.glob(pattern))}
+            state = {path for pattern in _STATE for path in folder.glob(pattern)}
+            state |= {path for path in folder.iterdir() if path.is_file() and belongs(path.name)}
+            files = {f"{name}/{path.name}": path for path in sorted(state)}
         self._push(f"Training in progress, step {self.state.global_step}", files)
 
     def _push(
