@@ -21,7 +21,7 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, L
 from bt_adapter_hf import BTAdapterLlavaConfig, BTAdapterLlavaForConditionalGeneration, BTAdapterLlavaProcessor
 from bt_adapter_hf.assets import default_chat_model_path
 from bt_adapter_hf.data.instructions import InstructionCollator, InstructionDataset, load_instructions
-from bt_adapter_hf.models.processing_bt_adapter_chat import _video_processor
+from bt_adapter_hf.models.processing_bt_adapter_chat import video_processor_like
 from bt_adapter_hf.training.frozen_states import FrozenStates, build_states, plan_states
 from bt_adapter_hf.training.instruction_tuning import InstructionArguments, InstructionTrainer, prepare_for_tuning
 
@@ -106,7 +106,7 @@ def make_model(options, vocabulary: int, image_token: int) -> BTAdapterLlavaForC
 
 def make_processor(patch: int, num_frames: int) -> BTAdapterLlavaProcessor:
     images = CLIPImageProcessorPil(size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224})
-    videos = _video_processor(images)
+    videos = video_processor_like(images)
     videos.num_frames = num_frames
     tokenizer = BTAdapterLlavaProcessor.from_pretrained(default_chat_model_path()).tokenizer
     return BTAdapterLlavaProcessor(images, videos, tokenizer, patch_size=patch)

@@ -24,11 +24,8 @@ _EXPORTS = {
     "models.modeling_bt_adapter_minigpt4": ("BTAdapterMiniGPT4ForConditionalGeneration",),
     "models.modeling_bt_adapter_pretraining": ("BTAdapterForPreTraining",),
     "models.processing_bt_adapter": ("BTAdapterProcessor",),
-    "models.processing_bt_adapter_chat": (
-        "BTAdapterInstructBlipProcessor",
-        "BTAdapterLlavaProcessor",
-        "BTAdapterMiniGPT4Processor",
-    ),
+    "models.processing_bt_adapter_llava": ("BTAdapterLlavaProcessor",),
+    "models.processing_bt_adapter_qformer": ("BTAdapterInstructBlipProcessor", "BTAdapterMiniGPT4Processor"),
     "models.video_processing_bt_adapter": ("BTAdapterVideoProcessor",),
     "adapters.verbs": ("get_bt_adapter_model", "save_bt_adapter", "unload_bt_adapter"),
     "adapters.lora": ("lora_config",),

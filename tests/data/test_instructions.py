@@ -22,7 +22,10 @@ from bt_adapter_hf.data.instructions import (
     visuals_of,
 )
 from bt_adapter_hf.models import video_io
-from bt_adapter_hf.models.processing_bt_adapter_chat import BTAdapterInstructBlipProcessor, BTAdapterMiniGPT4Processor
+from bt_adapter_hf.models.processing_bt_adapter_qformer import (
+    BTAdapterInstructBlipProcessor,
+    BTAdapterMiniGPT4Processor,
+)
 from tests import clip_tools
 from tests.chat import tiny_hosts
 from tests.chat.tiny_hosts import PATCHES, QUERIES
@@ -334,18 +337,28 @@ def test_rows_that_are_no_conversation(media, row, message):
 # -------------------------------------------------------------------------------------------------------- broken items
 
 
+def test_a_word_that_spells_a_placeholder_is_learned_as_a_word(host, media):
+    _, processor = host
+    item = dataset(media, processor, chat("what is <video> ?", "the <image> ."))[0]
+    assert item["broken"] == [] and "pixel_values_videos" not in item
+    assert not {processor.image_token_id, processor.video_token_id} & set(item["input_ids"].tolist())
+    assert (item["input_ids"] == processor.tokenizer.unk_token_id).sum() >= 6  # both words, in three pieces each
+    answer = item["labels"][item["labels"] != -100].tolist()
+    assert processor.tokenizer.convert_ids_to_tokens(answer)[:5] == ["the", "<unk>", "<unk>", "<unk>", "."]
+
+
 def test_broken_items_are_replaced_and_reported(host, media):
     _, processor = host
     rows = [
         chat([video("broken.mp4"), text("what ?")], "red"),
         chat([{"type": "image", "path": "gone.png"}, text("what ?")], "red"),
-        chat("what is <video> ?", "red"),  # a placeholder in the words
+        chat(" ", "red"),
         TWO_TURNS,
     ]
     data = dataset(media, processor, *rows)
     good = data[3]
     assert good["broken"] == []
-    reasons = ("broken.mp4", "gone.png cannot be read", "<video>")
+    reasons = ("broken.mp4", "gone.png cannot be read", "has no text")
     for row, reason in enumerate(reasons):
         item = data[(0, row)]
         assert item["broken"][0]["index"] == row and reason in item["broken"][0]["reason"]

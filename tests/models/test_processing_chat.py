@@ -18,9 +18,9 @@ from bt_adapter_hf import VideoError
 from bt_adapter_hf.models.modeling_bt_adapter_instructblip import BTAdapterInstructBlipForConditionalGeneration
 from bt_adapter_hf.models.modeling_bt_adapter_llava import BTAdapterLlavaForConditionalGeneration
 from bt_adapter_hf.models.modeling_bt_adapter_minigpt4 import BTAdapterMiniGPT4ForConditionalGeneration
-from bt_adapter_hf.models.processing_bt_adapter_chat import (
+from bt_adapter_hf.models.processing_bt_adapter_llava import BTAdapterLlavaProcessor
+from bt_adapter_hf.models.processing_bt_adapter_qformer import (
     BTAdapterInstructBlipProcessor,
-    BTAdapterLlavaProcessor,
     BTAdapterMiniGPT4Processor,
 )
 from tests import clip_tools
@@ -33,14 +33,12 @@ IMAGE, VIDEO = 18, 19
 
 def save_llava(folder):
     tiny_hosts.llava().save_pretrained(folder)
-    # as on the Hub: a template that knows no videos
     LlavaProcessor(
         tiny_hosts.image_processor(),
         tiny_hosts.tokenizer(),
         patch_size=8,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template="{{ messages[0].content }}",
     ).save_pretrained(folder)
 
 

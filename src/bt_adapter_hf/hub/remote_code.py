@@ -34,6 +34,12 @@ _MODELS = {
     ),
     "bt_adapter_minigpt4": (*_CHAT, "modeling_bt_adapter_minigpt4", "BTAdapterMiniGPT4", "ForConditionalGeneration"),
 }
+_PROCESSORS = {
+    "BTAdapterProcessor": "processing_bt_adapter",
+    "BTAdapterLlavaProcessor": "processing_bt_adapter_llava",
+    "BTAdapterInstructBlipProcessor": "processing_bt_adapter_qformer",
+    "BTAdapterMiniGPT4Processor": "processing_bt_adapter_qformer",
+}
 
 
 def code_files(folder: Path) -> dict[str, Path | bytes]:
@@ -88,9 +94,9 @@ def _name_model(config: dict[str, Any]) -> set[str]:
 
 def _name_processor(config: dict[str, Any]) -> set[str]:
     name = config.get("processor_class") or ""
-    if not name.startswith("BTAdapter"):
+    if name not in _PROCESSORS:
         return set()
-    module = "processing_bt_adapter" if name == "BTAdapterProcessor" else "processing_bt_adapter_chat"
+    module = _PROCESSORS[name]
     config["auto_map"] = {"AutoProcessor": f"{module}.{name}"}
     video = "video_processing_bt_adapter"
     config["video_processor"]["auto_map"] = {"AutoVideoProcessor": f"{video}.BTAdapterVideoProcessor"}

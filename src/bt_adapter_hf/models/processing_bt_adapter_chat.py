@@ -1,38 +1,21 @@
-"""Processors of the chat models: text, images and videos to prompts with the model's own number of visual tokens."""
+"""What the processors of the chat models share: prompts with the model's own number of visual tokens."""
 
-import itertools
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import (
-    AddedToken,
-    AutoImageProcessor,
-    AutoProcessor,
-    AutoTokenizer,
-    Blip2Config,
-    Blip2Processor,
-    InstructBlipProcessor,
-    LlavaProcessor,
-    PreTrainedTokenizerBase,
-)
+from jinja2 import TemplateError
+from PIL import Image
+from transformers import AddedToken, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 from transformers.utils import logging
 
-from .chat_templates_bt_adapter import (
-    INSTRUCTBLIP_CHAT_TEMPLATE,
-    LLAVA_CHAT_TEMPLATE,
-    MINIGPT4_CHAT_TEMPLATE,
-    MINIGPT4_STOP,
-)
-from .configuration_bt_adapter_chat import (
-    BTAdapterInstructBlipConfig,
-    BTAdapterLlavaConfig,
-    BTAdapterMiniGPT4Config,
-)
+from .chat_messages_bt_adapter import END, KINDS, START, hide, is_batch, parts_of, plain_messages, show, texts
+from .image_io import load_image, read_image, read_source
 from .video_errors import VideoInputError
 from .video_processing_bt_adapter import (
     BTAdapterVideoProcessor,
@@ -77,7 +60,9 @@ class BTAdapterChatProcessorMixin(ProcessorMixin):
 
     `apply_chat_template(conversation, tokenize=True, return_dict=True, return_tensors="pt",
     add_generation_prompt=True, processor_kwargs={...})` does the same from messages, in which a part
-    `{"type": "video", "path" | "url" | "video": ...}` is a video.
+    `{"type": "video", "path" | "url" | "video": ...}` is a video. The template is the checkpoint's own, whether it
+    knows videos or not: they stand where its images would stand. What is written in a message is text, also
+    `<video>`.
     """
 
     valid_processor_kwargs = BTAdapterChatProcessorKwargs
@@ -94,11 +79,6 @@ class BTAdapterChatProcessorMixin(ProcessorMixin):
         self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids(
             [self.image_token, self.video_token]
         )
-
-    def _chat_template(self, given: str | Mapping[str, str] | None) -> str | Mapping[str, str]:
-        """The template of a native checkpoint knows no videos."""
-        text = given.get("default", "") if isinstance(given, Mapping) else given
-        return given if text and "video" in text else self.default_chat_template
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
@@ -124,81 +104,102 @@ class BTAdapterChatProcessorMixin(ProcessorMixin):
     def _from_native(cls, source: str, hub: dict[str, Any]):
         raise NotImplementedError
 
-    def __call__(self, images=None, text=None, videos=None, num_clips: int | None = None, **kwargs) -> BatchFeature:
-        """See the class.
+    def __call__(
+        self, images=None, text=None, videos=None, num_clips: int | None = None, *, shown=None, **kwargs
+    ) -> BatchFeature:
+        """See the class. `shown` is for `apply_chat_template`.
 
         Raises:
             ValueError: placeholders and visuals differ in number; a text is empty; truncation would cut visual tokens.
-            VideoError: a video cannot be used, or has fewer frames than clips.
+            VideoError: an image or video cannot be used, or a video has fewer frames than clips.
         """
-        if "padding_side" not in kwargs and "padding_side" not in kwargs.get("text_kwargs", {}):
-            kwargs["padding_side"] = "left"
-        num_clips = self.num_clips if num_clips is None else num_clips
-        kwargs["videos_kwargs"] = {**kwargs.get("videos_kwargs", {}), "num_clips": num_clips}
-        return super().__call__(images=images, text=text, videos=videos, **kwargs)
-
-    def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
-        images, text, videos, audio = super().prepare_inputs_layout(images, text, videos, audio, **kwargs)
-        images, videos = _without_empty_rows(images), _without_empty_rows(videos)
-        images = None if images is None else make_flat_list_of_images(images)
-        videos = None if videos is None else flatten_videos(videos)
-        return images, text, videos, audio
-
-    def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs) -> None:
-        if text is None and images is None and videos is None:
+        if shown is not None:
+            images, videos = shown["images"], shown["videos"]
+        if images is None and text is None and videos is None:
             raise ValueError(f"{type(self).__name__} needs text, images or videos.")
-        if text is None:
-            return
-        if not all(isinstance(sample, str) for sample in text):
-            raise ValueError("`text` must be a string or a list of strings.")
-        for kind, token, given in (("image", self.image_token, images), ("video", self.video_token, videos)):
-            counts = [sample.count(token) for sample in text]
-            given = 0 if given is None else len(given)
-            if sum(counts) != given:
-                raise ValueError(
-                    f"The texts have {sum(counts)} {token} placeholders ({counts} per text) and {given} {kind}s were "
-                    f"passed: give one {kind} per placeholder, in the order of the texts."
-                )
+        images, videos = _flat_images(images), _flat_videos(videos)
+        if text is not None:
+            text = [text] if isinstance(text, str) else list(text)
+            if not all(isinstance(sample, str) for sample in text):
+                raise ValueError("`text` must be a string or a list of strings.")
+            text = self._with_placeholders(text, images, videos)
+            kinds = self._placeholders(text, images, videos, (shown or {}).get("image_tokens", ()))
+        if num_clips is not None:
+            kwargs["num_clips"] = num_clips
+        merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        num_clips = merged["videos_kwargs"].pop("num_clips", None)
+        num_clips = self.num_clips if num_clips is None else num_clips
+        data, runs = {}, {"image": [], "video": []}  # runs: the ids that stand for each of them in a prompt
+        if images:
+            data.update(self.image_processor(images, **merged["images_kwargs"]))
+            runs["image"] = [[self.image_token_id] * self._num_tokens(pixels) for pixels in data["pixel_values"]]
+        if videos:
+            data.update(self._process_videos(videos, num_clips, **merged["videos_kwargs"]))
+            count = num_clips * self._num_tokens(data["pixel_values_videos"][0])
+            runs["video"] = [[self.video_token_id] * count] * len(videos)
+            if num_clips > 1:
+                logger.warning_once(f"Videos of {num_clips} clips each have {count} tokens per video.")
+        if text is not None:
+            data.update(self._encode(text, kinds, runs, merged["text_kwargs"]))
+            if merged.get("return_mm_token_type_ids"):
+                data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
+        return BatchFeature(
+            data,
+            tensor_type=merged["text_kwargs"].get("return_tensors"),
+            skip_tensor_conversion=self.skip_tensor_conversion,
+        )
+
+    def _num_tokens(self, pixels: Any) -> int:
+        """How many tokens an image (3, H, W) or a clip (T, 3, H, W) has."""
+        raise NotImplementedError
+
+    def _with_placeholders(self, text: list[str], images: list, videos: list) -> list[str]:
+        return text
+
+    def _placeholders(self, text: list[str], images: list, videos: list, image_tokens: Sequence[str]) -> list[str]:
+        """What each placeholder of all texts stands for, in order: "image" or "video".
+
+        Args:
+            image_tokens: what the image tokens stand for, where a template writes them for videos too.
+
+        Raises:
+            ValueError: they are not as many as the images and videos; a text has nothing else.
+        """
+        shown, kinds, counts = iter(image_tokens), [], {"image": [], "video": []}
         for index, sample in enumerate(text):
-            if not re.sub(f"{re.escape(self.image_token)}|{re.escape(self.video_token)}", "", sample).strip():
+            found = re.findall(self._pattern, sample)
+            own = [next(shown, "image") if token == self.image_token else "video" for token in found]
+            for kind in KINDS:
+                counts[kind].append(own.count(kind))
+            kinds += own
+            if not re.sub(self._pattern, "", sample).strip():
                 raise ValueError(f"text[{index}] is empty but for placeholders: ask a question.")
+        for kind, given in (("image", images), ("video", videos)):
+            if sum(counts[kind]) != len(given):
+                raise ValueError(
+                    f"The texts have {sum(counts[kind])} {self._tokens[kind]} placeholders ({counts[kind]} per "
+                    f"text) and {len(given)} {kind}s were passed: give one {kind} per placeholder, in the order of "
+                    "the texts."
+                )
+        return kinds
 
-    def apply_chat_template(self, conversation, *args, **kwargs):
-        """As in transformers; a user's message without a word, and a part of unknown type, are errors."""
-        batch = [conversation] if conversation and isinstance(conversation[0], Mapping) else conversation
-        for index, messages in enumerate(batch):
-            self._check_messages(messages, index)
-        return super().apply_chat_template(conversation, *args, **kwargs)
+    @property
+    def _tokens(self) -> dict[str, str]:
+        return {"image": self.image_token, "video": self.video_token}
 
-    @staticmethod
-    def _check_messages(messages: Sequence[Mapping[str, Any]], index: int) -> None:
-        where = f"conversation[{index}]"
-        if not messages:
-            raise ValueError(f"{where} has no messages.")
-        for message in messages:
-            content = message["content"]
-            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            for part in parts:
-                if part.get("type") not in ("text", "image", "video"):
-                    raise ValueError(
-                        f"{where} has a part of type {part.get('type')!r}; expected text, image or video."
-                    )
-            words = "".join(part["text"] for part in parts if part["type"] == "text")
-            if message["role"] == "user" and not words.strip():
-                raise ValueError(f"{where} has a user's message without text: ask a question.")
+    @property
+    def _pattern(self) -> str:
+        """Placeholders, and none that are words of a message."""
+        return f"(?<!{START})(?:{'|'.join(map(re.escape, self._tokens.values()))})"
 
-    def _process_videos(self, videos, num_clips: int = 1, **kwargs) -> tuple[BatchFeature, list[str]]:
+    def _process_videos(self, videos: list, num_clips: int, **options: Any) -> BatchFeature:
         _check_num_clips(num_clips)
         if num_clips > 1:
-            kwargs["num_frames"] = num_clips * (kwargs.get("num_frames") or self.video_processor.num_frames)
-        processed = self.video_processor(videos, **kwargs)
+            options["num_frames"] = num_clips * (options.get("num_frames") or self.video_processor.num_frames)
+        processed = self.video_processor(videos, **options)
         if num_clips > 1:
             self._cut(processed, num_clips)
-        replacement = self.replace_video_token(processed, 0) * num_clips
-        if num_clips > 1:
-            tokens = replacement.count(self.video_token)
-            logger.warning_once(f"Videos of {num_clips} clips each have {tokens} tokens per video.")
-        return processed, [replacement] * len(videos)
+        return processed
 
     @staticmethod
     def _cut(processed: BatchFeature, num_clips: int) -> None:
@@ -212,6 +213,182 @@ class BTAdapterChatProcessorMixin(ProcessorMixin):
                 raise VideoInputError(f"videos[{index}] has {len(video)} frames, too few for {num_clips} clips.")
             clips.extend(video.tensor_split(num_clips))
         processed.update(_collate(clips, "pt"))
+
+    def _segments(self, text: str) -> Iterator[tuple[str, int]]:
+        """Pieces of a prompt that are tokenized apart, each with the place where it starts."""
+        yield text, 0
+
+    def _encode(
+        self, text: list[str], kinds: list[str], runs: Mapping[str, list[list[int]]], options: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Prompts to padded ids; visual tokens are never cut.
+
+        With `return_offsets_mapping`, as `apply_chat_template` asks for to find answers, also `offset_mapping`: from
+        where to where in its prompt each token stands; (0, 0) for visual tokens and padding.
+
+        Args:
+            kinds: what each placeholder stands for.
+            runs: the ids that stand for each image and each video.
+
+        Raises:
+            ValueError: if they would be.
+        """
+        kinds, runs = iter(kinds), {kind: iter(ids) for kind, ids in runs.items()}
+        rows, offsets, with_offsets = [], [], options.get("return_offsets_mapping", False)
+        limit = options.get("max_length") or self.tokenizer.model_max_length
+        for index, prompt in enumerate(text):
+            ids, places, special = [], [], options.get("add_special_tokens", True)
+            for part, start in self._segments(prompt):
+                is_visual = part in self._tokens.values()
+                for token, place in self._tokenize(part, start, special and not is_visual, with_offsets):
+                    is_run = token in (self.image_token_id, self.video_token_id)
+                    run = next(runs[next(kinds)]) if is_run else [token]
+                    ids += run
+                    places += [(0, 0)] * len(run) if is_run else [place]
+                special = special and is_visual  # the start token stands once
+            if options.get("truncation") and len(ids) > limit:
+                if {self.image_token_id, self.video_token_id} & set(ids[limit:]):
+                    raise ValueError(
+                        f"text[{index}] has {len(ids)} tokens, and cutting it to {limit} would cut visual tokens: "
+                        "raise max_length, or use fewer images, videos or clips."
+                    )
+                ids, places = ids[:limit], places[:limit]
+            rows.append(ids)
+            offsets.append(places)
+        return self._pad(rows, offsets if with_offsets else None, options, limit)
+
+    def _tokenize(
+        self, text: str, start: int, special: bool, with_offsets: bool
+    ) -> Iterator[tuple[int, tuple[int, int]]]:
+        """Ids of a piece of a prompt, each with its place; marked ones are words like others."""
+        for number, piece in enumerate(re.split(f"({START}.*?{END})", text, flags=re.DOTALL)):
+            options = {"split_special_tokens": True} if piece.startswith(START) else {}
+            words = show(piece)
+            # Within a text a newline goes before and its ids away: some tokenizers put a blank before what they get.
+            for head in ("\n", "") if number else ("",):
+                tokens = self.tokenizer(
+                    head + words, add_special_tokens=special, return_offsets_mapping=with_offsets, **options
+                )
+                lead = self.tokenizer(head, add_special_tokens=False)["input_ids"] if head else []
+                if tokens["input_ids"][: len(lead)] == lead:
+                    break
+            places = tokens["offset_mapping"] if with_offsets else [(0, 0)] * len(tokens["input_ids"])
+            for token, (a, b) in list(zip(tokens["input_ids"], places, strict=True))[len(lead) :]:
+                # the start token stands nowhere
+                yield token, (a + start - len(head), b + start - len(head)) if b > a else (0, 0)
+            start, special = start + len(piece), False
+
+    def _pad(
+        self, rows: list[list[int]], offsets: list | None, options: Mapping[str, Any], limit: int
+    ) -> dict[str, Any]:
+        side, padding = options.get("padding_side") or "left", options.get("padding")
+        multiple = options.get("pad_to_multiple_of")
+        if len({len(row) for row in rows}) == 1 and padding != "max_length" and not multiple:
+            data = {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}  # needs no padding token
+        else:
+            length = {"max_length": limit} if padding == "max_length" else {}
+            data = dict(
+                self.tokenizer.pad(
+                    {"input_ids": rows}, padding=padding, padding_side=side, pad_to_multiple_of=multiple, **length
+                )
+            )
+        if offsets is not None:
+            gaps = [[(0, 0)] * (len(ids) - len(row)) for ids, row in zip(data["input_ids"], offsets, strict=True)]
+            pairs = zip(gaps, offsets, strict=True)
+            data["offset_mapping"] = [gap + places if side == "left" else places + gap for gap, places in pairs]
+        return data
+
+    def apply_chat_template(
+        self, conversation, chat_template=None, *, tokenize: bool = False, processor_kwargs=None, **kwargs
+    ):
+        """As in transformers; a user's message without a word, and a part of unknown type, are errors."""
+        is_one, options = not is_batch(conversation), dict(processor_kwargs or {})
+        batch = [
+            plain_messages(messages, f"conversation[{index}]")
+            for index, messages in enumerate([conversation] if is_one else conversation)
+        ]
+        if not tokenize:
+            prompts = [show(prompt) for prompt in self._prompts(batch, chat_template, **kwargs)]
+            return prompts[0] if is_one else prompts
+        template, given = (
+            self._template(chat_template),
+            {name: options.pop(name, None) for name in ("images", "videos")},
+        )
+        elsewhere = any(value is not None for value in given.values())
+        batch, shown = self._fitted(batch, template, hidden=not elsewhere)  # else texts may hold placeholders
+        options["shown"] = {**shown, **given} if elsewhere else shown
+        return super().apply_chat_template(
+            batch[0] if is_one else batch, template, tokenize=True, processor_kwargs=options, **kwargs
+        )
+
+    def _template(self, chosen: str | None) -> str | None:
+        """A template by its name or text; the processor's own by default."""
+        named = self.chat_template if isinstance(self.chat_template, Mapping) else {"default": self.chat_template}
+        return named.get("default" if chosen is None else chosen, chosen)
+
+    def _prompts(self, batch: list[list[dict[str, Any]]], chat_template: str | None, **kwargs) -> list[str]:
+        """Conversations to prompts, in which placeholders that a caller wrote are marked as words."""
+        template = self._template(chat_template)
+        batch, shown = self._fitted(batch, template)
+        prompts, kinds = super().apply_chat_template(batch, template, **kwargs), iter(shown["image_tokens"])
+
+        def named(match: re.Match) -> str:
+            return self._tokens[next(kinds, "image")] if match.group() == self.image_token else match.group()
+
+        return [re.sub(self._pattern, named, prompt) for prompt in prompts]
+
+    def _fitted(
+        self, batch: list[list[dict[str, Any]]], template: str | None, hidden: bool = True
+    ) -> tuple[list[list[dict[str, Any]]], dict[str, list]]:
+        """Conversations as a template reads them, and what they show.
+
+        A template that knows no videos shows them where it shows images; one that reads plain text alone gets the
+        placeholders in front of it, as in LLaVA's own data.
+
+        Raises:
+            ValueError: the template can show none of it.
+        """
+        text = {"type": "text", "text": "w0rd", "other": "dump3d"}
+        takes_text, takes_parts = self._writes(template, "w0rd", "w0rd"), self._writes(template, [text], "w0rd")
+        shows = [kind for kind in KINDS if self._writes(template, [{"type": kind}, text], self._tokens[kind])]
+        as_images = shows == ["image"]
+        shown, fitted = {"images": [], "videos": [], "image_tokens": []}, []
+
+        def fit(message: dict[str, Any]) -> dict[str, Any]:
+            if hidden:
+                message = hide(message, self._pattern)
+            content = message.get("content")
+            if not content or not (takes_text or takes_parts):
+                return message
+            if isinstance(content, str):
+                return message if takes_text else {**message, "content": [{"type": "text", "text": content}]}
+            kinds = [part["type"] for part in content if part["type"] in KINDS]
+            if takes_parts and (as_images or set(kinds) <= set(shows)):
+                parts = [{"type": "image"} if as_images and p["type"] == "video" else p for p in content]
+                return {**message, "content": parts}
+            if takes_text:
+                before = "".join(f"{self._tokens[kind]}\n" for kind in kinds)
+                return {**message, "content": before + " ".join(texts(message))}
+            raise ValueError(
+                f"The chat template of this processor shows no {kinds[0]}s: pass another as chat_template, for "
+                f"example {type(self).__name__}.default_chat_template."
+            )
+
+        for messages in batch:
+            for part in (part for message in messages for part in parts_of(message)):
+                kind = part["type"]
+                shown[f"{kind}s"] += [part.pop(kind)] if kind in part else []
+                shown["image_tokens"] += [kind] if as_images else []
+            fitted.append([fit(message) for message in messages])
+        return fitted, shown
+
+    def _writes(self, template: str | None, content: str | list, expected: str) -> bool:
+        """Whether a template writes what it should of a user's message, and not the message as it is kept."""
+        try:
+            prompt = super().apply_chat_template([{"role": "user", "content": content}], template)
+        except (TemplateError, TypeError):  # "takes no parts", or text + list
+            return False
+        return expected in prompt and "dump3d" not in prompt
 
     def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens=True, **kwargs) -> list[str]:
         """Token ids (B, S) -> texts. Pass the new ids only: `output[:, inputs["input_ids"].shape[1]:]`."""
@@ -229,6 +406,24 @@ def _check_num_clips(num_clips: Any) -> None:
         raise ValueError(f"`num_clips` must be an integer of at least 1, got {num_clips!r}.")
 
 
+def _flat_images(images: Any) -> list:
+    images = _without_empty_rows(images)
+    return [] if images is None else make_flat_list_of_images(_loaded(images))
+
+
+def _loaded(images: Any) -> Any:
+    if isinstance(images, (list, tuple)):
+        return [_loaded(image) for image in images]
+    if isinstance(images, Image.Image):
+        return read_image(images)
+    return load_image(images) if isinstance(images, (str, bytes, os.PathLike)) else images
+
+
+def _flat_videos(videos: Any) -> list:
+    videos = _without_empty_rows(videos)
+    return [] if videos is None else [read_source(video) for video in flatten_videos(videos)]
+
+
 def _without_empty_rows(visuals: Any) -> Any:
     """Text-only rows of a batch come with empty lists; None if nothing is left."""
     if isinstance(visuals, (list, tuple)):
@@ -237,7 +432,7 @@ def _without_empty_rows(visuals: Any) -> Any:
     return visuals
 
 
-def _video_processor(image_processor: Any) -> BTAdapterVideoProcessor:
+def video_processor_like(image_processor: Any) -> BTAdapterVideoProcessor:
     """A video processor for the size and the statistics of a host's image processor."""
     size = getattr(image_processor, "crop_size", None) or image_processor.size
     side = size["height"]
@@ -249,332 +444,3 @@ def _video_processor(image_processor: Any) -> BTAdapterVideoProcessor:
         num_frames=NUM_FRAMES,
         sampling=SAMPLING,
     )
-
-
-class BTAdapterLlavaProcessor(BTAdapterChatProcessorMixin):
-    __doc__ = f"""Processor of [`BTAdapterLlavaForConditionalGeneration`].
-
-    Args:
-        image_processor, video_processor, tokenizer:
-            The parts: LLaVA's own, and a [`BTAdapterVideoProcessor`].
-        patch_size (`int`): of the image tower.
-        vision_feature_select_strategy (`"default"` or `"full"`): as in the model's config.
-        num_additional_image_tokens (`int`): CLS tokens of the image tower, 1 for CLIP and 0 for SigLIP.
-        num_clips (`int`): clips that a video is cut into, see below.
-        chat_template (`str`, *optional*): by default Vicuna's, for images and videos.
-
-    {BTAdapterChatProcessorMixin.__doc__}"""
-
-    default_chat_template = LLAVA_CHAT_TEMPLATE
-
-    def __init__(
-        self,
-        image_processor=None,
-        video_processor=None,
-        tokenizer=None,
-        patch_size: int = 14,
-        vision_feature_select_strategy: str = "default",
-        num_additional_image_tokens: int = 1,
-        num_clips: int = 1,
-        image_token: str = "<image>",
-        video_token: str = "<video>",
-        chat_template: str | None = None,
-        **kwargs,
-    ):
-        self.patch_size = patch_size
-        self.vision_feature_select_strategy = vision_feature_select_strategy
-        self.num_additional_image_tokens = num_additional_image_tokens
-        self.image_token, self.video_token = image_token, video_token
-        self._add_placeholders(tokenizer, num_clips)
-        super().__init__(image_processor, video_processor, tokenizer, chat_template=self._chat_template(chat_template))
-
-    @classmethod
-    def _from_native(cls, source: str, hub: dict[str, Any]) -> "BTAdapterLlavaProcessor":
-        native = LlavaProcessor.from_pretrained(source, **hub)
-        # The model decides how many tokens an image has; old processors do not say.
-        config = BTAdapterLlavaConfig.from_pretrained(source, **hub)
-        tower = config.vision_config
-        return cls(
-            native.image_processor,
-            _video_processor(native.image_processor),
-            native.tokenizer,
-            patch_size=tower.patch_size,
-            vision_feature_select_strategy=config.vision_feature_select_strategy,
-            num_additional_image_tokens=0 if tower.backbone.model_type == "siglip_vision_model" else 1,
-            image_token=native.image_token,
-            chat_template=native.chat_template,
-        )
-
-    def _num_tokens(self, pixels: Any) -> int:
-        height, width = pixels.shape[-2:]
-        count = (height // self.patch_size) * (width // self.patch_size) + self.num_additional_image_tokens
-        return count - (self.vision_feature_select_strategy == "default")
-
-    def replace_image_token(self, image_inputs: Mapping[str, Any], image_idx: int, **kwargs) -> str:
-        return self.image_token * self._num_tokens(image_inputs["pixel_values"][image_idx])
-
-    def replace_video_token(self, video_inputs: Mapping[str, Any], video_idx: int, **kwargs) -> str:
-        return self.video_token * self._num_tokens(video_inputs["pixel_values_videos"][video_idx])
-
-
-class BTAdapterQFormerProcessorMixin(BTAdapterChatProcessorMixin):
-    """Prompts of the hosts with a Q-Former: text is tokenized in the segments between the visuals."""
-
-    def __call__(self, images=None, text=None, videos=None, num_clips: int | None = None, **kwargs) -> BatchFeature:
-        """See [`BTAdapterChatProcessorMixin`]."""
-        images, text, videos, _ = self.prepare_inputs_layout(images, text, videos)
-        if text is not None and all(isinstance(sample, str) for sample in text):
-            text = self._with_placeholders(text, images or [], videos or [])
-        self.validate_inputs(images=images, text=text, videos=videos)
-        num_clips = self.num_clips if num_clips is None else num_clips
-        kwargs["videos_kwargs"] = {**kwargs.get("videos_kwargs", {}), "num_clips": num_clips}
-        merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
-        data = {}
-        if images is not None:
-            data.update(self.image_processor(images, **merged["images_kwargs"]))
-        if videos is not None:
-            data.update(self._process_videos(videos, **merged["videos_kwargs"])[0])
-        if text is not None:
-            data.update(self._encode(text, merged["videos_kwargs"]["num_clips"], merged["text_kwargs"]))
-        return BatchFeature(
-            data,
-            tensor_type=merged["text_kwargs"].get("return_tensors"),
-            skip_tensor_conversion=self.skip_tensor_conversion,
-        )
-
-    def _with_placeholders(self, text: list[str], images: list, videos: list) -> list[str]:
-        return text
-
-    def _split(self, text: str) -> list[tuple[str, int]]:
-        """Segments of a prompt and, between them, its placeholders; each with the place where it starts."""
-        pattern = f"{re.escape(self.image_token)}|{re.escape(self.video_token)}"
-        parts, end = [], 0
-        for match in re.finditer(pattern, text):
-            parts += [(text[end : match.start()], end), (match.group(), match.start())]
-            end = match.end()
-        return [(part, start) for part, start in [*parts, (text[end:], end)] if part]
-
-    def _encode(self, text: list[str], num_clips: int, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Prompts to padded ids; visual tokens are never cut.
-
-        With `return_offsets_mapping`, as `apply_chat_template` asks for to find answers, also `offset_mapping`: from
-        where to where in its prompt each token stands; (0, 0) for visual tokens and padding.
-
-        Raises:
-            ValueError: if they would be.
-        """
-        visual = {
-            self.image_token: [self.image_token_id] * self.num_query_tokens,
-            self.video_token: [self.video_token_id] * self.num_query_tokens * num_clips,
-        }
-        with_offsets = options.get("return_offsets_mapping", False)
-        rows, offsets = [], []
-        for index, prompt in enumerate(text):
-            ids, places, special = [], [], options.get("add_special_tokens", True)
-            for part, start in self._split(prompt):
-                if part in visual:
-                    ids += visual[part]
-                    places += [(0, 0)] * len(visual[part])
-                    continue
-                tokens = self.tokenizer(part, add_special_tokens=special, return_offsets_mapping=with_offsets)
-                ids += tokens["input_ids"]
-                # the start token stands nowhere
-                places += [(a + start, b + start) if b > a else (0, 0) for a, b in tokens.get("offset_mapping", ())]
-                special = False  # the start token stands once
-            if options.get("truncation") and len(ids) > self._limit(options):
-                cut = ids[self._limit(options) :]
-                if {self.image_token_id, self.video_token_id} & set(cut):
-                    raise ValueError(
-                        f"text[{index}] has {len(ids)} tokens, and cutting it to {self._limit(options)} would cut "
-                        "visual tokens: raise max_length, or use fewer images, videos or clips."
-                    )
-                ids, places = ids[: self._limit(options)], places[: self._limit(options)]
-            rows.append(ids)
-            offsets.append(places)
-        padding = {key: options[key] for key in ("padding", "pad_to_multiple_of") if key in options}
-        if options.get("padding") == "max_length":
-            padding["max_length"] = self._limit(options)
-        side = options.get("padding_side") or "left"
-        data = dict(self.tokenizer.pad({"input_ids": rows}, padding_side=side, **padding))
-        if with_offsets:
-            empty = [
-                [(0, 0)] * (len(ids) - len(places)) for ids, places in zip(data["input_ids"], offsets, strict=True)
-            ]
-            pairs = zip(empty, offsets, strict=True)
-            data["offset_mapping"] = [gap + places if side == "left" else places + gap for gap, places in pairs]
-        return data
-
-    def _limit(self, options: Mapping[str, Any]) -> int:
-        return options.get("max_length") or self.tokenizer.model_max_length
-
-    def replace_image_token(self, image_inputs: Mapping[str, Any], image_idx: int, **kwargs) -> str:
-        return self.image_token * self.num_query_tokens
-
-    def replace_video_token(self, video_inputs: Mapping[str, Any], video_idx: int, **kwargs) -> str:
-        return self.video_token * self.num_query_tokens
-
-
-class BTAdapterInstructBlipProcessor(BTAdapterQFormerProcessorMixin):
-    __doc__ = f"""Processor of [`BTAdapterInstructBlipForConditionalGeneration`].
-
-    Visual tokens stand in front, before the start token, as in InstructBLIP. Texts without any placeholder, as many
-    as images and videos, get one each. The Q-Former reads the words: `qformer_input_ids`, `qformer_attention_mask`.
-
-    Args:
-        image_processor, video_processor, tokenizer, qformer_tokenizer:
-            The parts: InstructBLIP's own, and a [`BTAdapterVideoProcessor`].
-        num_query_tokens (`int`): tokens per image or video, as in the model's config.
-        num_clips (`int`): clips that a video is cut into, see below.
-        chat_template (`str`, *optional*): by default what is seen, then the words.
-
-    {BTAdapterChatProcessorMixin.__doc__}"""
-
-    default_chat_template = INSTRUCTBLIP_CHAT_TEMPLATE
-
-    def __init__(
-        self,
-        image_processor=None,
-        video_processor=None,
-        tokenizer=None,
-        qformer_tokenizer=None,
-        num_query_tokens: int = 32,
-        num_clips: int = 1,
-        image_token: str = "<image>",
-        video_token: str = "<video>",
-        chat_template: str | None = None,
-        **kwargs,
-    ):
-        self.num_query_tokens = num_query_tokens
-        self.image_token, self.video_token = image_token, video_token
-        self._add_placeholders(tokenizer, num_clips)
-        super().__init__(
-            image_processor,
-            video_processor,
-            tokenizer,
-            qformer_tokenizer,
-            chat_template=self._chat_template(chat_template),
-        )
-
-    @classmethod
-    def _from_native(cls, source: str, hub: dict[str, Any]) -> "BTAdapterInstructBlipProcessor":
-        native = InstructBlipProcessor.from_pretrained(source, **hub)
-        return cls(
-            native.image_processor,
-            _video_processor(native.image_processor),
-            native.tokenizer,
-            native.qformer_tokenizer,
-            num_query_tokens=BTAdapterInstructBlipConfig.from_pretrained(source, **hub).num_query_tokens,
-        )
-
-    def _with_placeholders(self, text: list[str], images: list, videos: list) -> list[str]:
-        if any(token in sample for sample in text for token in (self.image_token, self.video_token)):
-            return text
-        for token, given, other in ((self.image_token, images, videos), (self.video_token, videos, images)):
-            if len(given) == len(text) and not other:
-                return [token + sample for sample in text]
-        return text
-
-    def apply_chat_template(self, conversation, *args, **kwargs):
-        """As in transformers. With `return_assistant_tokens_mask=True`, that is for learning, the Q-Former reads what
-        stands before the first answer: what it reads reaches every answer, so it must hold none of them."""
-        data = super().apply_chat_template(conversation, *args, **kwargs)
-        if kwargs.get("return_assistant_tokens_mask") and isinstance(data, Mapping):
-            batch = [conversation] if isinstance(conversation[0], Mapping) else conversation
-            asked = [list(itertools.takewhile(lambda m: m["role"] != "assistant", messages)) for messages in batch]
-            data.update(self._read_words(super().apply_chat_template(asked)))
-            data.convert_to_tensors(kwargs.get("return_tensors"))
-        return data
-
-    def _split(self, text: str) -> list[tuple[str, int]]:
-        parts = [(part, start + len(part) - len(part.lstrip())) for part, start in super()._split(text)]
-        return [(part.strip(), start) for part, start in parts if part.strip()]
-
-    def _encode(self, text: list[str], num_clips: int, options: Mapping[str, Any]) -> dict[str, Any]:
-        data = super()._encode(text, num_clips, options)
-        if not options.get("return_offsets_mapping"):  # else `apply_chat_template` knows what is to be read
-            data |= self._read_words(text)
-        return data
-
-    def _read_words(self, text: list[str]) -> dict[str, Any]:
-        """What the Q-Former reads of prompts: their words.
-
-        Raises:
-            ValueError: if they are too long for it.
-        """
-        visual = (self.image_token, self.video_token)
-        words = [" ".join(part for part, _ in self._split(prompt) if part not in visual) for prompt in text]
-        encoded = self.qformer_tokenizer(words, padding=True, return_token_type_ids=False)
-        limit, longest = self.qformer_tokenizer.model_max_length, max(map(len, encoded["input_ids"]))
-        if longest > limit:
-            raise ValueError(f"The Q-Former reads {limit} tokens of text and got {longest}: shorten the question.")
-        return {"qformer_input_ids": encoded["input_ids"], "qformer_attention_mask": encoded["attention_mask"]}
-
-    @property
-    def model_input_names(self) -> list[str]:
-        return [*super().model_input_names, "qformer_input_ids", "qformer_attention_mask"]
-
-
-class BTAdapterMiniGPT4Processor(BTAdapterQFormerProcessorMixin):
-    __doc__ = f"""Processor of [`BTAdapterMiniGPT4ForConditionalGeneration`].
-
-    Prompts as in MiniGPT-4's demo: "###Human: <Img>" + visual tokens + "</Img> question###Assistant:". The text
-    before, between and after visuals is tokenized in separate pieces, and only the first has the start token.
-
-    Args:
-        image_processor, video_processor, tokenizer:
-            The parts: BLIP-2's image processor, a [`BTAdapterVideoProcessor`] and the tokenizer of Vicuna.
-        num_query_tokens (`int`): tokens per image or video, as in the model's config.
-        num_clips (`int`): clips that a video is cut into, see below.
-        chat_template (`str`, *optional*): by default MiniGPT-4's.
-
-    {BTAdapterChatProcessorMixin.__doc__}"""
-
-    default_chat_template = MINIGPT4_CHAT_TEMPLATE
-
-    def __init__(
-        self,
-        image_processor=None,
-        video_processor=None,
-        tokenizer=None,
-        num_query_tokens: int = 32,
-        num_clips: int = 1,
-        image_token: str = "<image>",
-        video_token: str = "<video>",
-        chat_template: str | None = None,
-        **kwargs,
-    ):
-        self.num_query_tokens = num_query_tokens
-        self.image_token, self.video_token = image_token, video_token
-        self._add_placeholders(tokenizer, num_clips)
-        super().__init__(image_processor, video_processor, tokenizer, chat_template=self._chat_template(chat_template))
-
-    @classmethod
-    def _from_native(cls, source: str, hub: dict[str, Any]) -> "BTAdapterMiniGPT4Processor":
-        native = Blip2Processor.from_pretrained(source, **hub)
-        return cls(
-            native.image_processor,
-            _video_processor(native.image_processor),
-            native.tokenizer,
-            num_query_tokens=BTAdapterMiniGPT4Config.from_pretrained(source, **hub).num_query_tokens,
-        )
-
-    @classmethod
-    def from_components(cls, *, vision_qformer: str, language_model: str, **hub) -> "BTAdapterMiniGPT4Processor":
-        """The processor for [`BTAdapterMiniGPT4ForConditionalGeneration.from_components`] of the same pieces."""
-        image_processor = AutoImageProcessor.from_pretrained(vision_qformer, **hub)
-        return cls(
-            image_processor,
-            _video_processor(image_processor),
-            AutoTokenizer.from_pretrained(language_model, **hub),
-            num_query_tokens=Blip2Config.from_pretrained(vision_qformer, **hub).num_query_tokens,
-        )
-
-    def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens=True, **kwargs) -> list[str]:
-        """Token ids (B, S) of answers -> texts, up to the "###" that ends them."""
-        texts = super().post_process_image_text_to_text(generated_outputs, skip_special_tokens, **kwargs)
-        return [text.split(MINIGPT4_STOP)[0].split("Assistant:")[-1].strip() for text in texts]
-
-
-AutoProcessor.register(BTAdapterLlavaConfig, BTAdapterLlavaProcessor, exist_ok=True)
-AutoProcessor.register(BTAdapterInstructBlipConfig, BTAdapterInstructBlipProcessor, exist_ok=True)
-AutoProcessor.register(BTAdapterMiniGPT4Config, BTAdapterMiniGPT4Processor, exist_ok=True)

@@ -20,7 +20,11 @@ _REGISTERS_WITH = {
         "modeling_bt_adapter_instructblip",
         "modeling_bt_adapter_minigpt4",
     ),
-    "transformers.models.auto.processing_auto": ("processing_bt_adapter", "processing_bt_adapter_chat"),
+    "transformers.models.auto.processing_auto": (
+        "processing_bt_adapter",
+        "processing_bt_adapter_llava",
+        "processing_bt_adapter_qformer",
+    ),
     "transformers.models.auto.video_processing_auto": ("video_processing_bt_adapter",),
 }
 
