@@ -19,9 +19,10 @@ CORE = [
     "safetensors>=0.8",
     "huggingface_hub>=1.31,<3",
     "numpy>=1.26",
+    "packaging>=23.2",
     "pillow>=10.1",
     "av>=17.0.1",  # the first whose colour conversion can be kept from starting threads, which hang after a fork
-    "tqdm>=4.66",
+    "tqdm>=4.66.3",
     "filelock>=3.13",
     f"decord>=0.6.0; {HAS_DECORD_WHEEL}",
 ]
@@ -30,14 +31,14 @@ EXTRAS = {
     "train": ["accelerate>=1.1", "datasets>=4.0", "matplotlib>=3.8", "peft>=0.18"],
     "eval": ["datasets>=4.0", "ftfy>=6.1"],
     "quickstart": ["scikit-learn>=1.4"],
+    "quantization": ["bitsandbytes>=0.46.1"],  # from which transformers takes it
     "torchcodec": ["torchcodec>=0.9"],  # a further decoder; needs FFmpeg's libraries
     "test": [
         "pytest>=8.0",
         "pytest-xdist>=3.6",
         "ruff==0.17.*",
-        "bitsandbytes>=0.46",
         "open_clip_torch>=2.30",
-        "tensorboard>=2.16",
+        "tensorboard>=2.20",
     ],
 }
 # The tests cover every part. ruff is pinned to the series whose formatting the code follows.

@@ -1,13 +1,15 @@
+import importlib.metadata
 import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
-from bt_adapter_hf.cli import env
+from bt_adapter_hf.cli import _versions, env
 from bt_adapter_hf.cli.main import main
 
 
@@ -20,10 +22,15 @@ def test_report_of_a_healthy_environment(capsys):
     assert report["builds"]["torchvision"].startswith(report["packages"]["torchvision"]["version"].partition("+")[0])
     assert report["video_decoders"]["pyav"] is None
     assert report["devices"][0].startswith("cpu")
+    assert report["chat"] == "answers"
+    assert report["versions"]["transformers"]["installed"] == transformers.__version__
+    assert report["versions"]["transformers"]["range"].startswith(">=5.23")
 
     assert main(["env"]) == 0
     out = capsys.readouterr().out
-    assert f"transformers     {transformers.__version__}\n" in out
+    state = env._describe(report["versions"]["transformers"])
+    assert re.search(rf"^transformers +{re.escape(transformers.__version__)} +{re.escape(state)}$", out, re.MULTILINE)
+    assert re.search("^chat model +answers$", out, re.MULTILINE)
     assert "decoders         pyav" in out
     assert out.endswith("no problem found\n")
 
@@ -87,3 +94,69 @@ OSError: {second}
 def test_why_torchcodec_does_not_load(first, second, expected):
     cause = env._torchcodec_cause(TORCHCODEC_MESSAGE.format(first=first, second=second))
     assert re.search(expected, cause), cause
+
+
+def test_each_version_is_compared_with_the_tested_one_and_the_range(monkeypatch):
+    tested = {"torch": "2.14.1", "transformers": "5.24.0", "tokenizers": "0.23.3", "peft": "0.21.2", "av": "18.1.0"}
+    installed = {
+        "torch": "2.14.1+cpu", "transformers": "6.0.0", "tokenizers": "0.23.1", "peft": "0.22.0",
+        "faiss-cpu": "1.15.1", "av": "18.1", "something-else": "1.0",
+    }  # fmt: skip
+    monkeypatch.setattr(_versions, "tested_versions", lambda: tested)
+    monkeypatch.setattr(_versions, "installed_versions", lambda: installed)
+    compared = _versions.compare_versions()
+    assert {name: entry["state"] for name, entry in compared.items()} == {
+        "torch": "as tested",
+        "transformers": "out of range",
+        "tokenizers": "older than tested",
+        "peft": "newer than tested",
+        "faiss-cpu": "not tested",
+        "av": "as tested",
+    }
+    assert compared["transformers"]["range"] == ">=5.23,<6"
+    assert env._describe(compared["tokenizers"]) == "older than tested (0.23.3)"
+
+    monkeypatch.setattr(env, "_chat_error", lambda: pytest.fail("not tried where a version is out of range"))
+    report = env.environment_report()
+    assert report["problems"] == [
+        "transformers 6.0.0 is out of the range that bt_adapter_hf takes. Fix: pip install 'transformers>=5.23,<6'"
+    ]
+    assert report["chat"].startswith("not tried")
+    (note,) = [note for note in report["notes"] if "than tested" in note]
+    assert "peft 0.22.0 (0.21.2)" in note and "something-else" not in note and "torch 2" not in note
+    assert re.search(r"pip install -c .*/assets/constraints\.txt peft tokenizers transformers$", note)
+
+
+def test_no_problem_is_not_found_while_chat_is_broken(monkeypatch, capsys):
+    """As with the transformers that renamed a field of an output class: all imports work, and a video ends in an
+    error."""
+    from bt_adapter_hf.models.modeling_bt_adapter_llava import BTAdapterLlavaModel
+
+    def renamed(*args, **kwargs):
+        raise TypeError("got an unexpected keyword argument 'image_hidden_states'\nand more")
+
+    monkeypatch.setattr(BTAdapterLlavaModel, "forward", renamed)
+    assert main(["env"]) == 1
+    out = capsys.readouterr().out
+    assert re.search("^chat model +fails$", out, re.MULTILINE)
+    assert "PROBLEM: the chat model inside the package does not answer" in out
+    assert "(TypeError: got an unexpected keyword argument 'image_hidden_states')" in out
+    assert "no problem found" not in out
+
+
+def test_the_tested_versions_lie_in_the_ranges_and_are_all_of_them():
+    """constraints.txt, which the package holds: each pin within its range, each direct and indirect package pinned."""
+    tested, allowed = _versions.tested_versions(), _versions.allowed_versions()
+    assert Path(__file__).parents[2].joinpath("constraints.txt").read_text() == _versions.CONSTRAINTS.read_text()
+    for name, requirement in allowed.items():
+        assert requirement.specifier.contains(tested[name]), (name, tested[name])
+    needed, seen = {("bt_adapter_hf", "test")}, set()
+    while needed:
+        name, extra = needed.pop()
+        seen.add((name, extra))
+        for line in importlib.metadata.requires(name) or []:
+            requirement = _versions.Requirement(line)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+                required = _versions.canonicalize_name(requirement.name)
+                assert required in tested, f"{name} needs {required}: run `bash .ci/refresh-constraints`"
+                needed |= {(required, wanted) for wanted in ("", *requirement.extras)} - seen

@@ -1,4 +1,4 @@
-"""`bt-adapter env`: versions, devices, usable decoders, and what is wrong with them. For bug reports."""
+"""`bt-adapter env`: versions, devices, decoders, a try of the chat model, and what is wrong. For bug reports."""
 
 import argparse
 import importlib.metadata
@@ -21,18 +21,20 @@ CORE = (
     ("numpy", "numpy"),
     ("pillow", "PIL"),
     ("av", "av"),
+    ("packaging", "packaging"),
 )
 DECODERS = (("decord", "decord"), ("torchcodec", "torchcodec"))
 # Their versions only: importing them is slow, and what breaks them is mostly one of the above.
-OTHERS = ("accelerate", "datasets", "peft", "scikit-learn")
+OTHERS = ("accelerate", "datasets", "peft", "bitsandbytes", "matplotlib", "scikit-learn", "tokenizers")
 
 
 def register(subparsers) -> None:
     parser = subparsers.add_parser(
         "env",
         help="versions, devices and decoders, and what is broken",
-        description="Print versions, devices and usable video decoders, and name what is broken and how to fix it. "
-        "Exits with 1 when a required package is broken.",
+        description="Print versions beside those that were tested, devices and usable video decoders; ask the chat "
+        "model inside the package about a picture and a video; name what is broken and how to fix it. Exits with 1 "
+        "when a required package is broken or out of range, or the chat model does not answer.",
         epilog="example: bt-adapter env --json",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -53,9 +55,23 @@ def environment_report() -> dict:
     """Everything that the command prints. Itself needs no package to be healthy."""
     torch_works = import_error("torch") is None
     problems = [problem for name, module in CORE if (problem := _core_problem(name, module, torch_works)) is not None]
+    versions = _compared_versions()
+    problems += [
+        f"{name} {entry['installed']} is out of the range that bt_adapter_hf takes. Fix: pip install "
+        f"'{name}{entry['range']}'"
+        for name, entry in versions.items()
+        if entry["state"] == "out of range"
+    ]
     decoders, decoder_error = _decoders()
     if decoder_error is not None and not problems:
         problems.append(f"bt_adapter_hf.models.video_io does not import ({decoder_error})")
+    chat_error = None if problems else _chat_error()
+    chat = "not tried: see the problems" if problems else "fails" if chat_error else "answers"
+    if chat_error:
+        problems.append(
+            f"the chat model inside the package does not answer about a picture and a video ({chat_error}). "
+            f"{_back_to_tested(versions) or 'All versions are as tested: please report this.'}"
+        )
     return {
         "bt_adapter_hf": _version("bt_adapter_hf"),
         "python": platform.python_version(),
@@ -64,12 +80,81 @@ def environment_report() -> dict:
             **{name: _state(name, module) for name, module in CORE + DECODERS},
             **{name: {"version": _version(name), "error": None} for name in OTHERS},
         },
+        "versions": versions,
         "builds": {"torch": _torch_build(torch_works), "torchvision": _torchvision_build()},
         "devices": _devices() if torch_works else [],
         "video_decoders": decoders,
+        "chat": chat,
         "problems": problems,
-        "notes": [note for note in (_decord_note(), _torchcodec_note()) if note is not None],
+        "notes": [note for note in (_decord_note(), _torchcodec_note(), _version_note(versions)) if note is not None],
     }
+
+
+def _compared_versions() -> dict[str, dict[str, str | None]]:
+    if import_error("packaging") is not None:
+        return {}
+    from ._versions import compare_versions
+
+    return compare_versions()
+
+
+def _differing(versions: dict[str, dict[str, str | None]]) -> dict[str, dict[str, str | None]]:
+    return {name: entry for name, entry in versions.items() if entry["tested"] and entry["state"] != "as tested"}
+
+
+def _back_to_tested(versions: dict[str, dict[str, str | None]]) -> str:
+    """How to get the tested versions of the packages that differ; empty if none does."""
+    from ._versions import CONSTRAINTS
+
+    differing = _differing(versions)
+    return f"For the tested versions: pip install -c {CONSTRAINTS} {' '.join(differing)}" if differing else ""
+
+
+def _version_note(versions: dict[str, dict[str, str | None]]) -> str | None:
+    differing = _differing(versions)
+    if not differing:
+        return None
+    shown = ", ".join(f"{name} {entry['installed']} ({entry['tested']})" for name, entry in differing.items())
+    return f"other versions than tested (in brackets): {shown}. {_back_to_tested(versions)}"
+
+
+def _chat_error() -> str | None:
+    """What keeps the chat model inside the package from answering about a picture and a video, in one line."""
+    try:
+        import numpy as np
+        import torch
+        from PIL import Image
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        from ..assets import default_chat_model_path
+        from ._options import quiet_transformers
+
+        quiet_transformers()
+        processor = AutoProcessor.from_pretrained(default_chat_model_path())
+        model = AutoModelForImageTextToText.from_pretrained(default_chat_model_path())
+        frames = np.random.default_rng(0).integers(0, 256, (12, 64, 64, 3), dtype=np.uint8)
+        content = [
+            {"type": "image", "image": Image.fromarray(frames[0])},
+            {"type": "video", "video": frames},
+            {"type": "text", "text": "What moves?"},
+        ]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=True,
+        )
+        # the first of the two tokens is a forward pass over the prompt, the second one over a token and the cache
+        with torch.no_grad():
+            answer = model.generate(
+                **inputs, max_new_tokens=2, min_new_tokens=2, output_logits=True, return_dict_in_generate=True
+            )
+        if not all(logits.isfinite().all() for logits in answer.logits):
+            return "its logits are not finite"
+    except Exception as error:  # whatever another version of a library raises
+        return _one_line(error)
+    return None
 
 
 def _version(name: str) -> str | None:
@@ -191,13 +276,25 @@ def _print_report(report: dict) -> None:
     print()
     for name, state in report["packages"].items():
         version = report["builds"].get(name) or state["version"] or "-"
-        print(f"{name:<17}{version}{'   BROKEN: ' + state['error'] if state['error'] else ''}")
+        compared = _describe(report["versions"].get(name.replace("_", "-")))
+        line = f"{name:<17}{version:<17}{compared}{'   BROKEN: ' + state['error'] if state['error'] else ''}"
+        print(line.rstrip())
     print()
     print(f"devices          {', '.join(report['devices']) or 'unknown: torch does not import'}")
     usable = [name for name, problem in report["video_decoders"].items() if problem is None]
     print(f"decoders         {', '.join(usable) or 'unknown: see the problems'}")
+    print(f"chat model       {report['chat']}")
     for title in ("problems", "notes"):
         for line in report[title]:
             print(f"\n{title[:-1].upper()}: {line}")
     if not report["problems"]:
         print("\nno problem found")
+
+
+def _describe(entry: dict[str, str | None] | None) -> str:
+    """How a version stands to the tested one and to the range that is taken."""
+    if entry is None:
+        return ""
+    if entry["state"] == "out of range":
+        return f"out of range ({entry['range']})"
+    return f"{entry['state']} ({entry['tested']})" if entry["state"].endswith("than tested") else entry["state"]
