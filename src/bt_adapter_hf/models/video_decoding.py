@@ -1,4 +1,4 @@
-"""The decoders behind [`load_video`]: GIF through PIL, files through PyAV, decord or torchcodec.
+"""The decoders behind [`load_video`]: pictures and animations through PIL, other files by PyAV, decord or torchcodec.
 
 All of them return exactly the frames that `choose(total)` names, or raise. PyAV is the reference: it reads from the
 first packet to the last and so knows how many frames there are. The others are checked against it, because they are
@@ -7,17 +7,16 @@ known to return wrong frames of some files without saying so.
 
 import importlib
 import io
-import itertools
 import logging
 import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.video_utils import VideoMetadata
 
 from .video_errors import (
@@ -27,6 +26,9 @@ from .video_errors import (
     VideoBackendError,
     VideoDecodeError,
     VideoError,
+    VideoInputError,
+    item_errors,
+    sentence,
 )
 
 
@@ -77,28 +79,23 @@ class Source:
     data: str | bytes
     name: str
 
-    def read(self) -> bytes:
-        if isinstance(self.data, bytes):
-            return self.data
-        with open(self.data, "rb") as file:
-            return file.read()
-
     def read_at(self, offset: int, count: int) -> bytes:
-        if isinstance(self.data, bytes):
-            return self.data[offset : offset + count]
-        with open(self.data, "rb") as file:
+        with self.opened() as file:
             file.seek(offset)
             return file.read(count)
 
     def size(self) -> int:
         return len(self.data) if isinstance(self.data, bytes) else os.path.getsize(self.data)
 
-    def opened(self) -> str | io.BytesIO:
-        """What a decoder takes: an absolute path, which FFmpeg cannot mistake for a protocol, or a stream."""
-        return io.BytesIO(self.data) if isinstance(self.data, bytes) else self.data
+    def opened(self) -> BinaryIO:
+        return io.BytesIO(self.data) if isinstance(self.data, bytes) else open(self.data, "rb")
 
 
 def flatten_image(image: Image.Image, background: tuple[int, int, int]) -> np.ndarray:
+    if image.mode.startswith("I;16"):  # PIL would cut these off at 255
+        return np.repeat((np.asarray(image) / 257).round().astype(np.uint8)[..., None], 3, axis=2)
+    if image.mode in ("I", "F"):
+        raise VideoInputError(f"An image of mode {image.mode} does not say which number is white: convert it to RGB.")
     if not image.has_transparency_data:
         return np.asarray(image.convert("RGB"))
     image = image.convert("RGBA")
@@ -106,70 +103,66 @@ def flatten_image(image: Image.Image, background: tuple[int, int, int]) -> np.nd
     return np.asarray(Image.alpha_composite(canvas, image).convert("RGB"))
 
 
-# GIF
+# Pictures and animations through PIL
 
 
-def load_gif(
+def picture_kind(source: Source) -> str | None:
+    """The format of an image file that PIL shows right, moving or not; FFmpeg drops its alpha, times or frames."""
+    head = source.read_at(0, 12)
+    if head[4:8] == b"ftyp":
+        return {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIF", b"heix": "HEIF", b"mif1": "HEIF"}.get(head[8:])
+    starts = {b"GIF8": "GIF", b"\x89PNG": "PNG", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
+    return "WebP" if head[:4] == b"RIFF" and head[8:] == b"WEBP" else starts.get(head[:4])
+
+
+def load_picture_file(
     source: Source, choose: Callable[[int], np.ndarray], on_damage: str, background: tuple[int, int, int]
 ) -> tuple[np.ndarray, BTAdapterVideoMetadata]:
-    data = source.read()
-    delays, complete = _scan_gif(data)
-    if not delays:
-        raise EmptyVideoError(f"{source.name} is a GIF without a complete frame.")
-    if not complete:
-        _damaged(source, "the file ends inside a frame", len(delays), on_damage)
-    indices = choose(len(delays))
-    collector = _FrameCollector(indices)
+    with source.opened() as file:
+        try:
+            image = Image.open(file)
+        except (UnidentifiedImageError, EOFError, IndexError) as error:
+            raise EmptyVideoError(
+                f"{source.name} is a {picture_kind(source)} without a complete frame, or of a kind that PIL has no "
+                "reader for."
+            ) from error
+        return load_animation(image, source.name, choose, on_damage, background)
+
+
+def load_animation(
+    image: Image.Image,
+    name: str,
+    choose: Callable[[int], np.ndarray],
+    on_damage: str,
+    background: tuple[int, int, int],
+    total: int | None = None,
+) -> tuple[np.ndarray, BTAdapterVideoMetadata]:
+    """Of an image that PIL has opened; `total`: frames that can be read, if that is known."""
+    place = image.tell()
+    skipped = 1 if image.info.get("default_image") else 0  # of an animated PNG: for viewers that know no animations
+    total = total or max(image.n_frames - skipped, 1)
+    ends, error = [0.0], None
+    collector = _FrameCollector(choose(total))
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            for index in range(int(indices.max()) + 1):
-                image.seek(index)  # PIL applies each frame on the ones before it, so every frame is visited
-                if collector.wants(index):
-                    collector.add(index, flatten_image(image, background), source)
-    except (OSError, EOFError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        if isinstance(error, VideoError):
+        for index in range(total):
+            image.seek(index + skipped)  # PIL applies each frame on the ones before it, so every frame is visited
+            image.load()
+            if collector.wants(index):
+                collector.add(index, flatten_image(ImageOps.exif_transpose(image), background), name)
+            delay = float(image.info.get("duration") or 0) / 1000
+            # browsers and FFmpeg show a delay below 2/100 s as 1/10 s
+            ends.append(ends[-1] + (delay if delay >= 0.02 else 0.1))
+    except (OSError, EOFError, ValueError, SyntaxError) as caught:
+        if isinstance(caught, VideoError):
             raise
-        raise VideoDecodeError(f"{source.name} is a GIF that cannot be decoded: {error}.") from error
-    *times, duration = (end / 100 for end in itertools.accumulate(delays, initial=0))
-    return collector.result(len(delays), times, len(delays) / duration, "pil", duration)
-
-
-def _scan_gif(data: bytes) -> tuple[list[int], bool]:
-    """Duration of each complete frame in 1/100 s, and whether the file ends where a GIF may end."""
-    delays: list[int] = []
-    delay = 10
-
-    def after_sub_blocks(position: int) -> int:
-        while size := data[position]:
-            position += 1 + size
-        return position + 1
-
-    def after_colour_table(position: int, flags: int) -> int:
-        return position + (3 << ((flags & 7) + 1) if flags & 0x80 else 0)
-
-    try:
-        position = after_colour_table(13, data[10])
-        while position < len(data):
-            block = data[position]
-            if block == 0x3B:  # trailer
-                break
-            if block == 0x21:  # extension
-                if data[position + 1] == 0xF9:  # graphic control: the delay of the next frame
-                    hundredths = data[position + 4] | data[position + 5] << 8
-                    # browsers and FFmpeg show a delay below 2/100 s as 1/10 s
-                    delay = hundredths if hundredths >= 2 else 10
-                position = after_sub_blocks(position + 2)
-            elif block == 0x2C:  # image
-                position = after_sub_blocks(after_colour_table(position + 10, data[position + 9]) + 1)
-                if position > len(data):
-                    return delays, False
-                delays.append(delay)
-                delay = 10
-            else:  # a stray byte between blocks, which PIL skips too
-                position += 1
-    except IndexError:
-        return delays, False
-    return delays, True
+        error = caught
+    if error is not None:
+        readable = len(ends) - 1
+        _damaged(name, f"PIL says '{sentence(error)[:-1]}', it is broken or ends inside a frame", readable, on_damage)
+        return load_animation(image, name, choose, on_damage, background, readable)
+    image.seek(place)
+    *times, duration = ends
+    return collector.result(total, times, total / duration, "pil", duration)
 
 
 # Files through PyAV
@@ -186,12 +179,12 @@ class _FrameCollector:
         position = np.searchsorted(self.indices, index)
         return bool(position < len(self.indices) and self.indices[position] == index)
 
-    def add(self, index: int, picture: np.ndarray, source: Source) -> None:
+    def add(self, index: int, picture: np.ndarray, name: str) -> None:
         if self.frames is None:
             self.frames = np.empty((len(self.indices), *picture.shape), dtype=np.uint8)
         elif self.frames.shape[1:] != picture.shape:
             raise VideoDecodeError(
-                f"{source.name} changes its frame size from {self.frames.shape[2]}x{self.frames.shape[1]} to "
+                f"{name} changes its frame size from {self.frames.shape[2]}x{self.frames.shape[1]} to "
                 f"{picture.shape[1]}x{picture.shape[0]} at frame {index}: re-encode it at one size."
             )
         self.frames[self.indices == index] = picture
@@ -236,8 +229,8 @@ class _Decoded:
     error: str | None = None
 
 
-def _damaged(source: Source, reason: str, frames: int, on_damage: str) -> None:
-    message = f"{source.name} is truncated or damaged: {reason}"
+def _damaged(name: str, reason: str, frames: int, on_damage: str) -> None:
+    message = f"{name} is truncated or damaged: {reason}"
     if on_damage == "raise" or frames == 0:
         hint = "use on_damage='salvage' with backend='pyav' to sample among these" if frames else "nothing to salvage"
         raise TruncatedVideoError(f"{message}; {frames} frames are readable ({hint}).")
@@ -248,21 +241,47 @@ def _damaged(source: Source, reason: str, frames: int, on_damage: str) -> None:
 def _open_container(source: Source) -> Iterator[tuple[Any, Any]]:
     """The PyAV container and its video stream; closed on every way out."""
     av = _import_backend("pyav")
+    with source.opened() as file:
+        try:
+            # Some real files carry tags that are not UTF-8; they must not stop the video. The file is handed over open
+            # and FFmpeg may open nothing itself: a playlist under a video's name would make it read other files.
+            container = av.open(file, metadata_errors="ignore", options={"protocol_whitelist": "none"})
+        except av.error.FFmpegError as error:
+            raise VideoDecodeError(
+                f"{source.name} is not a readable video ({error.strerror}): the file is cut, damaged or something "
+                "else, such as a list of other files."
+            ) from error
+        with container:
+            stream = container.streams.best("video")  # as FFmpeg, decord and torchcodec choose among several
+            if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
+                kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "none"
+                raise NoVideoStreamError(f"{source.name} has no video stream (streams found: {kinds}).")
+            if stream.codec_context is None:
+                raise VideoDecodeError(f"{source.name} uses a video codec that PyAV has no decoder for.")
+            yield container, stream
+
+
+def _decoder(stream: Any, name: str) -> Any:
+    """The codec context that decodes a stream. FFmpeg's own VP8 and VP9 decoders drop the alpha, Google's do not."""
+    context = stream.codec_context
+    if stream.metadata.get("alpha_mode") != "1" or context.name not in ("vp8", "vp9"):
+        return context
+    av = _import_backend("pyav")
     try:
-        # some real files carry tags that are not UTF-8; they must not stop the video
-        container = av.open(source.opened(), metadata_errors="ignore")
-    except av.error.FFmpegError as error:
+        decoder = av.CodecContext.create({"vp8": "libvpx", "vp9": "libvpx-vp9"}[context.name], "r")
+    except av.codec.codec.UnknownCodecError as error:
         raise VideoDecodeError(
-            f"{source.name} is not a readable video ({error.strerror}): the file is cut, damaged or something else."
+            f"{name} is transparent, and this PyAV cannot decode the alpha of {context.name}."
         ) from error
-    with container:
-        stream = container.streams.best("video")  # as FFmpeg, decord and torchcodec choose among several
-        if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
-            kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "none"
-            raise NoVideoStreamError(f"{source.name} has no video stream (streams found: {kinds}).")
-        if stream.codec_context is None:
-            raise VideoDecodeError(f"{source.name} uses a video codec that PyAV has no decoder for.")
-        yield container, stream
+    decoder.extradata = context.extradata
+    return decoder
+
+
+def _frames(container: Any, stream: Any, name: str) -> Iterator[Any]:
+    """All frames in the order shown."""
+    decoder = _decoder(stream, name)
+    for packet in container.demux(stream):
+        yield from decoder.decode(packet)
 
 
 def _scan(source: Source) -> _Scan:
@@ -354,13 +373,13 @@ def load_pyav(
     scan = _scan(source)
     if scan.frames == 0:
         if scan.damage:
-            _damaged(source, scan.damage, 0, on_damage)
+            _damaged(source.name, scan.damage, 0, on_damage)
         raise EmptyVideoError(f"{source.name} has a video stream without frames.")
     decoded = _decode(source, choose(scan.frames), background)
     total = len(decoded.times)
     damage = scan.damage or decoded.error
     if damage:
-        _damaged(source, damage, total, on_damage)
+        _damaged(source.name, damage, total, on_damage)
     if total == 0:
         raise EmptyVideoError(f"{source.name}: none of {scan.frames} packets decodes to a frame.")
     if total != scan.frames:
@@ -378,15 +397,16 @@ def _decode(source: Source, indices: np.ndarray, background: tuple[int, int, int
     broken: list[int] = []
     first_time = None
     with _open_container(source) as (container, stream):
+        painter = _Painter(stream, source.name, background)
         try:
-            for index, frame in enumerate(container.decode(stream)):
+            for index, frame in enumerate(_frames(container, stream, source.name)):
                 time = frame.time or 0.0
                 first_time = time if first_time is None else first_time
                 decoded.times.append(time - first_time)
                 if decoded.collector.wants(index):
                     if frame.is_corrupt:
                         broken.append(index)
-                    decoded.collector.add(index, _to_rgb(frame, background, source), source)
+                    decoded.collector.add(index, painter.paint(frame), source.name)
         except av.error.FFmpegError as error:
             decoded.error = f"decoding stops after frame {len(decoded.times)} with '{error.strerror}'"
     if broken:
@@ -394,51 +414,91 @@ def _decode(source: Source, indices: np.ndarray, background: tuple[int, int, int
     return decoded
 
 
-def _to_rgb(frame: Any, background: tuple[int, int, int], source: Source) -> np.ndarray:
-    """A PyAV frame as displayed, uint8 `(H, W, 3)`."""
-    # One thread: colour conversion with several hangs in forked processes, such as data loader workers.
-    if any(component.is_alpha for component in frame.format.components):
-        picture = flatten_image(Image.fromarray(frame.to_ndarray(format="rgba", threads=1)), background)
-    else:
-        picture = frame.to_ndarray(format="rgb24", threads=1)
-    transpose, flip_vertical, flip_horizontal = _orientation(frame, source)
-    if transpose:
-        picture = picture.swapaxes(0, 1)
-    if flip_vertical:
-        picture = picture[::-1]
-    if flip_horizontal:
-        picture = picture[:, ::-1]
-    return picture
+class _Painter:
+    """Makes pictures of PyAV's frames as a player shows them."""
+
+    def __init__(self, stream: Any, name: str, background: tuple[int, int, int]):
+        self.stream, self.name, self.background = stream, name, background
+        self.aspect = stream.sample_aspect_ratio or 1  # width of a pixel / its height; None or 0: not said
+        self.coded_aspect = stream.codec_context.sample_aspect_ratio
+        if not 0.1 <= self.aspect <= 10:
+            raise VideoDecodeError(
+                f"{name} says that its pixels are {self.aspect} times as wide as high: re-encode it."
+            )
+        self.warned = False
+
+    def paint(self, frame: Any) -> np.ndarray:
+        """uint8 `(H, W, 3)`."""
+        if self.stream.codec_context.sample_aspect_ratio != self.coded_aspect:
+            raise VideoDecodeError(f"{self.name} changes the shape of its pixels on the way: re-encode it with one.")
+        if frame.color_trc in (16, 18) and not self.warned:  # PQ and HLG
+            logger.warning("%s is HDR; its colours are shown without tone mapping.", self.name)
+            self.warned = True
+        # One thread: colour conversion with several hangs in forked processes, such as data loader workers.
+        if has_alpha(frame.format):
+            picture = flatten_image(Image.fromarray(frame.to_ndarray(format="rgba", threads=1)), self.background)
+        else:
+            picture = frame.to_ndarray(format="rgb24", threads=1)
+        if self.aspect != 1:  # to square pixels; like browsers, by making one side longer
+            height, width = picture.shape[:2]
+            size = (round(width * max(self.aspect, 1)), round(height / min(self.aspect, 1)))
+            picture = np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))
+        transpose, flip_vertical, flip_horizontal = _orientation(frame, self.name)
+        if transpose:
+            picture = picture.swapaxes(0, 1)
+        if flip_vertical:
+            picture = picture[::-1]
+        if flip_horizontal:
+            picture = picture[:, ::-1]
+        return picture
 
 
-def _orientation(frame: Any, source: Source) -> tuple[bool, bool, bool]:
+def has_alpha(form: Any) -> bool:
+    return form.has_palette or any(component.is_alpha for component in form.components)
+
+
+def _orientation(frame: Any, name: str) -> tuple[bool, bool, bool]:
     """How to show the stored picture: (swap its axes, then mirror top-bottom, mirror left-right).
 
     From the display matrix x' = a x + c y, y' = b x + d y of the container. PyAV does not apply it, and its
     `frame.rotation` knows no mirroring.
     """
-    matrix = next((data for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), None)
+    matrix = _display_matrix(frame, name)
     if matrix is None:
         return False, False, False
-    a, b, _, c, d = struct.unpack("=5i", bytes(matrix)[:20])
+    a, b, _, c, d = struct.unpack("=5i", matrix[:20])
     straight, crossed = max(abs(a), abs(d)), max(abs(b), abs(c))
     if min(straight, crossed) > 0.01 * max(straight, crossed):
-        logger.warning("%s asks for a rotation that is no multiple of 90 degrees; shown unrotated.", source.name)
+        logger.warning("%s asks for a rotation that is no multiple of 90 degrees; shown unrotated.", name)
         return False, False, False
     if crossed > straight:
         return True, b < 0, c < 0
     return False, d < 0, a < 0
 
 
+def _display_matrix(frame: Any, name: str) -> bytes | None:
+    container = importlib.import_module("av.sidedata.sidedata").SideDataContainer
+    found = container.__new__(container, frame)
+    # PyAV has no name for some side data, such as Exif, and stops there; FFmpeg puts the matrix before these.
+    with suppress(ValueError):
+        found.__init__(frame)
+    with suppress(ValueError):
+        for data in found:
+            if data.type.name == "DISPLAYMATRIX":
+                return bytes(data)
+    if frame.rotation:
+        raise VideoDecodeError(f"{name} is rotated, and PyAV cannot read how: re-encode it upright.")
+    return None
+
+
 # Files through decord and torchcodec
 
 
-def _scan_for(backend: str, source: Source) -> _Scan:
-    """Refuse what the backend is known to get wrong; what a scan through PyAV finds is the reference."""
-    av = _import_backend("pyav")
+def _scan_for(backend: str, source: Source) -> tuple[_Scan, np.ndarray]:
+    """Refuse what the backend is known to get wrong; what PyAV finds, and its first frame, are the reference."""
     scan = _scan(source)
     if scan.damage:
-        _damaged(source, scan.damage, scan.frames, "raise")
+        _damaged(source.name, scan.damage, scan.frames, "raise")
     if scan.frames == 0:
         raise EmptyVideoError(f"{source.name} has a video stream without frames.")
     if backend == "torchcodec" and scan.format == "avi":
@@ -447,60 +507,73 @@ def _scan_for(backend: str, source: Source) -> _Scan:
         raise _refused(backend, source, f"it shows {scan.hidden} frames that the edit list of the file hides")
     if backend == "decord" and scan.codec in ("av1", "libdav1d"):
         raise _refused(backend, source, "it has no AV1 decoder")
-    with _open_container(source) as (container, stream):
-        try:
-            frame = next(container.decode(stream), None)
-        except av.error.FFmpegError as error:
-            raise VideoDecodeError(f"{source.name} cannot be decoded: {error.strerror}.") from error
-        if frame is not None and sum(_orientation(frame, source)) % 2:
+    with _open_container(source) as (container, stream), item_errors(source.name):
+        frame = next(_frames(container, stream, source.name), None)
+        if frame is None:
+            raise EmptyVideoError(f"{source.name}: none of {scan.frames} packets decodes to a frame.")
+        painter = _Painter(stream, source.name, (255, 255, 255))
+        if has_alpha(frame.format):
+            raise _refused(backend, source, "it drops the transparency that the file has")
+        if painter.aspect != 1:
+            raise _refused(backend, source, "it does not show the pixels of the file in their shape")
+        if sum(_orientation(frame, source.name)) % 2:
             raise _refused(backend, source, "it does not apply the mirroring that the file asks for")
-    return scan
+        return scan, painter.paint(frame)
 
 
 def _refused(backend: str, source: Source, reason: str) -> VideoBackendError:
     return VideoBackendError(f"{source.name} cannot be read with backend={backend!r}: {reason}. Use backend='pyav'.")
 
 
-def _check_count(backend: str, source: Source, found: int, scan: _Scan) -> None:
-    if found != scan.frames:
-        raise _refused(backend, source, f"it counts {found} frames where the file has {scan.frames}")
+def _check(backend: str, source: Source, count: int, scan: _Scan, first: np.ndarray, reference: np.ndarray) -> None:
+    if count != scan.frames:
+        raise _refused(backend, source, f"it counts {count} frames where the file has {scan.frames}")
+    if first.shape != reference.shape or np.abs(first.astype(int) - reference).mean() > 1:
+        raise _refused(backend, source, "it does not show the first frame as the file asks for")
 
 
 def load_decord(source: Source, choose: Callable[[int], np.ndarray]) -> tuple[np.ndarray, BTAdapterVideoMetadata]:
     decord = _import_backend("decord")
-    scan = _scan_for("decord", source)
+    scan, reference = _scan_for("decord", source)
     indices = choose(scan.frames)
     collector = _FrameCollector(indices)
-    try:
-        reader = decord.VideoReader(source.opened(), num_threads=1)
-        _check_count("decord", source, len(reader), scan)
+    with _errors_of("decord", source):
+        reader = decord.VideoReader(source.data if isinstance(source.data, str) else source.opened(), num_threads=1)
         # from the start, without seeking: `get_batch` returns wrong frames of HEVC files when it skips frames
         for index in range(int(indices.max()) + 1):
-            frame = reader.next()
+            frame = reader.next().asnumpy()
             if frame.shape[2] != 3:
                 raise _refused("decord", source, "it takes the padding of narrow frames for a fourth channel")
+            if index == 0:
+                _check("decord", source, len(reader), scan, frame, reference)
             if collector.wants(index):
-                collector.add(index, frame.asnumpy(), source)
-    except (decord.DECORDError, RuntimeError, StopIteration) as error:
-        reason = (str(error).strip().splitlines() or ["no more frames"])[0]
-        raise VideoDecodeError(f"{source.name} cannot be decoded by decord: {reason}. {_OTHER_BACKEND}") from error
+                collector.add(index, frame, source.name)
     return collector.result(scan.frames, scan.times, scan.fps, "decord")
 
 
 def load_torchcodec(source: Source, choose: Callable[[int], np.ndarray]) -> tuple[np.ndarray, BTAdapterVideoMetadata]:
     video_decoder = _import_backend("torchcodec").VideoDecoder
-    scan = _scan_for("torchcodec", source)
+    scan, reference = _scan_for("torchcodec", source)
     indices = choose(scan.frames)
     collector = _FrameCollector(indices)
-    try:
+    with _errors_of("torchcodec", source):
         # "exact" reads all packets first; the default of some versions is off by frames at variable frame rates
         decoder = video_decoder(source.data, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
-        _check_count("torchcodec", source, decoder.metadata.num_frames, scan)
+        _check(
+            "torchcodec", source, decoder.metadata.num_frames, scan, decoder.get_frame_at(0).data.numpy(), reference
+        )
         for index in np.unique(indices).tolist():
-            collector.add(index, decoder.get_frame_at(index).data.numpy(), source)
-    except (RuntimeError, ValueError, IndexError) as error:
-        if isinstance(error, VideoError):
-            raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise VideoDecodeError(f"{source.name} cannot be decoded by torchcodec: {reason}. {_OTHER_BACKEND}") from error
+            collector.add(index, decoder.get_frame_at(index).data.numpy(), source.name)
     return collector.result(scan.frames, scan.times, scan.fps, "torchcodec")
+
+
+@contextmanager
+def _errors_of(backend: str, source: Source) -> Iterator[None]:
+    try:
+        yield
+    except VideoError:
+        raise
+    except Exception as error:  # DECORDError, RuntimeError, IndexError, StopIteration and others
+        raise VideoDecodeError(
+            f"{source.name} cannot be decoded by {backend}: {sentence(error)} {_OTHER_BACKEND}"
+        ) from error

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .video_decoding import (
     VIDEO_BACKENDS,
@@ -30,10 +30,12 @@ from .video_decoding import (
     Source,
     backend_problem,
     flatten_image,
+    load_animation,
     load_decord,
-    load_gif,
+    load_picture_file,
     load_pyav,
     load_torchcodec,
+    picture_kind,
 )
 from .video_download import MAX_BYTES, MAX_SECONDS, download
 from .video_errors import (
@@ -48,6 +50,7 @@ from .video_errors import (
     VideoInputError,
     VideoNotFoundError,
     VideoTimeoutError,
+    item_errors,
 )
 
 
@@ -83,9 +86,8 @@ _BACKEND_FIXES = {
     "torchcodec": "Install the torchcodec release that matches your torch and FFmpeg's shared libraries "
     "(`apt-get install ffmpeg`), or use backend='pyav'.",
 }
-_GIF_SIGNATURES = (b"GIF87a", b"GIF89a")
 
-VideoSource = str | os.PathLike | bytes | BinaryIO | np.ndarray | torch.Tensor | Sequence | Mapping
+VideoSource = str | os.PathLike | bytes | BinaryIO | np.ndarray | torch.Tensor | Image.Image | Sequence | Mapping
 
 
 def sample_frame_indices(
@@ -143,6 +145,7 @@ def load_video(
     background: tuple[int, int, int] = (255, 255, 255),
     max_download_bytes: int = MAX_BYTES,
     timeout: float = MAX_SECONDS,
+    keep_floats: bool = False,
 ) -> tuple[np.ndarray, BTAdapterVideoMetadata]:
     """Load `num_frames` frames of a video.
 
@@ -150,20 +153,23 @@ def load_video(
         video: path, http(s) URL, bytes, binary file object (read from its current position), a
             `{"bytes": ..., "path": ...}` row of an undecoded `datasets` video column, an array or tensor
             `(T, H, W, 3)` or `(T, 3, H, W)`, or a list of frames (PIL images, arrays or tensors `(H, W, 3)` or
-            `(3, H, W)`, paths of image files). Arrays are integers in 0..255, or floats in 0..1 or 0..255.
+            `(3, H, W)`, paths of image files). Arrays are integers in 0..255, or floats in 0..1 or 0..255. A GIF,
+            animated WebP, PNG or AVIF, a TIFF of several pages, or an image that PIL has opened is all its frames.
         num_frames: exactly this many frames come back (short videos repeat frames); None returns all frames once.
         sampling: `"uniform"`, `"jitter"` or `"centers"`, see [`sample_frame_indices`].
-        backend: `"pyav"`, `"decord"` or `"torchcodec"` for files, URLs and bytes. GIFs are read by PIL always.
+        backend: `"pyav"`, `"decord"` or `"torchcodec"` for files, URLs and bytes. Image files are read by PIL always.
         generator: random source of `"jitter"`.
         on_damage: `"raise"`, or `"salvage"` to sample among the frames that decode before the damage, with a warning
-            logged (`"pyav"` and GIFs only).
+            logged (`"pyav"` and animated images only).
         background: RGB colour 0..255 put behind transparent pixels.
         max_download_bytes: a URL with more than this raises instead of filling the disk.
         timeout: seconds that a download may take in all.
+        keep_floats: floats of arrays and tensors come back as they are, float32 of any range, and not as uint8.
 
     Returns:
-        uint8 RGB frames `(T, H, W, 3)` as displayed (rotation applied), and their metadata: `frames_indices`,
-        `timestamps` (seconds), `total_num_frames`, `fps`, `duration` (seconds), `width`, `height`, `video_backend`.
+        uint8 RGB frames `(T, H, W, 3)` as displayed (rotated, with square pixels), and their metadata:
+        `frames_indices`, `timestamps` (seconds), `total_num_frames`, `fps`, `duration` (seconds), `width`, `height`,
+        `video_backend`.
 
     Raises:
         VideoError: one subclass per kind of bad video, see the classes of this module.
@@ -181,14 +187,19 @@ def load_video(
         return sample_frame_indices(total, num_frames, sampling, generator)
 
     if isinstance(video, (np.ndarray, torch.Tensor)):
-        return _load_array(video, choose)
+        return _load_array(video, choose, keep_floats)
     if isinstance(video, (list, tuple)):
-        return _load_frame_list(video, choose, background)
+        return _load_frame_list(video, choose, background, keep_floats)
+    if isinstance(video, Image.Image):
+        name = getattr(video, "filename", None) or "The image"
+        with item_errors(name):
+            return load_animation(video, name, choose, on_damage, background)
     if problem := backend_problem(backend):
         raise ImportError(f"The video backend {backend!r} cannot be used: {problem}. {_BACKEND_FIXES[backend]}")
-    with _local_source(video, max_download_bytes, timeout) as source:
-        if source.read_at(0, 6) in _GIF_SIGNATURES:
-            return load_gif(source, choose, on_damage, background)
+    name = _name_of(video)
+    with item_errors(name), _local_source(video, name, max_download_bytes, timeout) as source:
+        if picture_kind(source):
+            return load_picture_file(source, choose, on_damage, background)
         if backend == "pyav":
             return load_pyav(source, choose, on_damage, background)
         if backend == "decord":
@@ -222,8 +233,18 @@ def _check_background(background: Sequence[int]) -> tuple[int, int, int]:
 # Sources
 
 
+def _name_of(video: Any) -> str:
+    if isinstance(video, Mapping):
+        video = video.get("path") or video.get("bytes")
+    if isinstance(video, (str, os.PathLike)):
+        return os.fsdecode(video)
+    if isinstance(video, (bytes, bytearray, memoryview)):
+        return f"<{len(video)} bytes>"
+    return str(getattr(video, "name", f"<{type(video).__name__}>"))
+
+
 @contextmanager
-def _local_source(video: Any, max_download_bytes: int, timeout: float) -> Iterator[Source]:
+def _local_source(video: Any, name: str, max_download_bytes: int, timeout: float) -> Iterator[Source]:
     if isinstance(video, Mapping):
         if video.get("bytes") is not None:
             video = video["bytes"]
@@ -253,8 +274,8 @@ def _local_source(video: Any, max_download_bytes: int, timeout: float) -> Iterat
             f"(T, 3, H, W), or a list of frames; got {type(video).__name__}."
         )
     if not video:
-        raise EmptyVideoError("The video has no bytes (if it was a file object: is it already read to its end?).")
-    yield Source(video, f"<{len(video)} bytes>")
+        raise EmptyVideoError(f"{name} has no bytes (if it was a file object: is it already read to its end?).")
+    yield Source(video, name)
 
 
 def _file_source(name: str) -> Source:
@@ -290,13 +311,16 @@ def _to_numpy(array: np.ndarray | torch.Tensor) -> np.ndarray:
     return array
 
 
-def _to_uint8(pixels: np.ndarray, what: str) -> np.ndarray:
+def _checked(pixels: np.ndarray, what: str, keep_floats: bool) -> np.ndarray:
+    """As uint8, or floats as they are."""
     if pixels.dtype == np.uint8:
         return pixels
     if np.issubdtype(pixels.dtype, np.floating):
         if not np.isfinite(pixels).all():
             count = int((~np.isfinite(pixels)).sum())
             raise VideoInputError(f"{what} holds {count} values that are NaN or infinite.")
+        if keep_floats:
+            return pixels.astype(np.float32)
     elif not np.issubdtype(pixels.dtype, np.integer):
         raise VideoInputError(f"{what} has dtype {pixels.dtype}, expected integers or floats.")
     low, high = pixels.min(), pixels.max()
@@ -319,7 +343,7 @@ def _array_metadata(total: int, indices: np.ndarray, frames: np.ndarray) -> BTAd
 
 
 def _load_array(
-    video: np.ndarray | torch.Tensor, choose: Callable[[int], np.ndarray]
+    video: np.ndarray | torch.Tensor, choose: Callable[[int], np.ndarray], keep_floats: bool
 ) -> tuple[np.ndarray, BTAdapterVideoMetadata]:
     shape = tuple(video.shape)
     if len(shape) != 4 or 3 not in (shape[3], shape[1]):
@@ -328,7 +352,7 @@ def _load_array(
         raise VideoInputError(f"The video array is empty: its shape is {shape}.")
     indices = choose(shape[0])
     # the range decides how floats are read (0..1 or 0..255), so look at the whole clip, not at the sampled frames
-    frames = _to_uint8(_to_numpy(video), "The video array")
+    frames = _checked(_to_numpy(video), "The video array", keep_floats)
     if shape[3] != 3:
         frames = frames.transpose(0, 2, 3, 1)
     frames = np.ascontiguousarray(frames[indices])
@@ -336,13 +360,16 @@ def _load_array(
 
 
 def _load_frame_list(
-    video: Sequence[Any], choose: Callable[[int], np.ndarray], background: tuple[int, int, int]
+    video: Sequence[Any],
+    choose: Callable[[int], np.ndarray],
+    background: tuple[int, int, int],
+    keep_floats: bool,
 ) -> tuple[np.ndarray, BTAdapterVideoMetadata]:
     if not video:
         raise EmptyVideoError("The list of frames is empty.")
     if all(isinstance(frame, (np.ndarray, torch.Tensor)) for frame in video):
         _check_one_size({index: tuple(frame.shape) for index, frame in enumerate(video)})
-        return _load_array(np.stack([_to_numpy(frame) for frame in video]), choose)
+        return _load_array(np.stack([_to_numpy(frame) for frame in video]), choose, keep_floats)
     for index, frame in enumerate(video):
         if not isinstance(frame, (Image.Image, str, os.PathLike)):
             raise VideoInputError(
@@ -373,10 +400,23 @@ def _load_picture(
 ) -> np.ndarray:
     """One frame of a list as uint8 `(H, W, 3)`."""
     if isinstance(picture, Image.Image):
-        return flatten_image(picture, background)
+        return _still(picture, f"Frame {index}", background)
     source = _file_source(os.fsdecode(picture))
-    try:
-        with Image.open(source.data) as image:
-            return flatten_image(ImageOps.exif_transpose(image), background)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise VideoDecodeError(f"Frame {index}, {source.name}, is not a readable image: {error}.") from error
+    name = f"Frame {index}, {source.name},"
+    with item_errors(name), source.opened() as file:
+        try:
+            image = Image.open(file)
+        except UnidentifiedImageError as error:
+            raise VideoDecodeError(f"{name} is not a readable image.") from error
+        if image.format == "EPS":  # a program
+            raise VideoDecodeError(f"{name} is PostScript, and no image of pixels.")
+        return _still(image, name, background)
+
+
+def _still(image: Image.Image, name: str, background: tuple[int, int, int]) -> np.ndarray:
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+        raise VideoInputError(
+            f"{name} is an animation of {image.n_frames} frames among the frames of a video: give it alone, or a copy "
+            "of each of its frames (`image.copy()`)."
+        )
+    return flatten_image(ImageOps.exif_transpose(image), background)

@@ -29,7 +29,8 @@ from .video_io import (
 )
 
 
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+_MAYBE_ANIMATED = (".png", ".webp", ".tif", ".tiff")
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".bmp", ".ppm", *_MAYBE_ANIMATED)
 
 
 class BTAdapterVideoProcessorKwargs(VideosKwargs, total=False):
@@ -169,16 +170,20 @@ class BTAdapterVideoProcessor(BaseVideoProcessor):
             generator=generator,
             on_damage=options["on_damage"],
             background=options["background"],
+            keep_floats=not options["do_rescale"],  # the caller has scaled them
         )
 
     def _transform(self, frames: np.ndarray, options: dict[str, Any]) -> torch.Tensor:
-        """uint8 `(T, H, W, 3)` to float `(T, 3, h, w)`."""
+        """uint8 or, as a caller has scaled them, float `(T, H, W, 3)` to float `(T, 3, h, w)`."""
         # a view: resizing reads this layout as it is, and large frames are not copied
         video = torch.from_numpy(frames).permute(0, 3, 1, 2)
         if options["device"] is not None:
             video = video.to(options["device"])
         if options["do_resize"]:
+            low, high = (None, None) if video.dtype == torch.uint8 else video.aminmax()
             video = self.resize(video, size=options["size"], resample=options["resample"])
+            if low is not None:  # bicubic goes beyond, where uint8 is cut off at 0 and 255
+                video = video.clamp(low, high)
         if options["do_center_crop"]:
             video = self.center_crop(video, options["crop_size"])
         return self.rescale_and_normalize(
@@ -194,18 +199,18 @@ class BTAdapterVideoProcessor(BaseVideoProcessor):
 def flatten_videos(videos: VideoSource | list) -> list[VideoSource]:
     """The videos in order, whatever the nesting: one video, a list, a list of lists, a 5-D array.
 
-    A list of frames (PIL images, 3-D arrays, paths of image files) is one video.
+    A list of frames (PIL images, 3-D arrays, paths of image files) is one video; an animated image is one by itself.
     """
     if isinstance(videos, (np.ndarray, torch.Tensor)) and videos.ndim == 5:
         return list(videos)
     if _is_frame(videos):
-        return [[videos]]
+        return flatten_videos([videos])
     if not isinstance(videos, (list, tuple)):
         return [videos]
     if not videos:
         raise EmptyVideoError("`videos` is, or contains, an empty list: give at least one video with one frame.")
     if all(_is_frame(item) for item in videos):
-        return [list(videos)]
+        return [videos[0]] if len(videos) == 1 and _may_move(videos[0]) else [list(videos)]
     return [video for item in videos for video in flatten_videos(item)]
 
 
@@ -215,6 +220,13 @@ def _is_frame(item: Any) -> bool:
     if isinstance(item, (str, os.PathLike)):
         return os.fsdecode(item).lower().endswith(_IMAGE_SUFFIXES)
     return isinstance(item, Image.Image)
+
+
+def _may_move(frame: Any) -> bool:
+    """Whether one frame may be an animation, which is a video by itself."""
+    if isinstance(frame, (str, os.PathLike)):
+        return os.fsdecode(frame).lower().endswith(_MAYBE_ANIMATED)
+    return getattr(frame, "n_frames", 1) > 1  # an image that PIL has opened
 
 
 def _is_decoded(video: VideoSource) -> bool:
