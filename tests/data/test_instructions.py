@@ -1,6 +1,8 @@
 """Tables of conversations, and labels token by token for the three hosts."""
 
 import json
+import socket
+import struct
 import tarfile
 import time
 import zipfile
@@ -13,6 +15,7 @@ from PIL import Image
 from bt_adapter_hf import BTAdapterLlavaProcessor
 from bt_adapter_hf.assets import default_chat_model_path
 from bt_adapter_hf.data.broken import BrokenItemsError
+from bt_adapter_hf.data.checking import InstructionCheck, check_rows
 from bt_adapter_hf.data.instructions import (
     InstructionCollator,
     InstructionDataset,
@@ -365,6 +368,39 @@ def test_broken_items_are_replaced_and_reported(host, media):
         assert {record["index"] for record in item["broken"]} <= {0, 1, 2}
         assert torch.equal(item["input_ids"], good["input_ids"])
     assert len(InstructionCollator(processor)([data[0], data[3]])["broken"]) == len(data[0]["broken"])
+
+
+@pytest.mark.parametrize("item_timeout", [1.0, None])
+def test_whatever_is_wrong_with_an_image_is_counted(media, item_timeout):
+    """The same rows are unusable for a check of the table, with and without a model."""
+    bomb = (
+        b"BM"
+        + struct.pack("<IHHI", 54, 0, 0, 54)
+        + struct.pack("<IiiHHIIiiII", 40, 30000, 30000, 1, 24, 0, 0, *[0] * 4)
+    )
+    (media / "bomb.bmp").write_bytes(bomb)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 48, 3), dtype=np.uint8)).save(media / "cut.png")
+    (media / "cut.png").write_bytes((media / "cut.png").read_bytes()[:2000])
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and never answers
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}/a.png"
+        bad = ["bomb.bmp", "cut.png", "broken.mp4", "http://127.0.0.1:9/dead.png", "http://[::1", "nul\0.png"]
+        bad += [address] if item_timeout else []
+        rows = [chat([{"type": "image", "path": path}, text("what ?")], "red") for path in bad]
+        rows += [chat([{"type": "image", "path": "a.png"}, text("what ?")], "red")]
+        data = dataset(media, llava_processor(), *rows, item_timeout=item_timeout)
+        assert data[len(bad)]["broken"] == [] and data[len(bad)]["pixel_values"].shape == (1, 3, 32, 32)
+        started = time.monotonic()
+        for row, path in enumerate(bad):
+            record = data[row]["broken"][0]
+            assert record["index"] == row, path
+            slow = path == address
+            assert ("took longer than 1 s" if slow else path) in record["reason"] and record["reason"].endswith(".")
+            assert record["video"].endswith(path)
+        assert time.monotonic() - started < 60
+        for model in (None, InstructionDataset(data.table, data.processor, max_length=192, item_timeout=None)):
+            check = InstructionCheck(data.table, dataset=model, max_length=192)
+            found = sorted(check_rows(check, timeout=item_timeout or 60.0), key=lambda checked: checked.row)
+            assert [checked.reason is None for checked in found] == [False] * len(bad) + [True]
 
 
 def test_what_replaces_a_broken_item_follows_from_seed_epoch_and_row(media):

@@ -7,6 +7,7 @@ import tarfile
 import zipfile
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -327,6 +328,22 @@ def test_sizes_are_bounded(clips, rows, tmp_path, monkeypatch):
     with pytest.raises(BrokenRowError, match="It has 2001 bytes"):
         table.pair(0)
     assert table.pair(1)[0] == bytes(2000)
+
+
+def test_whatever_unpacking_raises_is_the_error_of_its_row(tmp_path):
+    content = np.random.default_rng(0).integers(0, 4, 3000, dtype=np.uint8).tobytes()
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("broken", "fine"):
+            archive.writestr(f"{name}.mp4", content)
+    data = bytearray((tmp_path / "a.zip").read_bytes())
+    data[50:300] = bytes(range(250))  # zlib.error, which is neither an OSError nor a BadZipFile
+    (tmp_path / "a.zip").write_bytes(data)
+    lines = [json.dumps({"video": f"{name}.mp4", "text": "x"}) for name in ("broken", "fine")]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    table = load_table(tmp_path / "t.jsonl", media_root=tmp_path / "a.zip")
+    with pytest.raises(BrokenRowError, match=r"broken.mp4 in .*a.zip cannot be read: error: Error -3 .*[^.]\.$"):
+        table.pair(0)
+    assert table.pair(1)[0] == content
 
 
 def test_members_of_archives_lead_nowhere(tmp_path):

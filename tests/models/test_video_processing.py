@@ -241,3 +241,62 @@ def test_round_trip(tmp_path):
         assert loaded.to_dict() == processor.to_dict()
         assert (loaded.num_frames, loaded.sampling, loaded.video_backend) == (12, "centers", "decord")
     assert AutoVideoProcessor.from_pretrained(tmp_path, num_frames=3).num_frames == 3
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch", "bfloat16", "list of arrays", "channels first"])
+@pytest.mark.parametrize("options", [{}, {"do_normalize": False}, {"do_resize": False, "do_center_crop": False}])
+def test_numbers_that_a_caller_has_scaled_stay_as_scaled(kind, options):
+    # away from 0 and 255, where the resize of uint8 cuts off what bicubic adds
+    pixels = np.random.default_rng(0).integers(80, 176, (8, 40, 40, 3), dtype=np.uint8)
+    scaled = (pixels / 255).astype(np.float32)
+    scaled = {
+        "numpy": scaled,
+        "torch": torch.from_numpy(scaled),
+        "bfloat16": torch.from_numpy(scaled).to(torch.bfloat16),
+        "list of arrays": list(scaled),
+        "channels first": scaled.transpose(0, 3, 1, 2),
+    }[kind]
+    processor = BTAdapterVideoProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    expected = processor(pixels, return_tensors="pt", **options)["pixel_values_videos"]
+    found = processor(scaled, do_rescale=False, return_tensors="pt", **options)["pixel_values_videos"]
+    assert (found - expected).abs().max() < (0.04 if kind == "bfloat16" else 0.02)  # uint8 rounds, twice in a resize
+
+
+@pytest.mark.parametrize("low_high", [(0, 1), (-1, 1), (0, 255), (-2.5, 3)])
+def test_floats_are_neither_scaled_nor_rounded_without_rescaling(low_high):
+    scaled = np.random.default_rng(0).uniform(*low_high, (2, 32, 32, 3)).astype(np.float32)
+    processor = BTAdapterVideoProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, do_rescale=False, do_normalize=False
+    )
+    found = processor(scaled, num_frames=2, return_tensors="pt")["pixel_values_videos"]
+    assert torch.equal(found[0], torch.from_numpy(scaled).permute(0, 3, 1, 2))
+    half = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    smaller = processor(scaled, num_frames=2, return_tensors="pt", **half)["pixel_values_videos"]
+    if low_high[0] == 0:
+        assert smaller.min() >= 0 and smaller.max() <= low_high[1]
+
+
+def test_bytes_of_images_and_uint8_without_rescaling_keep_0_to_255():
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    processor = BTAdapterVideoProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, do_rescale=False, do_normalize=False
+    )
+    for video in (pixels, pixels.astype(np.int64), [Image.fromarray(frame) for frame in pixels]):
+        found = processor([video], num_frames=2, return_tensors="pt")["pixel_values_videos"][0]
+        assert torch.equal(found.to(torch.uint8), torch.from_numpy(pixels).permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("how", ["alone", "in a list", "two videos", "open"])
+@pytest.mark.parametrize("num_frames", [1, 4, 6])
+def test_an_animated_image_is_a_video(tmp_path, how, num_frames):
+    frames = [Image.fromarray(np.full((32, 32, 3), 40 * t, np.uint8)) for t in range(6)]
+    path = str(tmp_path / "a.png")
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100)
+    given = {"alone": path, "in a list": [path], "two videos": [[path], [path]], "open": Image.open(path)}[how]
+    processor = BTAdapterVideoProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, do_rescale=False, do_normalize=False
+    )
+    found = processor(given, num_frames=num_frames, return_tensors="pt")["pixel_values_videos"]
+    assert found.shape[:2] == (2 if how == "two videos" else 1, num_frames)
+    expected = load_video(path, num_frames=num_frames)[1].frames_indices
+    assert found[0, :, 0, 0, 0].tolist() == [40 * index for index in expected]

@@ -121,7 +121,7 @@ def conversations(args: argparse.Namespace):
         config = AutoConfig.from_pretrained(args.model, revision=args.revision)
         processor, _ = chat_processor(args)
         limit = longest_conversation(config, processor)
-        dataset = InstructionDataset(table, processor, max_length=sys.maxsize)
+        dataset = InstructionDataset(table, processor, max_length=sys.maxsize, item_timeout=None)
     return InstructionCheck(table, num_frames=args.num_frames, dataset=dataset, max_length=limit), limit
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 from ..models.video_download import MAX_BYTES
-from ..models.video_errors import VideoAccessError, VideoNotFoundError
+from ..models.video_errors import VideoAccessError, VideoNotFoundError, sentence
 from .files import PEEK_BYTES, file_size, open_file, printable
 
 
@@ -139,12 +139,14 @@ class MediaArchives:
         archive = self._open(number)
         try:
             if size > MAX_BYTES:
-                raise OSError(too_large(size).removesuffix("."))
+                raise OSError(too_large(size))
             if isinstance(archive, zipfile.ZipFile):
                 return _unpacked(archive, name, size)
             return read_range(archive, offset, size)
-        except (OSError, RuntimeError, NotImplementedError, zipfile.BadZipFile) as error:  # RuntimeError: a password
-            raise VideoAccessError(f"{printable(name)} in {self.paths[number]} cannot be read: {error}.") from error
+        except Exception as error:  # of a password, an unknown or broken compression, a checksum, the disk
+            raise VideoAccessError(
+                f"{printable(name)} in {self.paths[number]} cannot be read: {sentence(error)}"
+            ) from error
 
     def _open(self, number: int) -> "zipfile.ZipFile | BinaryIO":
         """The open archive, one per process and thread: a shared file position would mix up their reads."""

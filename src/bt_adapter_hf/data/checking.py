@@ -20,7 +20,7 @@ from ..models.video_io import VideoError, load_video
 from .broken import BrokenItem, count_reasons
 from .decoding_process import DecodingProcess
 from .files import PEEK_BYTES, is_remote, open_file, split_hub_path
-from .instructions import InstructionDataset, InstructionTable, UnusableRow, visuals_of
+from .instructions import InstructionDataset, InstructionTable, UnusableRow, read_image, visuals_of
 from .sources import BrokenRowError, PairTable, Record
 
 
@@ -158,8 +158,8 @@ class InstructionCheck:
         checked = CheckedRow(row, f"row {row}")
         try:
             messages = self.table.messages(row)
-            videos = visuals_of(messages, "video")
-            checked.name = ", ".join(videos) or checked.name
+            videos, images = (visuals_of(messages, kind) for kind in ("video", "image"))
+            checked.name = ", ".join(videos + images) or checked.name
             if self.dataset is not None:
                 checked.tokens = [len(self.dataset.tokenize(messages)["input_ids"])]
                 if checked.tokens[0] > self.max_length:
@@ -167,6 +167,9 @@ class InstructionCheck:
                         f"the conversation has {checked.tokens[0]} tokens, visual ones included, and the model takes "
                         f"{self.max_length}."
                     )
+            else:
+                for image in images:
+                    read_image(self.table.read(image), image)
             for video in videos:
                 checked.videos[video] = self._decode(video)
         except (UnusableRow, VideoError) as error:

@@ -21,7 +21,8 @@ from transformers import PreTrainedConfig
 from transformers.image_utils import load_image
 
 from ..hub.access import explain, http_cause, retried
-from ..models.video_errors import VideoError, VideoNotFoundError
+from ..models.video_download import download
+from ..models.video_errors import VideoError, VideoNotFoundError, item_errors
 from .archives import ARCHIVE_SUFFIXES, MediaArchives
 from .broken import BrokenItem, BrokenItemsError
 from .decoding_process import DecodingProcess
@@ -273,6 +274,24 @@ def _open_media(root: str | Path | None) -> Path | MediaArchives:
     return folder.resolve()
 
 
+def read_image(found: str | bytes, path: str) -> np.ndarray:
+    """An image of a conversation, uint8 (H, W, 3): upright and in RGB, as transformers makes it.
+
+    Args:
+        found: its bytes, or where they are: a URL, a file, or what else `load_image` takes.
+        path: as the table names it.
+
+    Raises:
+        VideoError: whatever is wrong with it.
+    """
+    with item_errors(f"The image {path}"):
+        if isinstance(found, str) and found.startswith(("http://", "https://")):
+            content = io.BytesIO()
+            download(found, content)
+            found = content.getvalue()
+        return np.asarray(load_image(Image.open(io.BytesIO(found)) if isinstance(found, bytes) else found))
+
+
 def visuals_of(messages: Messages, kind: str) -> list[str]:
     """Paths and URLs of the images or videos of a conversation, in order."""
     return [part["path"] for message in messages for part in message["content"] if part["type"] == kind]
@@ -303,9 +322,9 @@ class InstructionDataset(torch.utils.data.Dataset):
         max_length: most tokens of a conversation, visual ones included; see [`longest_conversation`].
         seed: of all chance above.
         states: the frozen backbone's states, computed before; videos are then neither decoded nor encoded.
-        item_timeout: seconds that reading, decoding and preprocessing the videos of one conversation may take; one
-            that takes longer is a broken item. The work is done in a child process, see `DecodingProcess`. None: no
-            limit, no child.
+        item_timeout: seconds that reading the images, and decoding and preprocessing the videos, of one conversation
+            may take; one that takes longer is a broken item. The work is done in a child process, see
+            `DecodingProcess`. None: no limit, no child.
 
     Indices: `(epoch, row)`; a number is a row in epoch 0.
 
@@ -330,7 +349,7 @@ class InstructionDataset(torch.utils.data.Dataset):
     ):
         self.table, self.processor, self.states = table, processor, states
         self.max_length, self.seed = max_length, seed
-        self._decode = self._pixels if item_timeout is None else DecodingProcess(self._pixels, item_timeout)
+        self._read = self._visuals if item_timeout is None else DecodingProcess(self._visuals, item_timeout)
         if not re.search(r"\{%-?\s*generation\s*-?%\}", processor.chat_template):
             raise ValueError(
                 "The chat template of the processor does not mark the answers: put {% generation %} before and "
@@ -345,13 +364,13 @@ class InstructionDataset(torch.utils.data.Dataset):
         generator = np.random.default_rng([self.seed, epoch, row])
         broken: list[BrokenItem] = []
         for candidate in self._candidates(row, generator):
-            videos: list[str] = []
+            visuals: list[str] = []
             try:
                 messages = self.table.messages(candidate)
-                videos = visuals_of(messages, "video")
+                visuals = visuals_of(messages, "video") + visuals_of(messages, "image")
                 return {**self._item(messages, generator), "broken": broken}
             except (VideoError, UnusableRow) as error:
-                name = ", ".join(videos) or f"row {candidate}"
+                name = ", ".join(visuals) or f"row {candidate}"
                 broken.append(BrokenItem(source=self.table.source, index=candidate, video=name, reason=str(error)))
         raise BrokenItemsError(
             f"None of {len(broken)} items tried in a row of {self.table.source} can be used. The first: "
@@ -372,12 +391,15 @@ class InstructionDataset(torch.utils.data.Dataset):
         if videos and self.states is not None:
             item["backbone_states"] = self.states.load(videos)
         elif videos:
-            pixels = self._decode(videos, int(generator.integers(2**31)))
+            pixels = self._read("video", videos, int(generator.integers(2**31)))
             item.update({name: torch.from_numpy(values) for name, values in pixels.items()})
         return item
 
-    def _pixels(self, videos: list[str], seed: int) -> dict[str, np.ndarray]:
-        found = [self.table.read(video) for video in videos]
+    def _visuals(self, kind: str, paths: list[str], seed: int) -> dict[str, np.ndarray]:
+        """The pixels of videos, or images as they are, by path."""
+        found = [self.table.read(path) for path in paths]
+        if kind == "image":
+            return {path: read_image(image, path) for path, image in zip(paths, found, strict=True)}
         return {
             name: values.numpy()
             for name, values in self.processor(videos=found, seed=seed, return_tensors="pt").items()
@@ -385,6 +407,8 @@ class InstructionDataset(torch.utils.data.Dataset):
 
     def tokenize(self, messages: Messages) -> dict[str, torch.Tensor]:
         """Ids and labels, and the pixels of images. How many tokens a video has does not depend on what it shows."""
+        images = visuals_of(messages, "image")
+        pictures = self._read("image", images, 0) if images else {}
         seen = []
         for message in messages:
             parts = []
@@ -392,7 +416,7 @@ class InstructionDataset(torch.utils.data.Dataset):
                 if part["type"] == "video":
                     part = {"type": "video", "video": self._blank}
                 elif part["type"] == "image":
-                    part = {"type": "image", "image": self._image(part["path"])}
+                    part = {"type": "image", "image": Image.fromarray(pictures[part["path"]])}
                 parts.append(part)
             seen.append({"role": message["role"], "content": parts})
         try:
@@ -422,13 +446,6 @@ class InstructionDataset(torch.utils.data.Dataset):
     def _blank(self) -> np.ndarray:
         size = self.processor.video_processor.crop_size
         return np.zeros((self.processor.num_clips, size["height"], size["width"], 3), np.uint8)
-
-    def _image(self, path: str) -> Image.Image:
-        try:
-            found = self.table.read(path)
-            return load_image(Image.open(io.BytesIO(found)) if isinstance(found, bytes) else found)
-        except (OSError, ValueError) as error:
-            raise UnusableRow(f"the image {path} cannot be read: {error}") from error
 
 
 class InstructionCollator:

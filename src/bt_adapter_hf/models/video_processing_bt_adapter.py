@@ -180,10 +180,10 @@ class BTAdapterVideoProcessor(BaseVideoProcessor):
         if options["device"] is not None:
             video = video.to(options["device"])
         if options["do_resize"]:
-            low, high = (None, None) if video.dtype == torch.uint8 else video.aminmax()
+            low, high = video.aminmax() if video.is_floating_point() else (-1, 0)
             video = self.resize(video, size=options["size"], resample=options["resample"])
-            if low is not None:  # bicubic goes beyond, where uint8 is cut off at 0 and 255
-                video = video.clamp(low, high)
+            if low >= 0:  # bicubic goes beyond what it is given; uint8 is cut off at 0 and 255
+                video = video.clamp(0, 1 if high <= 1 else 255)
         if options["do_center_crop"]:
             video = self.center_crop(video, options["crop_size"])
         return self.rescale_and_normalize(
