@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from PIL import Image
 from transformers import set_seed
 
 from bt_adapter_hf import (
@@ -33,11 +34,13 @@ CLASSES = {
 
 
 class Host:
-    """One kind of chat model, as a native checkpoint and an adapter in folders."""
+    """One kind of chat model, as a native checkpoint and an adapter in folders; `saved` where they are there."""
 
-    def __init__(self, name: str, folder: Path):
-        self.name = name
-        self.native, self.adapter = saved_hosts.save(name, folder)
+    def __init__(self, name: str, folder: Path, saved: bool = False):
+        self.name, self.folder = name, folder
+        self.native, self.adapter = (
+            (folder / "native", folder / "adapter") if saved else saved_hosts.save(name, folder)
+        )
         self.model_class, self.processor_class = CLASSES[name]
 
     def model(self, **options):
@@ -61,6 +64,24 @@ def write_table(folder: Path, rows: int = 8) -> Path:
             {"role": "user", "content": [part, {"type": "text", "text": "what happens ?"}]},
             {"role": "assistant", "content": answer},
         ]
+        lines.append(json.dumps({"messages": messages}) + "\n")
+    path = folder / "train.jsonl"
+    path.write_text("".join(lines))
+    return path
+
+
+def write_mixed_table(folder: Path, kinds: list[str]) -> Path:
+    """`folder/train.jsonl` with one conversation per kind: "text", "image", "video" or "both" of the latter."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tiny_pairs.write_clip(folder / "clip.mp4", tiny_pairs.COLOURS["red"], 2)
+    Image.new("RGB", (40, 40), "red").save(folder / "still.png")
+    seen = {"image": {"type": "image", "path": "still.png"}, "video": {"type": "video", "path": "clip.mp4"}}
+    lines = []
+    for i, kind in enumerate(kinds):
+        parts = [seen[name] for name in ("image", "video") if kind in (name, "both")]
+        content = [*parts, {"type": "text", "text": "what happens ?"}]
+        answer = "the red square is left ." if i % 2 else "left"
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
         lines.append(json.dumps({"messages": messages}) + "\n")
     path = folder / "train.jsonl"
     path.write_text("".join(lines))
@@ -104,9 +125,11 @@ def make_trainer(
         "report_to": "none",
         **options,
     }
+    args = InstructionArguments(**arguments)
+    tiny_pairs.shard_on_the_cpu()
     return InstructionTrainer(
         model=model,
-        args=InstructionArguments(**arguments),
+        args=args,
         train_dataset=dataset(table),
         eval_dataset=None if validation is None else dataset(validation),
         data_collator=InstructionCollator(processor),

@@ -1,6 +1,7 @@
 """A tiny CLIP with its processor, and a folder of tiny clips with captions, all made in code."""
 
 import json
+import os
 from pathlib import Path
 
 import av
@@ -77,3 +78,14 @@ def write_table(folder: Path, rows: int = 8) -> Path:
     path = folder / "metadata.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
+
+
+def shard_on_the_cpu() -> None:
+    """Under a config with FSDP: accelerate offers it to accelerators only, though all it calls runs on the CPU too.
+
+    To be called between the training arguments, which reset the state, and the trainer.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        from accelerate import DistributedType, PartialState
+
+        PartialState().distributed_type = DistributedType.MULTI_GPU

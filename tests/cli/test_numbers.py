@@ -23,7 +23,6 @@ REFUSED = [
     ("pretrain", "--max-disk", "infGB"),
     ("pretrain", "--mask-ratio", "1"),
     ("pretrain", "--mask-ratio", "1.5"),
-    ("pretrain", "--crop-scale", "3"),
     ("pretrain", "--drop-path-rate", "-0.1"),
     ("pretrain", "--vtc-weight", "nan"),
     ("pretrain", "--output-gate-scale", "inf"),

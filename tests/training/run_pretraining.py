@@ -42,11 +42,7 @@ def run(clips: Path, output: Path, batch: int, resume: bool = False, **options) 
             **options,
         },
     )
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        # accelerate offers FSDP to accelerators only, though all that it calls runs on the CPU too.
-        from accelerate import DistributedType, PartialState
-
-        PartialState().distributed_type = DistributedType.MULTI_GPU
+    tiny_pairs.shard_on_the_cpu()
     table = load_table(clips)
     trainer = BTAdapterTrainer(
         # neither mask nor stochastic depth, which processes draw on their own
@@ -66,8 +62,13 @@ def run(clips: Path, output: Path, batch: int, resume: bool = False, **options) 
     return trainer
 
 
-def launch(config: str, processes: int, clips: Path, output: Path, **options) -> dict:
-    """What rank 0 logged in a run under `accelerate launch` with a config of ours, on the CPU."""
+def launch(config: str, processes: int, *paths: Path, script: str = __file__, **options) -> dict:
+    """What rank 0 logged in a run of a script under `accelerate launch` with a config of ours, on the CPU.
+
+    Args:
+        paths: of the script, the output folder as the last one.
+    """
+    output = paths[-1]
     environment = {
         **os.environ,
         "CUDA_VISIBLE_DEVICES": "",
@@ -77,7 +78,7 @@ def launch(config: str, processes: int, clips: Path, output: Path, **options) ->
     }
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
     command += ["--config_file", str(ROOT / "examples" / "accelerate_configs" / f"{config}.yaml")]
-    command += ["--main_process_port", "0", __file__, str(clips), str(output), json.dumps(options)]
+    command += ["--main_process_port", "0", script, *map(str, paths), json.dumps(options)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr[-6000:]
     return json.loads((output / f"log{'-resumed' * options.get('resume', False)}.json").read_text())

@@ -8,7 +8,6 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from transformers import T5Config, set_seed
 
@@ -217,14 +216,37 @@ def test_evaluation_measures_the_loss(llava, table, tmp_path):
     assert logged[-1] < before
 
 
-def test_images_and_words_are_learned_from_too(llava, tmp_path):
-    Image.new("RGB", (40, 40), "red").save(tmp_path / "a.png")
-    parts = [[{"type": "image", "path": "a.png"}, {"type": "text", "text": "what ?"}], "where ?"]
-    rows = [[{"role": "user", "content": c}, {"role": "assistant", "content": "red"}] for c in parts]
-    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"messages": m}) + "\n" for m in rows))
-    trainer = make_trainer(llava, tmp_path / "t.jsonl", tmp_path / "out", max_steps=2)
+def test_words_and_images_alone_are_learned_from_too(host, tmp_path):
+    """Each in a batch of its own: the loss is that of the batch, though a blank video goes with it."""
+    path = tiny_instructions.write_mixed_table(tmp_path / "mixed", ["text", "image", "video", "text"])
+    trainer = make_trainer(host, path, tmp_path / "out", max_steps=4, per_device_train_batch_size=1, learning_rate=0)
+    trainer.model.train()
+    found = {}
+    for row, kind in enumerate(["text", "image", "video"]):
+        batch = trainer.data_collator([trainer.train_dataset[row]])
+        assert batch.pop("broken") == []
+        learned = trainer.compute_loss(trainer.model, {**batch, "broken": []})
+        learned.backward()
+        found[kind] = [p.grad for p in trainer.model.parameters() if p.requires_grad]
+        assert all(gradient is not None for gradient in found[kind]), kind
+        trainer.model.zero_grad()
+        with torch.no_grad():
+            plain = trainer.model(**batch).loss.item()
+        assert learned.item() == pytest.approx(plain, rel=1e-5) or kind == "video", kind  # whose paths drop out
+    assert all(not gradient.any() for gradient in found["text"])  # nothing of what is said depends on what is seen
+    assert any(gradient.any() for gradient in found["image"])  # the projector
     trainer.train()
-    assert len(losses(trainer)) == 2
+    assert len(losses(trainer)) == 4 and not any(trainer.broken_items.values())
+
+
+@pytest.mark.parametrize(
+    "options", [{"activation_checkpointing": True}, {"lora": LORA, "activation_checkpointing": True}, {"lora": LORA}]
+)
+def test_mixtures_with_every_switch(options, llava, tmp_path):
+    path = tiny_instructions.write_mixed_table(tmp_path / "mixed", ["text", "image", "video", "text"])
+    trainer = make_trainer(llava, path, tmp_path / "out", max_steps=4, per_device_train_batch_size=1, **options)
+    trainer.train()
+    assert len(losses(trainer)) == 4
 
 
 # ------------------------------------------------------------------------------------------------------------ resuming

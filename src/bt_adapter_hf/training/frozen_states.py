@@ -372,6 +372,7 @@ class FrozenStates:
         wanted = describe_states(model, processor, description.get("dtype"))
         check_description(self.folder, description, wanted)
         self.states: list[int] = description["states"]
+        self._shape, self._dtype = description["shape"], description["dtype"]
         self._shards = _index_shards(self.folder)
         self._broken: dict[str, str] = {}
         for path in self.folder.glob("broken_videos*.jsonl"):
@@ -391,6 +392,12 @@ class FrozenStates:
         """
         whole = torch.cat([self._load_one(video) for video in videos])
         return {index: whole[:, place] for place, index in enumerate(self.states)}
+
+    def blank(self) -> dict[int, torch.Tensor]:
+        """Zeros in place of the states of a video of one frame per clip, in the dtype of the others."""
+        clips, _, _, tokens, width = self._shape
+        dtype = DTYPES["bf16" if self._dtype == "fp8" else self._dtype]
+        return {index: torch.zeros(clips, 1, tokens, width, dtype=dtype) for index in self.states}
 
     def _load_one(self, video: str) -> torch.Tensor:
         key = video_key(video, self.archives)

@@ -2,16 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..adapters.host_modules import find_tower, is_peft_model, is_quantized
-from ..adapters.verbs import save_bt_adapter
 from ..import_utils import require_package
 from ..models.modeling_bt_adapter_chat import BTAdapterChatMixin
 from .arguments import ResumableArguments
+from .blank_visuals import blank_row, shows, with_blank
 from .resumable import ResumableTrainer
 
 
@@ -35,6 +37,9 @@ class InstructionArguments(ResumableArguments):
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
     warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up steps, or below 1 their share of all steps."})
     hub_strategy: str = field(default="end", metadata={"help": "When to push to the Hub."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Whether DDP looks for parameters without a gradient; there are none."}
+    )
     adapter_only: bool = field(default=False, metadata={"help": "Write the branch and the projector only."})
 
 
@@ -97,6 +102,9 @@ class InstructionTrainer(ResumableTrainer):
     The loss is the mean over the tokens of all answers of a step, on all processes and over all accumulated batches.
     With a validation set `eval_loss` is measured.
 
+    Conversations about videos, about images and of words alone may stand in one table, in any mixture. A batch without
+    a video gets a blank one (see `blank_visuals`): it costs one row more, and adds nothing to the loss.
+
     `save_model()` writes the whole model for `from_pretrained`; with `args.adapter_only` an adapter with the projector
     in it, and of a peft model LoRA, branch and projector, both for `load_bt_adapter`. The processor, passed as
     `processing_class`, goes with it. All else as in `ResumableTrainer`.
@@ -114,21 +122,34 @@ class InstructionTrainer(ResumableTrainer):
                 "adapter_only would leave LoRA out: without it LoRA, branch and projector are written, and nothing "
                 "else."
             )
+        self._blanks: dict[str, dict[str, Any]] = {}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
         self.take_broken(inputs, len(inputs["input_ids"]), "train" if model.training else "eval")
+        inputs = self._with_blanks(inputs, model.training)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        is_checkpoint = _internal_call and output_dir is not None
-        if is_checkpoint or not self.args.adapter_only:
-            return super().save_model(output_dir, _internal_call)
-        if self.args.should_save:
-            output_dir = output_dir or self.args.output_dir
-            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-            save_bt_adapter(model, output_dir, extra_modules=[projector_path(model)])
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(output_dir)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+    def _with_blanks(self, inputs: dict[str, Any], training: bool) -> dict[str, Any]:
+        """A batch of which all that learns takes part, in the same order on every process that shares its layers."""
+        wanted = {"image": False, "video": training}
+        if self.is_fsdp_enabled:  # each layer is put together by all processes, whenever one of them runs it
+            own = torch.tensor([wanted[kind] or shows(inputs, kind) for kind in wanted], device=self.args.device)
+            anywhere = self.accelerator.reduce(own.float(), reduction="sum").tolist()
+            wanted = {kind: count > 0 for kind, count in zip(wanted, anywhere, strict=True)}
+        dataset = self.train_dataset if self.train_dataset is not None else self.eval_dataset
+        for kind, is_wanted in wanted.items():
+            if is_wanted and not shows(inputs, kind):
+                if kind not in self._blanks:
+                    self._blanks[kind] = blank_row(kind, dataset.processor, dataset.states)
+                inputs = with_blank(inputs, self._blanks[kind])
+        return inputs
+
+    def _adapter_modules(self) -> list[str] | None:
+        return [projector_path(self.model)] if self.args.adapter_only else None
+
+    def _write_result(self, folder: Path, rehearsal: bool = False) -> None:
+        if self.args.adapter_only:
+            self._write_adapter(folder)
+        else:
+            super()._write_result(folder, rehearsal)

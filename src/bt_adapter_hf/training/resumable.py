@@ -18,6 +18,9 @@ from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..adapters.files import AdapterConfig, write_adapter
+from ..adapters.host_modules import find_tower, is_peft_model
+from ..adapters.verbs import describe_adapter
 from ..data.broken import BrokenItemsLog
 from ..data.chunk_store import discard
 from ..data.order import EpochOrder, OrderSampler
@@ -33,7 +36,7 @@ from .checkpoint import (
 )
 from .hub_push import HubPushMixin
 from .observability import ObservabilityMixin
-from .sharding import check_optimizer_state, check_sharding, save_sharded_optimizer
+from .sharding import check_optimizer_state, check_sharding, save_sharded_optimizer, whole, whole_state
 
 
 logger = logging.getLogger(__name__)
@@ -118,6 +121,7 @@ class ResumableTrainer(ObservabilityMixin, HubPushMixin, Trainer):
         self._epoch_ended_at = -1  # the step after which they were last told of an end
         self._evaluated = 0  # batches of this evaluation
         self._broken_logs: dict[str, BrokenItemsLog] = {}
+        self._adapter_config: AdapterConfig | None = None
         # First of all callbacks, so that the others see the epoch.
         self.callback_handler.callbacks.insert(0, _Progress(self))
 
@@ -152,6 +156,8 @@ class ResumableTrainer(ObservabilityMixin, HubPushMixin, Trainer):
         # Trainer.train writes the special tokens of its processing_class over those of the text config. A CLIP text
         # tower pools by `eos_token_id`, where 2 stands for its original rule: the saved model would pool otherwise.
         processing_class, self.processing_class = self.processing_class, None
+        if self._adapter_modules() is not None:
+            self._adapter_config = describe_adapter(self.model)  # while all weights are here, whole
         start = self._start.consumed
         stop = start + self._remaining_steps() * self._step_rows
         try:
@@ -339,13 +345,59 @@ class ResumableTrainer(ObservabilityMixin, HubPushMixin, Trainer):
                 state = DataState(self.consumed, self.state.global_step, self.args.world_size, self._data())
                 save_data_state(state, output_dir)
         else:
-            state_dict = self.accelerator.get_state_dict(model) if self.is_fsdp_enabled else None
-            if self.args.should_save:
-                model.save_pretrained(output_dir, state_dict=state_dict)
-                if self.processing_class is not None:
-                    self.processing_class.save_pretrained(output_dir)
+            self._write_result(Path(output_dir))
+            if self.args.should_save and self.processing_class is not None:
+                self.processing_class.save_pretrained(output_dir)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _write_result(self, folder: Path, rehearsal: bool = False) -> None:
+        """Write what the run is for; all processes come here. A rehearsal writes one tensor of a whole model."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        state = None
+        if rehearsal and not is_peft_model(model):  # what peft saves is small
+            name, parameter = next(model.named_parameters())
+            state = {name: whole(parameter.detach()).cpu()}
+        elif self.is_fsdp_enabled:
+            state = self.accelerator.get_state_dict(model)
+        if self.args.should_save:
+            model.save_pretrained(folder, state_dict=state)
+
+    def _adapter_modules(self) -> list[str] | None:
+        """Paths of the modules that stand beside the branch in the adapter that is written; None where none is."""
+        return None
+
+    def _write_adapter(self, folder: Path) -> None:
+        """Write the branch as an adapter; all processes come here."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        config = self._adapter_config or describe_adapter(model)
+        config.extra_modules = self._adapter_modules()
+        branch = whole_state(find_tower(model).bt_adapter)
+        extra = {
+            f"{path}.{name}": value
+            for path in config.extra_modules
+            for name, value in whole_state(model.get_submodule(path)).items()
+        }
+        if self.args.should_save:
+            write_adapter(folder, config, branch, extra)
+
+    def _rehearse(self) -> None:
+        """Tries to save, as at the end, so that a run does not fail after its last step.
+
+        Raises:
+            ValueError: if it cannot be saved.
+        """
+        folder = Path(self.args.output_dir) / ".rehearsal"
+        try:
+            self._write_result(folder, rehearsal=True)
+        except Exception as error:
+            raise ValueError(
+                f"What is to be trained could not be saved in the end, as a rehearsal showed ({type(error).__name__}: "
+                f"{error}). Nothing was trained."
+            ) from error
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _save_checkpoint(self, model, trial) -> None:
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -426,6 +478,7 @@ class _Progress(TrainerCallback):
         state.epoch = self.trainer.consumed / len(self.trainer.train_dataset)
         self.trainer._epoch = int(state.epoch)
         self.trainer._epoch_ended_at = -1
+        self.trainer._rehearse()
 
     def on_step_end(self, args, state, control, **kwargs):
         state.epoch = self.trainer.consumed / len(self.trainer.train_dataset)

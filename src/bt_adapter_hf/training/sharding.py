@@ -72,6 +72,11 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def whole_state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict of a module on the CPU; of a sharded one all processes have to ask for it."""
+    return {name: whole(value.detach()).cpu().contiguous() for name, value in module.state_dict().items()}
+
+
 def sharded_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """This process's part of a tensor that all of them have, as `parameter` is sharded."""
     if not isinstance(parameter, DTensor):

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from .resumable import ResumableTrainer
 from .sharding import unsharded
 
 
+# Of the output folder, with the branch alone
+ADAPTER_FOLDER = "adapter"
 LOSSES = ("vtc_loss", "mbta_loss", "mbca_loss")
 
 
@@ -29,6 +32,7 @@ class BTAdapterTrainer(ResumableTrainer):
     - evaluates recall in both directions (`eval_t2v_R1`, ..., see `retrieval_metrics`) over the features of all
       processes, and again under the temporal controls (`eval_shuffled_t2v_R1`, `eval_reversed_t2v_R1`, ...).
       `eval_loss` is the loss of the unmasked model, over evaluation batches;
+    - `save_model()` writes the branch alone, too, as an adapter for chat models, into the folder `adapter`;
     - with `args.cached_gradient_batch_size`, takes the gradient of a large batch a few clips at a time.
 
     Runs on one process or several, with DDP, FSDP2 or DeepSpeed's ZeRO-2 (`torchrun`, `accelerate launch`). Pass the
@@ -102,6 +106,15 @@ class BTAdapterTrainer(ResumableTrainer):
             logs |= dict(zip(self._loss_sums, means, strict=True))
             self._loss_sums, self._loss_batches = {}, 0
         super().log(logs, start_time)
+
+    # What is written
+
+    def _adapter_modules(self) -> list[str]:
+        return []
+
+    def _write_result(self, folder: Path, rehearsal: bool = False) -> None:
+        super()._write_result(folder, rehearsal)
+        self._write_adapter(folder / ADAPTER_FOLDER)
 
     # Evaluation
 
