@@ -25,7 +25,7 @@ class Request:
     """One line of the log.
 
     Attributes:
-        port: "hub" or "storage".
+        port: "hub", "storage" or "cas".
         path: without query, unquoted; a file's name is at its end on both ports.
         range: the `Range` header.
         authorized: whether the request carried an `Authorization` header.
@@ -71,7 +71,7 @@ def answer_json(value: Any, status: int = 200, headers: dict[str, str] | None = 
     return Answer(status, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})})
 
 
-def _user(hub: "Hub", request: Request) -> str | None:
+def user_of(hub: "Hub", request: Request) -> str | None:
     """Who asks; None without a token."""
     header = request.headers.get("authorization")
     if header is None:
@@ -82,11 +82,11 @@ def _user(hub: "Hub", request: Request) -> str | None:
     return user
 
 
-def _repository(hub: "Hub", request: Request, kind: str | None, repo_id: str, write: bool = False) -> Repository:
+def repository_of(hub: "Hub", request: Request, kind: str | None, repo_id: str, write: bool = False) -> Repository:
     """The repository asked for, if who asks may see it and, with `write`, change it."""
     repo_type = (kind or "models").strip("/").removesuffix("s")
     repo_id = hub.moved.get((repo_type, repo_id), repo_id)
-    user, repository = _user(hub, request), hub.repositories.get((repo_type, repo_id))
+    user, repository = user_of(hub, request), hub.repositories.get((repo_type, repo_id))
     if repository is None or (repository.private and user != repository.owner):
         # As the Hub does, so that nobody learns of a private repository.
         raise HubError(401 if user is None else 404, "RepoNotFound", "Repository not found")
@@ -102,11 +102,18 @@ def _commit_of(repository: Repository, revision: str) -> Commit:
     return commit
 
 
-def _content(hub: "Hub", request: Request, data: bytes, headers: dict[str, str]) -> Answer:
-    """The bytes of a file, or the range of them that is asked for."""
+def content_of(
+    hub: "Hub",
+    request: Request,
+    data: bytes,
+    headers: dict[str, str],
+    wrap: Callable[[bytes], bytes] = lambda data: data,
+) -> Answer:
+    """The bytes of a file, as `wrap` stores them, or the range of them that is asked for."""
     fault = hub.take_fault(request, BODIES) if request.method == "GET" else None
     if fault is not None:
         data = fault.alter(data)
+    data = wrap(data)
     headers = {"Accept-Ranges": "bytes", "Content-Type": "application/octet-stream", **headers}
     wanted = re.fullmatch(r"bytes=(\d*)-(\d*)", request.range or "")
     if wanted is None or wanted.groups() == ("", ""):
@@ -124,7 +131,7 @@ def _content(hub: "Hub", request: Request, data: bytes, headers: dict[str, str])
 
 
 def whoami(hub: "Hub", request: Request) -> Answer:
-    user = _user(hub, request)
+    user = user_of(hub, request)
     if user is None:
         raise HubError(401, None, "Invalid username or password.")
     token = {"displayName": "loopback", "role": "write"}
@@ -141,7 +148,7 @@ def validate_yaml(hub: "Hub", request: Request) -> Answer:
 
 
 def create_repo(hub: "Hub", request: Request) -> Answer:
-    body, user = request.json(), _user(hub, request)
+    body, user = request.json(), user_of(hub, request)
     if user is None:
         raise HubError(401, None, "Invalid username or password.")
     owner, repo_type = body.get("organization") or user, body.get("type") or "model"
@@ -159,16 +166,16 @@ def delete_repo(hub: "Hub", request: Request) -> Answer:
     body = request.json()
     kind, repo_id = (
         f"{body.get('type') or 'model'}s",
-        f"{body.get('organization') or _user(hub, request)}/{body['name']}",
+        f"{body.get('organization') or user_of(hub, request)}/{body['name']}",
     )
-    repository = _repository(hub, request, kind, repo_id, write=True)
+    repository = repository_of(hub, request, kind, repo_id, write=True)
     del hub.repositories[repository.type, repository.id]
     return answer_json({})
 
 
 def move_repo(hub: "Hub", request: Request) -> Answer:
     body = request.json()
-    repository = _repository(hub, request, f"{body['type']}s", body["fromRepo"], write=True)
+    repository = repository_of(hub, request, f"{body['type']}s", body["fromRepo"], write=True)
     if (repository.type, body["toRepo"]) in hub.repositories:
         raise HubError(409, None, f"{body['toRepo']} exists")
     del hub.repositories[repository.type, repository.id]
@@ -179,14 +186,14 @@ def move_repo(hub: "Hub", request: Request) -> Answer:
 
 
 def settings(hub: "Hub", request: Request, kind: str, repo_id: str) -> Answer:
-    repository, body = _repository(hub, request, kind, repo_id, write=True), request.json()
+    repository, body = repository_of(hub, request, kind, repo_id, write=True), request.json()
     repository.private = body.get("visibility", "private" if repository.private else "public") == "private"
     repository.gated = body.get("gated", repository.gated)
     return answer_json({"private": repository.private, "gated": repository.gated})
 
 
 def list_repos(hub: "Hub", request: Request, kind: str) -> Answer:
-    author, user = request.query.get("author", [None])[0], _user(hub, request)
+    author, user = request.query.get("author", [None])[0], user_of(hub, request)
     found = [
         repository
         for (repo_type, _), repository in sorted(hub.repositories.items())
@@ -198,7 +205,7 @@ def list_repos(hub: "Hub", request: Request, kind: str) -> Answer:
 
 
 def info(hub: "Hub", request: Request, kind: str, repo_id: str, revision: str = "main") -> Answer:
-    repository = _repository(hub, request, kind, repo_id)
+    repository = repository_of(hub, request, kind, repo_id)
     commit = _commit_of(repository, unquote(revision))
     readme = commit.files.get("README.md")
     try:
@@ -239,13 +246,13 @@ def info(hub: "Hub", request: Request, kind: str, repo_id: str, revision: str = 
 
 
 def auth_check(hub: "Hub", request: Request, kind: str, repo_id: str, write: str | None) -> Answer:
-    repository = _repository(hub, request, kind, repo_id, write=write is not None)
+    repository = repository_of(hub, request, kind, repo_id, write=write is not None)
     _check_gate(hub, request, repository)
     return answer_json({})
 
 
 def _check_gate(hub: "Hub", request: Request, repository: Repository) -> None:
-    user = _user(hub, request)
+    user = user_of(hub, request)
     if repository.gated and user != repository.owner and user not in repository.readers:
         message = f"Access to {repository.type} {repository.id} is restricted."
         raise HubError(401 if user is None else 403, "GatedRepo", message)
@@ -255,10 +262,10 @@ def _check_gate(hub: "Hub", request: Request, repository: Repository) -> None:
 
 
 def tree(hub: "Hub", request: Request, kind: str, repo_id: str, revision: str, path: str | None = None) -> Answer:
-    repository = _repository(hub, request, kind, repo_id)
+    repository = repository_of(hub, request, kind, repo_id)
     commit, folder = _commit_of(repository, unquote(revision)), unquote(path or "").strip("/")
     recursive = request.query.get("recursive", ["false"])[0].lower() in ("true", "1")
-    entries = _entries(repository, commit, "expand" in request.query)
+    entries = _entries(hub, repository, commit, "expand" in request.query)
     inside = [e for e in entries if not folder or e["path"].startswith(f"{folder}/")]
     if folder and not inside:
         raise HubError(404, "EntryNotFound", f"{folder} does not exist on {revision}")
@@ -275,7 +282,7 @@ def tree(hub: "Hub", request: Request, kind: str, repo_id: str, revision: str, p
 
 
 def paths_info(hub: "Hub", request: Request, kind: str, repo_id: str, revision: str) -> Answer:
-    repository = _repository(hub, request, kind, repo_id)
+    repository = repository_of(hub, request, kind, repo_id)
     commit = _commit_of(repository, unquote(revision))
     if request.headers.get("content-type", "").startswith("application/json"):
         body = request.json()
@@ -283,12 +290,12 @@ def paths_info(hub: "Hub", request: Request, kind: str, repo_id: str, revision: 
         body = parse_qs(request.body.decode())
         body["expand"] = body.get("expand", ["False"])[0].lower() in ("true", "1")
     paths = [path.strip("/") for path in body.get("paths", [])]
-    entries = _entries(repository, commit, bool(body.get("expand")))
+    entries = _entries(hub, repository, commit, bool(body.get("expand")))
     return answer_json([entry for entry in entries if entry["path"] in paths])
 
 
 def refs(hub: "Hub", request: Request, kind: str, repo_id: str) -> Answer:
-    repository = _repository(hub, request, kind, repo_id)
+    repository = repository_of(hub, request, kind, repo_id)
     result: dict[str, list] = {"branches": [], "converts": [], "tags": [], "pullRequests": []}
     groups = {"refs/heads/": "branches", "refs/tags/": "tags", "refs/pr/": "pullRequests"}
     for ref, oid in repository.refs.items():
@@ -298,7 +305,7 @@ def refs(hub: "Hub", request: Request, kind: str, repo_id: str) -> Answer:
 
 
 def commits(hub: "Hub", request: Request, kind: str, repo_id: str, revision: str) -> Answer:
-    repository = _repository(hub, request, kind, repo_id)
+    repository = repository_of(hub, request, kind, repo_id)
     history = repository.history(_commit_of(repository, unquote(revision)))
     return answer_json(
         [
@@ -309,7 +316,7 @@ def commits(hub: "Hub", request: Request, kind: str, repo_id: str, revision: str
 
 
 def branch(hub: "Hub", request: Request, kind: str, repo_id: str, branch: str) -> Answer:
-    repository = _repository(hub, request, kind, repo_id, write=True)
+    repository = repository_of(hub, request, kind, repo_id, write=True)
     ref = f"refs/heads/{unquote(branch)}"
     if request.method == "POST":
         if ref in repository.refs:
@@ -324,7 +331,7 @@ def branch(hub: "Hub", request: Request, kind: str, repo_id: str, branch: str) -
 
 
 def add_tag(hub: "Hub", request: Request, kind: str, repo_id: str, revision: str) -> Answer:
-    repository = _repository(hub, request, kind, repo_id, write=True)
+    repository = repository_of(hub, request, kind, repo_id, write=True)
     ref = f"refs/tags/{request.json()['tag']}"
     if ref in repository.refs:
         raise HubError(409, None, f"Tag reference exists already: {ref}")
@@ -333,7 +340,7 @@ def add_tag(hub: "Hub", request: Request, kind: str, repo_id: str, revision: str
 
 
 def delete_tag(hub: "Hub", request: Request, kind: str, repo_id: str, tag: str) -> Answer:
-    repository = _repository(hub, request, kind, repo_id, write=True)
+    repository = repository_of(hub, request, kind, repo_id, write=True)
     if repository.refs.pop(f"refs/tags/{unquote(tag)}", None) is None:
         raise HubError(404, "RevisionNotFound", f"Invalid rev id: refs/tags/{unquote(tag)}")
     return answer_json({})
@@ -343,7 +350,7 @@ def delete_tag(hub: "Hub", request: Request, kind: str, repo_id: str, tag: str) 
 
 
 def preupload(hub: "Hub", request: Request, kind: str, repo_id: str, revision: str) -> Answer:
-    repository = _repository(hub, request, kind, repo_id, write="create_pr" not in request.query)
+    repository = repository_of(hub, request, kind, repo_id, write="create_pr" not in request.query)
     commit, result = _commit_of(repository, unquote(revision)), []
     for file in request.json()["files"]:
         large = is_large(file["path"], file["size"], base64.b64decode(file["sample"]))
@@ -360,9 +367,9 @@ def preupload(hub: "Hub", request: Request, kind: str, repo_id: str, revision: s
 
 
 def lfs_batch(hub: "Hub", request: Request, kind: str | None, repo_id: str) -> Answer:
-    if _user(hub, request) is None:
+    if user_of(hub, request) is None:
         raise HubError(401, None, "Invalid username or password.")
-    repository, objects = _repository(hub, request, kind, repo_id), []
+    repository, objects = repository_of(hub, request, kind, repo_id), []
     for wanted in request.json()["objects"]:
         oid, size = wanted["oid"], wanted["size"]
         objects.append({"oid": oid, "size": size})
@@ -384,7 +391,7 @@ def lfs_batch(hub: "Hub", request: Request, kind: str | None, repo_id: str) -> A
 
 
 def lfs_verify(hub: "Hub", request: Request, kind: str | None, repo_id: str) -> Answer:
-    _repository(hub, request, kind, repo_id)
+    repository_of(hub, request, kind, repo_id)
     body = request.json()
     if len(hub.storage.get(body["oid"], b"")) != body["size"]:
         raise HubError(404, None, f"Object {body['oid']} is not in the storage")
@@ -413,8 +420,8 @@ def complete_parts(hub: "Hub", request: Request, oid: str) -> Answer:
 
 def commit(hub: "Hub", request: Request, kind: str, repo_id: str, revision: str) -> Answer:
     pull_request = "create_pr" in request.query
-    repository = _repository(hub, request, kind, repo_id, write=not pull_request)
-    user = _user(hub, request)
+    repository = repository_of(hub, request, kind, repo_id, write=not pull_request)
+    user = user_of(hub, request)
     if user is None:
         raise HubError(401, None, "Invalid username or password.")
     head = _commit_of(repository, unquote(revision))
@@ -471,7 +478,7 @@ def commit(hub: "Hub", request: Request, kind: str, repo_id: str, revision: str)
 
 
 def merge(hub: "Hub", request: Request, kind: str, repo_id: str, number: str) -> Answer:
-    repository = _repository(hub, request, kind, repo_id, write=True)
+    repository = repository_of(hub, request, kind, repo_id, write=True)
     commit = _commit_of(repository, f"refs/pr/{number}")
     repository.refs["refs/heads/main"] = commit.oid
     repository.pull_requests[int(number) - 1].status = "merged"
@@ -480,7 +487,7 @@ def merge(hub: "Hub", request: Request, kind: str, repo_id: str, number: str) ->
 
 def discussions(hub: "Hub", request: Request, kind: str, repo_id: str) -> Answer:
     """Only pull requests are discussed here."""
-    repository = _repository(hub, request, kind, repo_id)
+    repository = repository_of(hub, request, kind, repo_id)
     wanted = {name: values[0] for name, values in request.query.items()}
     statuses = {"open": ("open", "draft"), "closed": ("closed", "merged")}.get(wanted.get("status"))
     found = [
@@ -506,7 +513,7 @@ def discussions(hub: "Hub", request: Request, kind: str, repo_id: str) -> Answer
 
 
 def resolve(hub: "Hub", request: Request, kind: str | None, repo_id: str, revision: str, path: str) -> Answer:
-    repository = _repository(hub, request, kind, repo_id)
+    repository = repository_of(hub, request, kind, repo_id)
     _check_gate(hub, request, repository)
     commit = _commit_of(repository, unquote(revision))
     headers = {"X-Repo-Commit": commit.oid}
@@ -514,15 +521,18 @@ def resolve(hub: "Hub", request: Request, kind: str | None, repo_id: str, revisi
     if file is None:
         raise HubError(404, "EntryNotFound", f"{path} does not exist on {revision}", headers)
     if not file.large:
-        return _content(hub, request, file.data, {**headers, "ETag": f'"{file.etag}"'})
+        return content_of(hub, request, file.data, {**headers, "ETag": f'"{file.etag}"'})
     place = f"/{repository.type}s/{repository.id}/{file.sha256}/{unquote(path)}"
     linked = {"X-Linked-Etag": f'"{file.etag}"', "X-Linked-Size": str(len(file.data)), "Accept-Ranges": "bytes"}
+    if hub.xet:
+        route = f"{hub.url}/api/{repository.type}s/{repository.id}/xet-read-token/{commit.oid}"
+        linked |= {"X-Xet-Hash": hub.xet_hash(file, unquote(path)), "Link": f'<{route}>; rel="xet-auth"'}
     return Answer(302, b"", {**headers, **linked, "Location": hub.signed(place)})
 
 
 def stored(hub: "Hub", request: Request, oid: str) -> Answer:
     hub.check_signature(request)
-    return _content(hub, request, hub.storage[oid], {"ETag": f'"{oid}"'})
+    return content_of(hub, request, hub.storage[oid], {"ETag": f'"{oid}"'})
 
 
 def as_error(fault: Fault) -> HubError:
@@ -534,7 +544,7 @@ def as_error(fault: Fault) -> HubError:
     return HubError(fault.status, None, fault.kind.replace("_", " "), headers)
 
 
-def _entries(repository: Repository, commit: Commit, expand: bool) -> list[dict]:
+def _entries(hub: "Hub", repository: Repository, commit: Commit, expand: bool) -> list[dict]:
     """Files and folders of a commit, as listings show them."""
     folders = {parent for path in commit.files for parent in _parents(path)}
     entries: list[dict] = [
@@ -545,6 +555,8 @@ def _entries(repository: Repository, commit: Commit, expand: bool) -> list[dict]
         entries.append({"type": "file", "oid": file.blob_id, "size": len(file.data), "path": path})
         if file.large:
             entries[-1]["lfs"] = {"oid": file.sha256, "size": len(file.data), "pointerSize": len(file.pointer)}
+            if hub.xet:
+                entries[-1]["xetHash"] = hub.xet_hash(file, path)
     if expand:
         last = {"id": commit.oid, "title": commit.title, "date": commit.date}
         entries = [{**entry, "lastCommit": last} for entry in entries]

@@ -24,7 +24,15 @@ def environment(hub: Hub, home: Path, token: str | None = TOKEN) -> dict[str, st
         "HF_TOKEN": token,
         "HF_HUB_OFFLINE": None,
         "TRANSFORMERS_OFFLINE": None,
-        "HF_HUB_DISABLE_XET": "1",  # the Hub of the tests speaks the older protocol of large files
+        "HF_HUB_DISABLE_XET": None if hub.xet else "1",
+        "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "2",  # of 5 by default, with waits of minutes in all
+        "HF_XET_CLIENT_RETRY_BASE_DELAY": "50ms",
+        "HF_XET_CLIENT_READ_TIMEOUT": "2s",
+        "HF_XET_CLIENT_RECONSTRUCTION_API_VERSION": "1",
+        "HF_XET_CLIENT_SHARD_API_VERSION": "1",
+        "HF_XET_CLIENT_LEGACY_DIRECT_XORB_UPLOAD": "1",
+        "HF_XET_XORB_COMPRESSION_POLICY": "none",
+        "HF_XET_TELEMETRY_ENABLED": "0",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_UPDATE_CHECK": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",

@@ -10,6 +10,9 @@ from tests.hub.guard import sitecustomize as guard
 from tests.hub.server import Hub
 
 
+both_transports = pytest.mark.parametrize("hub", ["lfs", "xet"], indirect=True)
+
+
 @pytest.fixture
 def hf_home(tmp_path) -> Path:
     """Folder of the clients' caches, empty at first."""
@@ -19,14 +22,17 @@ def hf_home(tmp_path) -> Path:
 
 
 @pytest.fixture
-def hub(hf_home, monkeypatch) -> Iterator[Hub]:
+def hub(hf_home, monkeypatch, request) -> Iterator[Hub]:
     """A Hub that the clients in this process and in its children use, with the token of its user `tester`.
 
-    Nothing but this machine can be reached while it lives.
+    Nothing but this machine can be reached while it lives. Its large files go over Xet in tests that are marked with
+    `both_transports`, and over the older protocol in all.
     """
     import huggingface_hub
+    from huggingface_hub.utils._xet import abort_xet_session
 
-    with Hub() as hub:
+    abort_xet_session()  # it has read its settings, and remembers what it has put elsewhere
+    with Hub(xet=getattr(request, "param", "lfs") == "xet") as hub:
         point_here(hub, hf_home, monkeypatch)
         guard.refused.clear()
         yield hub

@@ -13,6 +13,7 @@ ANSWERS = {
     "wrong_token": {"status": 401},
     "missing_revision": {"status": 404},
     "refused": {},  # the connection is closed: nothing was done, nothing is answered
+    "hangs": {"seconds": 60.0},  # nothing is answered, for a time
     "lost": {},  # the connection is closed after the action: it was done, the answer is lost
 }
 # ... or what happens to the content of a file on its way.
@@ -35,7 +36,7 @@ class Fault:
         path: regular expression, searched in the path of a request.
         times: to how many requests it happens; -1 for all.
         method: of the request; any by default.
-        port: "hub" or "storage"; any by default.
+        port: "hub", "storage" or "cas"; any by default.
         at: where in a file: a byte, or a share of it.
         status, retry_after, seconds: see `ANSWERS` and `BODIES`.
         hits: to how many requests it has happened.

@@ -1,7 +1,7 @@
 """A Hub on 127.0.0.1 that speaks the Hub's HTTP API to unmodified clients, with faults to switch on.
 
-Two servers: the Hub itself, and the storage that large files are fetched from and put to by signed URLs. They are two
-origins, so a client that sends its token to the storage shows (`Hub.leaks`).
+Three servers: the Hub itself, the storage that large files are fetched from and put to by signed URLs, and Xet's own
+(see cas.py). They are three origins, so a client that sends its token beyond the Hub shows (`Hub.leaks`).
 """
 
 import hashlib
@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
 
 from tests.hub.api import HUB_ROUTES, STORAGE_ROUTES, Answer, HubError, Request, as_error
+from tests.hub.cas import CAS_ROUTES, XET_HUB_ROUTES, XET_STORAGE_ROUTES
 from tests.hub.faults import ANSWERS, BODIES, Fault
 from tests.hub.repositories import Commit, File, Repository, is_large
 
@@ -27,6 +28,11 @@ from tests.hub.repositories import Commit, File, Repository, is_large
 # The account of the tests, and somebody else's. No other token is valid.
 TOKEN, USER = "hf_LoopbackTokenOfTheTests0123456789", "tester"
 OTHER_TOKEN, OTHER_USER = "hf_SomebodyElsesToken9876543210abcdef", "stranger"
+ROUTES = {
+    "hub": HUB_ROUTES + XET_HUB_ROUTES,
+    "storage": STORAGE_ROUTES + XET_STORAGE_ROUTES,
+    "cas": CAS_ROUTES,
+}
 PIECE = 1 << 16  # bytes sent at once
 
 
@@ -34,12 +40,17 @@ class Hub:
     """Both servers and what they keep. A context manager; `url` is what `HF_ENDPOINT` must be.
 
     Attributes:
+        xet: whether large files are offered over Xet too; a client with hf_xet takes it then.
         log: the requests so far, oldest first.
         page_size: entries of a listing per page.
         part_size: large files are put in parts of so many bytes.
     """
 
-    def __init__(self, page_size: int = 1000, part_size: int = 50_000_000):
+    def __init__(self, page_size: int = 1000, part_size: int = 50_000_000, xet: bool = False):
+        self.xet = xet
+        self.xorbs: dict[str, list[bytes]] = {}  # chunks by the hash of the xorb
+        self.xet_files: dict[str, str] = {}  # sha256 by Xet's hash, of what a client has put there
+        self.names: dict[str, str] = {}  # a path for each sha256, to be seen in the log
         self.page_size, self.part_size = page_size, part_size
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.moved: dict[tuple[str, str], str] = {}
@@ -51,8 +62,10 @@ class Hub:
         self._lock = threading.RLock()
         self._key = secrets.token_bytes(16)
         self._closing = threading.Event()
-        self._servers = {port: _Server(self, port) for port in ("hub", "storage")}
-        self.url, self.storage_url = (f"http://127.0.0.1:{server.server_port}" for server in self._servers.values())
+        self._servers = {port: _Server(self, port) for port in ("hub", "storage", "cas")}
+        self.url, self.storage_url, self.cas_url = (
+            f"http://127.0.0.1:{server.server_port}" for server in self._servers.values()
+        )
 
     def __enter__(self) -> "Hub":
         for server in self._servers.values():
@@ -126,8 +139,18 @@ class Hub:
 
     @property
     def leaks(self) -> list[Request]:
-        """Requests to the storage that carried a token."""
-        return [request for request in list(self.log) if request.port == "storage" and request.authorized]
+        """Requests beyond the Hub that carried a token of it; Xet has tokens of its own."""
+        return [
+            request
+            for request in list(self.log)
+            if (request.port == "storage" and request.authorized)
+            or (request.port == "cas" and "hf_" in request.headers.get("authorization", ""))
+        ]
+
+    def xet_hash(self, file: File, path: str) -> str:
+        """Of a large file: that of the client that put it here, or else its sha256, for clients do not check it."""
+        self.names[file.sha256] = path
+        return next((name for name, sha256 in self.xet_files.items() if sha256 == file.sha256), file.sha256)
 
     def _commit(self, repo_id: str, revision: str, repo_type: str) -> Commit:
         commit = self.repositories[repo_type, repo_id].find(revision)
@@ -147,12 +170,14 @@ class Hub:
         """The answer to a request, None to close the connection without one."""
         with self._lock:
             fault = self.take_fault(request, ANSWERS)
-        if fault is not None and fault.kind == "refused":
+        if fault is not None and fault.kind == "hangs":
+            self._closing.wait(fault.seconds)
+        if fault is not None and fault.kind in ("refused", "hangs"):
             return None
         try:
             if fault is not None and fault.kind != "lost":
                 raise as_error(fault)
-            routes = HUB_ROUTES if request.port == "hub" else STORAGE_ROUTES
+            routes = ROUTES[request.port]
             for method, pattern, function in routes:
                 match = pattern.fullmatch(request.path)
                 if match and request.method in method.split("|"):

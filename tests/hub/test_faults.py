@@ -19,15 +19,23 @@ from transformers import CLIPModel
 from bt_adapter_hf import BTAdapterModel, get_bt_adapter_model, load_bt_adapter, save_bt_adapter
 from bt_adapter_hf.adapters.files import AdapterError
 from bt_adapter_hf.adapters.host_modules import find_tower
+from bt_adapter_hf.cli.main import main
 from bt_adapter_hf.data.chunk_store import ChunkStoreError
 from bt_adapter_hf.data.sources import load_table
 from bt_adapter_hf.hub.push import PushError, push_to_hub
 from tests import tiny_pairs
+from tests.hub.conftest import both_transports
+from tests.hub.faults import Fault
+from tests.hub.server import Hub
 from tests.hub.video_datasets import Clips, options, put
 
 
 BASE, ADAPTER, MODEL, DATA = "tester/base", "tester/adapter", "tester/model", "tester/clips"
 WEIGHTS = r"\.safetensors$"
+
+
+# What Xet asks for in place of the older protocol's requests.
+OVER_XET = {"/uploads/": "/xorbs/default/", "/objects/batch$": "/xet-write-token/", "/objects/verify$": "/shards$"}
 
 
 @dataclass
@@ -44,6 +52,17 @@ class Case:
     error: tuple[type[Exception], str] | None = None
     options: dict[str, Any] = field(default_factory=dict)
     action: dict[str, Any] = field(default_factory=dict)
+
+    def switch_on(self, hub: Hub) -> Fault:
+        """The fault, where the transport of large files has what the older one has at the place of the case."""
+        where, options = self.where, dict(self.options)
+        if hub.xet:
+            where = OVER_XET.get(where, where)
+            if options.get("method") == "HEAD":  # what it tells is in the listing then
+                where, options["method"] = "/xet-read-token/", "GET"
+            if self.kind == "disk_full":
+                options |= {"method": "POST", "port": "cas"}
+        return hub.fail(self.kind, where, **options)
 
     @property
     def name(self) -> str:
@@ -82,6 +101,10 @@ def outcome(results: list, action: str, case: Case, run: Callable[[], Any]) -> A
     return None
 
 
+def over(hub: Hub) -> str:
+    return " over Xet" if hub.xet else ""
+
+
 @pytest.fixture
 def quick(monkeypatch) -> None:
     """Waits of our own between two tries, which are seconds otherwise."""
@@ -111,6 +134,7 @@ def adapter_folder(base, tmp_path_factory) -> Path:
 NEW = {"target": "a new repository"}
 
 
+@both_transports
 @cases(
     Case("unavailable", "/api/repos/create", action=NEW),
     Case("refused", "/api/repos/create", action=NEW),
@@ -144,8 +168,10 @@ def test_push(hub, quick, results, adapter_folder, case):
         hub.put_files(ADAPTER, {"notes.txt": "what was there"})
         before = hub.files(ADAPTER)
     commits = len(hub.history(ADAPTER)) if before else 1
-    fault = hub.fail(case.kind, case.where, **case.options)
-    pushed = outcome(results, f"push to {target}", case, lambda: push_to_hub(adapter_folder, ADAPTER, **options))
+    fault = case.switch_on(hub)
+    pushed = outcome(
+        results, f"push to {target}{over(hub)}", case, lambda: push_to_hub(adapter_folder, ADAPTER, **options)
+    )
     assert fault.hits or fault.times == 0
     exists = ("model", ADAPTER) in hub.repositories
     if pushed is None:
@@ -181,6 +207,7 @@ BODIES = [
 ]
 
 
+@both_transports
 @cases(
     Case("unavailable", f"/api/models/{ADAPTER}/revision/"),
     Case("unavailable", "/tree/"),
@@ -197,10 +224,12 @@ def test_pull_of_an_adapter(hub, hf_home, quick, results, monkeypatch, base, ada
     """Whole and unharmed, or an error that leaves the model as it was and no part of a file in the cache."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
     hub.put_files(ADAPTER, adapter_folder)
-    fault = hub.fail(case.kind, case.where, **case.options)
+    fault = case.switch_on(hub)
     model = copy.deepcopy(base)
     kept = {key: value.clone() for key, value in model.state_dict().items()}
-    loaded = outcome(results, "pull an adapter", case, lambda: load_bt_adapter(model, ADAPTER, **case.action))
+    loaded = outcome(
+        results, f"pull an adapter{over(hub)}", case, lambda: load_bt_adapter(model, ADAPTER, **case.action)
+    )
     assert fault.hits or fault.times == 0
     if loaded is None:
         assert type(model) is CLIPModel
@@ -215,6 +244,7 @@ def test_pull_of_an_adapter(hub, hf_home, quick, results, monkeypatch, base, ada
             assert data == files[path.name]
 
 
+@both_transports
 @cases(
     Case("unavailable", f"/api/models/{MODEL}"),
     Case("unavailable", r"config\.json$"),
@@ -228,14 +258,75 @@ def test_pull_of_an_adapter(hub, hf_home, quick, results, monkeypatch, base, ada
 def test_pull_of_a_model(hub, hf_home, quick, results, monkeypatch, tiny_checkpoint, case):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
     hub.put_files(MODEL, tiny_checkpoint)
-    fault = hub.fail(case.kind, case.where, **case.options)
-    loaded = outcome(results, "pull a model", case, lambda: BTAdapterModel.from_pretrained(MODEL, **case.action))
+    fault = case.switch_on(hub)
+    loaded = outcome(
+        results, f"pull a model{over(hub)}", case, lambda: BTAdapterModel.from_pretrained(MODEL, **case.action)
+    )
     assert fault.hits or fault.times == 0
     if loaded is not None:
         expected = BTAdapterModel.from_pretrained(tiny_checkpoint).state_dict()
         assert all(torch.equal(value, expected[key]) for key, value in loaded.state_dict().items())
     for path, data in downloaded(hf_home):
         assert hashlib.sha256(data).digest() == hashlib.sha256(hub.files(MODEL)[path.name]).digest()
+
+
+STORAGE_ONLY = pytest.mark.parametrize("hub", ["xet"], indirect=True)
+
+
+@STORAGE_ONLY
+@cases(
+    Case("unavailable", "/reconstructions/", (OSError, "storage of large files.* did not serve .*503"), {"times": -1}),
+    Case(
+        "forbidden", "/reconstructions/", (OSError, "storage of large files.* refused access to .*403"), {"times": -1}
+    ),
+    Case("refused", "/reconstructions/", (OSError, "storage of large files.* could not be reached"), {"times": -1}),
+    Case("refused", "/reconstructions/"),
+    Case("hangs", "/reconstructions/"),
+    Case("unavailable", "/xet-read-token/"),
+    Case("forbidden", "/xet-read-token/", (OSError, "refused access to .*403"), {"times": -1}),
+)
+def test_pull_from_the_storage_of_large_files(hub, hf_home, quick, results, base, adapter_folder, case):
+    hub.put_files(ADAPTER, adapter_folder)
+    fault = case.switch_on(hub)
+    model = copy.deepcopy(base)
+    outcome(results, "pull an adapter over Xet", case, lambda: load_bt_adapter(model, ADAPTER))
+    assert fault.hits
+    assert all(data == hub.files(ADAPTER)[path.name] for path, data in downloaded(hf_home))
+
+
+@STORAGE_ONLY
+@cases(
+    Case("unavailable", "/xorbs/", (PushError, "storage of large files.* did not serve .*503"), {"times": -1}),
+    Case("unavailable", "/shards$", (PushError, "storage of large files.* did not serve .*503"), {"times": -1}),
+    Case("forbidden", "/xorbs/", (PushError, "storage of large files.* refused access to .*403"), {"times": -1}),
+    Case("forbidden", "/xet-write-token/", (PushError, "refused access to .*403"), {"times": -1}),
+    Case("refused", "", (PushError, "storage of large files.* could not be reached"), {"times": -1, "port": "cas"}),
+    Case("hangs", "/xorbs/"),
+)
+def test_push_to_the_storage_of_large_files(hub, quick, results, adapter_folder, case):
+    hub.put_files(ADAPTER, {"notes.txt": "what was there"})
+    before = hub.files(ADAPTER)
+    fault = case.switch_on(hub)
+    pushed = outcome(results, "push over Xet", case, lambda: push_to_hub(adapter_folder, ADAPTER))
+    assert fault.hits
+    if pushed is None:
+        assert hub.files(ADAPTER) == before
+    else:
+        assert hub.files(ADAPTER)["bt_adapter.safetensors"] == (adapter_folder / "bt_adapter.safetensors").read_bytes()
+
+
+@STORAGE_ONLY
+def test_commands_over_a_storage_that_is_down(hub, quick, results, adapter_folder, tiny_checkpoint, capsys):
+    """One line that says what is down; never a traceback."""
+    hub.put_files(MODEL, tiny_checkpoint)
+    hub.fail("unavailable", port="cas", times=-1)
+    argv = {"push": ["push", str(adapter_folder), ADAPTER], "classify": ["classify", __file__, "--labels", "a,b"]}
+    argv["classify"] += ["--model", MODEL]
+    for command, arguments in argv.items():
+        assert main(arguments) == 1
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("bt-adapter")]
+        assert len(lines) == 1 and "storage of large files (Xet) did not serve" in lines[0], lines
+        results.append((f"bt-adapter {command} over Xet", "unavailable always", lines[0]))
 
 
 def test_after_an_interrupted_pull_the_next_one_is_whole(hub, hf_home, results, base, adapter_folder):

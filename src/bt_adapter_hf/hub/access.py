@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
@@ -23,7 +24,27 @@ RETRY_WAITS = [1.0, 2.0, 4.0]  # seconds before each further try
 _GIVE_UP_AFTER = 30.0  # seconds; the client has tried for longer itself by then
 _TRANSIENT = (429, 500, 502, 503, 504)
 
+# How hf_xet, which moves large files (the Hub's default transport), words what went wrong: in errors of Python's own
+# classes, so that its text is all there is to know it by.
+_XET = re.compile(r"(Authentication|Data integrity|IO|Network|Server|Task) error: |(Timeout|Not found): ")
+_XET_CLASSES = (RuntimeError, ConnectionError, TimeoutError, PermissionError, FileNotFoundError, ValueError, OSError)
+
 Result = TypeVar("Result")
+
+
+class StorageError(OSError):
+    """The storage of the Hub's large files did not give or take one.
+
+    Args:
+        text: what the client of the storage said.
+    """
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        status = re.search(r"\((\d{3}) [^()]*\)", text)
+        self.status = int(status[1]) if status else None
+        self.unreachable = "error sending request" in text or text.startswith("Timeout")
+        self.in_short = status[0].strip("()") if status else text.rpartition(": ")[2] if ": " in text else text
 
 
 def retried(
@@ -46,7 +67,7 @@ def retried(
     started = time.monotonic()
     for wait in [*(RETRY_WAITS if waits is None else waits), None]:
         try:
-            return call()
+            return _call(call)
         except Exception as error:
             if wait is None or not (again or is_transient)(error) or time.monotonic() - started > give_up_after:
                 raise
@@ -56,18 +77,32 @@ def retried(
     raise AssertionError("unreachable")
 
 
+def _call(call: Callable[[], Result]) -> Result:
+    """What `call` returns; an error of hf_xet in it comes out as a `StorageError`."""
+    try:
+        return call()
+    except Exception as error:
+        if http_cause(error) is None:
+            for link in _chain(error):
+                if (type(link) in _XET_CLASSES or type(link).__module__ == "hf_xet") and _XET.match(str(link)):
+                    raise StorageError(str(link)) from error
+        raise
+
+
 def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed a little later."""
     cause = http_cause(error)
     if isinstance(cause, HfHubHTTPError):
         return cause.response.status_code in _TRANSIENT
+    if isinstance(cause, StorageError):
+        return cause.unreachable or cause.status in _TRANSIENT
     return isinstance(cause, HTTPError) and type(cause).__name__ != "LocalProtocolError"
 
 
 def http_cause(error: BaseException) -> BaseException | None:
     """The first error in the chain that the Hub's client raised; libraries wrap it, and some hide what it said."""
     for link in _chain(error):
-        if isinstance(link, HTTPError | OfflineModeIsEnabled):
+        if isinstance(link, HTTPError | OfflineModeIsEnabled | StorageError):
             return link
     return None
 
@@ -103,9 +138,30 @@ def explain(error: BaseException, repo_id: str, revision: str | None = None) -> 
             return f"the Hub did not serve {repo_id} ({_in_short(cause)}), also when asked again: try later"
         detail = f": {cause.server_message}" if cause.server_message else ""
         return f"the Hub refused what was asked of {repo_id} ({_in_short(cause)}){detail}"
+    if isinstance(cause, StorageError):
+        return _explain_storage(cause, repo_id)
     if cause is not None:
         return f"{constants.ENDPOINT} could not be reached for {repo_id} ({_in_short(cause)}): check the connection"
     return str(error)
+
+
+def _explain_storage(cause: StorageError, repo_id: str) -> str:
+    what = f"the Hub's storage of large files (Xet) {{}} {repo_id} ({cause.in_short})"
+    if cause.status in _TRANSIENT:
+        return what.format("did not serve") + ", also when asked again: try later"
+    if cause.status in (401, 403):
+        return (
+            what.format("refused access to") + ": log in again, with a token that has the permission that this needs"
+        )
+    if cause.status is not None:
+        return what.format("refused what was asked of")
+    if cause.unreachable:
+        return what.format("could not be reached for") + (
+            ": check the connection, or take the older transport with HF_HUB_DISABLE_XET=1"
+        )
+    if "bytes" in cause.in_short:
+        return what.format("gave another size than it has of a file of") + ": try later"
+    return what.format("failed for")
 
 
 def check_folder(name: str) -> None:
@@ -139,6 +195,8 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def _in_short(error: BaseException) -> str:
     cause = http_cause(error) or error
+    if isinstance(cause, StorageError):
+        return cause.in_short
     if isinstance(cause, HfHubHTTPError):
         return f"{cause.response.status_code} {cause.response.reason_phrase}".strip()
     # what the client says names an address of the storage, which is signed
