@@ -1,11 +1,15 @@
+import json
 import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import CLIPModel
+from transformers import CLIPModel, CLIPProcessor
 
-from bt_adapter_hf import BTAdapterModel
+from bt_adapter_hf import BTAdapterModel, get_bt_adapter_model, load_bt_adapter, save_bt_adapter
+from bt_adapter_hf.adapters.files import AdapterConfig
 from bt_adapter_hf.models.video_io import EmptyVideoError, VideoDecodeError
 from bt_adapter_hf.search.encoding import VideoEncoder
 from bt_adapter_hf.search.files import find_videos
@@ -125,6 +129,51 @@ def test_a_model_without_a_trained_branch_is_refused(tmp_path):
     CLIPModel(tiny_pairs.clip_config()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds a model of type 'clip'; expected 'bt_adapter'"):
         VideoEncoder.from_pretrained(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory) -> Path:
+    """Folder of an adapter of a CLIP, which lies with its processor in a folder beside it."""
+    base, folder = tmp_path_factory.mktemp("clip"), tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(0)
+    clip = CLIPModel(tiny_pairs.clip_config())
+    clip.save_pretrained(base)
+    processor = tiny_pairs.processor()
+    CLIPProcessor(processor.image_processor, processor.tokenizer).save_pretrained(base)
+    model = get_bt_adapter_model(clip, 2)
+    for parameter in model.vision_model.bt_adapter.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    save_bt_adapter(model, folder, base_model_name_or_path=str(base))
+    return folder
+
+
+def test_an_adapter_comes_with_its_base_model(adapter, clips):
+    encoder = VideoEncoder.from_pretrained(adapter, device="cpu", num_frames=4)
+    (video,) = encoder.encode_videos([str(clips / "red.mp4")])
+    inputs = tiny_pairs.processor()(videos=[str(clips / "red.mp4")], return_tensors="pt")
+    base = AdapterConfig.read(adapter).base_model_name_or_path
+    model = load_bt_adapter(CLIPModel.from_pretrained(base), adapter).eval()
+    with torch.no_grad():
+        expected = model.get_video_features(**inputs).pooler_output[0]
+    np.testing.assert_allclose(video.feature, (expected / expected.norm()).numpy(), atol=1e-6)
+    assert encoder.encode_texts(["a red dog"]).shape == (1, 12)
+
+
+def test_what_is_no_dual_encoder_is_named(adapter, tmp_path):
+    config = json.loads((adapter / "bt_adapter_config.json").read_text())
+    shutil.copytree(adapter, tmp_path / "chat")
+    (tmp_path / "chat" / "bt_adapter_config.json").write_text(json.dumps({**config, "model_type": "bt_adapter_llava"}))
+    with pytest.raises(ValueError, match="chat' holds an adapter of a model of type 'bt_adapter_llava'; expected"):
+        VideoEncoder.from_pretrained(tmp_path / "chat")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty' holds no model: expected the folder of a dual encoder, or of an ada"):
+        VideoEncoder.from_pretrained(tmp_path / "empty")
+    (tmp_path / "empty" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="empty' holds LoRA of peft without a branch"):
+        VideoEncoder.from_pretrained(tmp_path / "empty")
+    (tmp_path / "empty" / "config.json").write_text("{")
+    with pytest.raises((ValueError, OSError), match="config.json"):
+        VideoEncoder.from_pretrained(tmp_path / "empty")
 
 
 def test_bad_options(tiny_checkpoint, encoder, tmp_path):

@@ -55,7 +55,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="ID_OR_PATH",
-        help="Hub id or folder of a BT-Adapter dual encoder (default: the moving-digits model inside the package)",
+        help="Hub id or folder of a BT-Adapter dual encoder or of an adapter of one (default: the moving-digits model "
+        "inside the package)",
     )
     parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
     parser.add_argument(

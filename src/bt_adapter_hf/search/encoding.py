@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import AutoConfig, BatchFeature
+from transformers import BatchFeature
 
 from ..assets import default_model_path
-from ..hub.access import check_folder
-from ..models.compat_bt_adapter import resolve_revision
+from ..hub.dual_encoder import load_dual_encoder
 from ..models.modeling_bt_adapter import BTAdapterModel
 from ..models.processing_bt_adapter import BTAdapterProcessor
 from ..models.video_io import VideoError
@@ -64,8 +63,8 @@ class VideoEncoder:
         """Load model and processor.
 
         Args:
-            source: Hub id or folder of a `BTAdapterModel` and its processor; None for the moving-digits model inside
-                the package.
+            source: Hub id or folder of a `BTAdapterModel` and its processor, or of an adapter of one; None for the
+                moving-digits model inside the package.
             revision: branch, tag or commit on the Hub.
             num_frames: frames to sample per video instead of what the saved processor says.
             on_damage: "raise" or "salvage", what is done with damaged files, instead of what the saved processor says.
@@ -77,30 +76,20 @@ class VideoEncoder:
             OSError: there is no model at the source.
         """
         name = os.fspath(default_model_path() if source is None else source)
-        check_folder(name)
         if os.path.isdir(name):
             name = os.path.abspath(name)  # an index outlives the working directory
-        revision = resolve_revision(name, revision)  # one commit for all that is loaded below
-        config = AutoConfig.from_pretrained(name, revision=revision)
-        if config.model_type != BTAdapterModel.config_class.model_type:
-            raise ValueError(
-                f"'{name}' holds a model of type '{config.model_type}'; expected "
-                f"'{BTAdapterModel.config_class.model_type}', a dual encoder with a trained branch."
-            )
-        processor = BTAdapterProcessor.from_pretrained(name, revision=revision)
+        model, processor, commit = load_dual_encoder(name, revision, dtype=dtype)
         if num_frames is not None:
             if num_frames < 1:
                 raise ValueError(f"num_frames={num_frames}: expected at least 1.")
             processor.video_processor.num_frames = num_frames
         if on_damage is not None:
             processor.video_processor.on_damage = on_damage
-        model = BTAdapterModel.from_pretrained(name, revision=revision, dtype=dtype)
         device = _default_device() if device is None else device
         try:
             model.to(device)
         except (RuntimeError, AssertionError) as error:  # torch's ways to say that there is no such device
             raise ValueError(f"device '{device}' cannot be used: {str(error).splitlines()[0]}") from error
-        commit = getattr(revision, "resolved", revision)
         return cls(model.eval(), processor, None if source is None else name, commit)
 
     @property

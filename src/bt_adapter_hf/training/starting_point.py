@@ -3,12 +3,12 @@
 import os
 from typing import Any
 
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+from transformers import AutoConfig
 
+from ..hub.dual_encoder import processor_of_clip
 from ..models.configuration_bt_adapter import BTAdapterConfig
 from ..models.modeling_bt_adapter_pretraining import BTAdapterForPreTraining
 from ..models.processing_bt_adapter import BTAdapterProcessor
-from ..models.video_processing_bt_adapter import BTAdapterVideoProcessor
 
 
 def load_starting_point(
@@ -45,15 +45,7 @@ def load_starting_point(
             raise ValueError(f"num_adapter_layers={num_adapter_layers} must be between 1 and the backbone's {depth}.")
         config_fields["adapter_layers"] = list(range(depth - num_adapter_layers, depth))
     if model_type == "clip":
-        image_processor = AutoImageProcessor.from_pretrained(name, revision=revision)
-        video_processor = BTAdapterVideoProcessor(
-            size=dict(image_processor.size),
-            crop_size=dict(image_processor.crop_size),
-            image_mean=image_processor.image_mean,
-            image_std=image_processor.image_std,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-        processor = BTAdapterProcessor(image_processor, video_processor, tokenizer)
+        processor = processor_of_clip(name, revision)
     else:
         processor = BTAdapterProcessor.from_pretrained(name, revision=revision)
     if num_frames is not None:
