@@ -33,7 +33,8 @@ _EXPORTS = {
     "conversion": ("convert_original_checkpoint",),
     "hub.loading": ("load_bt_adapter",),
     "hub.push": ("push_to_hub", "save_with_code"),
-    "models.video_io": ("VideoError", "available_video_backends", "load_video"),
+    "models.video_errors": ("VideoError",),
+    "models.video_io": ("available_video_backends", "load_video"),
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 

@@ -20,7 +20,7 @@ import torch
 from bt_adapter_hf.data import decoding_process, pairs
 from bt_adapter_hf.data.decoding_process import DecodingProcess
 from bt_adapter_hf.data.pairs import PairCollator, PairDataset, load_table
-from bt_adapter_hf.models.video_io import VideoDecodeError, VideoNotFoundError, VideoTimeoutError
+from bt_adapter_hf.models.video_errors import VideoDecodeError, VideoNotFoundError, VideoTimeoutError
 from tests import tiny_pairs
 
 

@@ -361,7 +361,7 @@ def test_broken_items_are_replaced_and_reported(host, media):
     data = dataset(media, processor, *rows)
     good = data[3]
     assert good["broken"] == []
-    reasons = ("broken.mp4", "gone.png cannot be read", "has no text")
+    reasons = ("broken.mp4", "gone.png does not exist", "has no text")
     for row, reason in enumerate(reasons):
         item = data[(0, row)]
         assert item["broken"][0]["index"] == row and reason in item["broken"][0]["reason"]

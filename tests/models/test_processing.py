@@ -8,7 +8,8 @@ import torch
 from transformers import AutoProcessor, CLIPImageProcessor, CLIPTokenizer
 
 from bt_adapter_hf.models.processing_bt_adapter import BTAdapterProcessor
-from bt_adapter_hf.models.video_io import EmptyVideoError, sample_frame_indices
+from bt_adapter_hf.models.video_errors import EmptyVideoError
+from bt_adapter_hf.models.video_io import sample_frame_indices
 from bt_adapter_hf.models.video_processing_bt_adapter import BTAdapterVideoProcessor
 from tests.models.test_video_io import CLIPS
 

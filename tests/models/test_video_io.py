@@ -13,8 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bt_adapter_hf.models.video_io import (
-    VIDEO_BACKENDS,
+from bt_adapter_hf.models.video_errors import (
     EmptyVideoError,
     NoVideoStreamError,
     TruncatedVideoError,
@@ -25,10 +24,8 @@ from bt_adapter_hf.models.video_io import (
     VideoError,
     VideoInputError,
     VideoNotFoundError,
-    available_video_backends,
-    load_video,
-    sample_frame_indices,
 )
+from bt_adapter_hf.models.video_io import VIDEO_BACKENDS, available_video_backends, load_video, sample_frame_indices
 from tests.clip_tools import SIDE, numbered_picture, read_numbers, write_clip, write_gif
 
 

@@ -5,15 +5,14 @@ from PIL import Image
 from transformers import AutoVideoProcessor, CLIPImageProcessorPil
 from transformers.video_utils import VideoMetadata
 
-from bt_adapter_hf.models.video_io import (
+from bt_adapter_hf.models.video_errors import (
     EmptyVideoError,
     NoVideoStreamError,
     TruncatedVideoError,
     VideoInputError,
     VideoNotFoundError,
-    load_video,
-    sample_frame_indices,
 )
+from bt_adapter_hf.models.video_io import load_video, sample_frame_indices
 from bt_adapter_hf.models.video_processing_bt_adapter import BTAdapterVideoProcessor
 from tests.clip_tools import numbered_picture, read_numbers, write_clip, write_gif
 from tests.models.test_video_io import CLIPS

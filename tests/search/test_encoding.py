@@ -10,7 +10,7 @@ from transformers import CLIPModel, CLIPProcessor
 
 from bt_adapter_hf import BTAdapterModel, get_bt_adapter_model, load_bt_adapter, save_bt_adapter
 from bt_adapter_hf.adapters.files import AdapterConfig
-from bt_adapter_hf.models.video_io import EmptyVideoError, VideoDecodeError
+from bt_adapter_hf.models.video_errors import EmptyVideoError, VideoDecodeError
 from bt_adapter_hf.search.encoding import VideoEncoder
 from bt_adapter_hf.search.files import find_videos
 from tests import tiny_pairs

@@ -15,12 +15,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..models.image_io import load_image
 from ..models.video_decoding import BTAdapterVideoMetadata
-from ..models.video_io import VideoError, load_video
+from ..models.video_errors import VideoError
+from ..models.video_io import load_video
 from .broken import BrokenItem, count_reasons
 from .decoding_process import DecodingProcess
 from .files import PEEK_BYTES, is_remote, open_file, split_hub_path
-from .instructions import InstructionDataset, InstructionTable, UnusableRow, read_image, visuals_of
+from .instructions import InstructionDataset, InstructionTable, UnusableRow, visuals_of
 from .sources import BrokenRowError, PairTable, Record
 
 
@@ -169,7 +171,7 @@ class InstructionCheck:
                     )
             else:
                 for image in images:
-                    read_image(self.table.read(image), image)
+                    load_image(self.table.read(image))
             for video in videos:
                 checked.videos[video] = self._decode(video)
         except (UnusableRow, VideoError) as error:

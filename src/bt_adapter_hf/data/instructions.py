@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import io
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,11 +17,10 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HTTPError
 from PIL import Image
 from transformers import PreTrainedConfig
-from transformers.image_utils import load_image
 
 from ..hub.access import explain, http_cause, retried
-from ..models.video_download import download
-from ..models.video_errors import VideoError, VideoNotFoundError, item_errors
+from ..models.image_io import load_image
+from ..models.video_errors import VideoError, VideoNotFoundError
 from .archives import ARCHIVE_SUFFIXES, MediaArchives
 from .broken import BrokenItem, BrokenItemsError
 from .decoding_process import DecodingProcess
@@ -274,24 +272,6 @@ def _open_media(root: str | Path | None) -> Path | MediaArchives:
     return folder.resolve()
 
 
-def read_image(found: str | bytes, path: str) -> np.ndarray:
-    """An image of a conversation, uint8 (H, W, 3): upright and in RGB, as transformers makes it.
-
-    Args:
-        found: its bytes, or where they are: a URL, a file, or what else `load_image` takes.
-        path: as the table names it.
-
-    Raises:
-        VideoError: whatever is wrong with it.
-    """
-    with item_errors(f"The image {path}"):
-        if isinstance(found, str) and found.startswith(("http://", "https://")):
-            content = io.BytesIO()
-            download(found, content)
-            found = content.getvalue()
-        return np.asarray(load_image(Image.open(io.BytesIO(found)) if isinstance(found, bytes) else found))
-
-
 def visuals_of(messages: Messages, kind: str) -> list[str]:
     """Paths and URLs of the images or videos of a conversation, in order."""
     return [part["path"] for message in messages for part in message["content"] if part["type"] == kind]
@@ -399,7 +379,7 @@ class InstructionDataset(torch.utils.data.Dataset):
         """The pixels of videos, or images as they are, by path."""
         found = [self.table.read(path) for path in paths]
         if kind == "image":
-            return {path: read_image(image, path) for path, image in zip(paths, found, strict=True)}
+            return {path: np.asarray(load_image(image)) for path, image in zip(paths, found, strict=True)}
         return {
             name: values.numpy()
             for name, values in self.processor(videos=found, seed=seed, return_tensors="pt").items()

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch.utils.data import default_collate
 
-from ..models.video_io import VideoError, load_video
+from ..models.video_errors import VideoError
+from ..models.video_io import load_video
 from .broken import BrokenItem, BrokenItemsError
 from .chunk_store import ChunkStore
 from .decoding_process import DecodingProcess

@@ -23,11 +23,9 @@ from .video_errors import (
     EmptyVideoError,
     NoVideoStreamError,
     TruncatedVideoError,
-    VideoBackendError,
     VideoDecodeError,
     VideoError,
     VideoInputError,
-    item_errors,
     sentence,
 )
 
@@ -37,7 +35,6 @@ logger = logging.getLogger(__name__)
 VIDEO_BACKENDS = ("pyav", "decord", "torchcodec")
 
 _BACKEND_MODULES = {"pyav": "av", "decord": "decord", "torchcodec": "torchcodec.decoders"}
-_OTHER_BACKEND = "Try backend='pyav', with on_damage='salvage' if the file is damaged."
 
 
 @dataclass
@@ -58,14 +55,14 @@ class BTAdapterVideoMetadata(VideoMetadata):
         return super().timestamps
 
 
-def _import_backend(name: str) -> Any:
+def import_backend(name: str) -> Any:
     # not an import statement: `trust_remote_code` would demand every package that one of its files imports
     return importlib.import_module(_BACKEND_MODULES[name])
 
 
 def backend_problem(name: str) -> str | None:
     try:
-        _import_backend(name)
+        import_backend(name)
     except Exception as error:  # a broken binary raises OSError, RuntimeError and others, not only ImportError
         lines = str(error).strip().splitlines() or [""]
         return f"{type(error).__name__}: {lines[0]}"
@@ -142,7 +139,7 @@ def load_animation(
     skipped = 1 if image.info.get("default_image") else 0  # of an animated PNG: for viewers that know no animations
     total = total or max(image.n_frames - skipped, 1)
     ends, error = [0.0], None
-    collector = _FrameCollector(choose(total))
+    collector = FrameCollector(choose(total))
     try:
         for index in range(total):
             image.seek(index + skipped)  # PIL applies each frame on the ones before it, so every frame is visited
@@ -158,7 +155,7 @@ def load_animation(
         error = caught
     if error is not None:
         readable = len(ends) - 1
-        _damaged(name, f"PIL says '{sentence(error)[:-1]}', it is broken or ends inside a frame", readable, on_damage)
+        damaged(name, f"PIL says '{sentence(error)[:-1]}', it is broken or ends inside a frame", readable, on_damage)
         return load_animation(image, name, choose, on_damage, background, readable)
     image.seek(place)
     *times, duration = ends
@@ -168,7 +165,7 @@ def load_animation(
 # Files through PyAV
 
 
-class _FrameCollector:
+class FrameCollector:
     """The output array, allocated at the first wanted frame and filled in place: no second copy of the frames."""
 
     def __init__(self, indices: np.ndarray):
@@ -209,7 +206,7 @@ class _FrameCollector:
 
 
 @dataclass
-class _Scan:
+class Scan:
     """What a container says about its video stream, found by reading all packets without decoding them."""
 
     format: str
@@ -224,12 +221,12 @@ class _Scan:
 
 @dataclass
 class _Decoded:
-    collector: _FrameCollector
+    collector: FrameCollector
     times: list[float] = field(default_factory=list)
     error: str | None = None
 
 
-def _damaged(name: str, reason: str, frames: int, on_damage: str) -> None:
+def damaged(name: str, reason: str, frames: int, on_damage: str) -> None:
     message = f"{name} is truncated or damaged: {reason}"
     if on_damage == "raise" or frames == 0:
         hint = "use on_damage='salvage' with backend='pyav' to sample among these" if frames else "nothing to salvage"
@@ -238,9 +235,9 @@ def _damaged(name: str, reason: str, frames: int, on_damage: str) -> None:
 
 
 @contextmanager
-def _open_container(source: Source) -> Iterator[tuple[Any, Any]]:
+def open_container(source: Source) -> Iterator[tuple[Any, Any]]:
     """The PyAV container and its video stream; closed on every way out."""
-    av = _import_backend("pyav")
+    av = import_backend("pyav")
     with source.opened() as file:
         try:
             # Some real files carry tags that are not UTF-8; they must not stop the video. The file is handed over open
@@ -266,7 +263,7 @@ def _decoder(stream: Any, name: str) -> Any:
     context = stream.codec_context
     if stream.metadata.get("alpha_mode") != "1" or context.name not in ("vp8", "vp9"):
         return context
-    av = _import_backend("pyav")
+    av = import_backend("pyav")
     try:
         decoder = av.CodecContext.create({"vp8": "libvpx", "vp9": "libvpx-vp9"}[context.name], "r")
     except av.codec.codec.UnknownCodecError as error:
@@ -277,21 +274,21 @@ def _decoder(stream: Any, name: str) -> Any:
     return decoder
 
 
-def _frames(container: Any, stream: Any, name: str) -> Iterator[Any]:
+def decoded_frames(container: Any, stream: Any, name: str) -> Iterator[Any]:
     """All frames in the order shown."""
     decoder = _decoder(stream, name)
     for packet in container.demux(stream):
         yield from decoder.decode(packet)
 
 
-def _scan(source: Source) -> _Scan:
+def scan_packets(source: Source) -> Scan:
     """Count the frames exactly: headers are 0 for mkv and webm, and too high where an edit list hides frames."""
-    av = _import_backend("pyav")
+    av = import_backend("pyav")
     hidden = packets = 0
     shown: list[int | None] = []  # presentation times, in units of the stream's time base
     error = None
     reached = 0.0  # seconds
-    with _open_container(source) as (container, stream):
+    with open_container(source) as (container, stream):
         try:
             for packet in container.demux():
                 if packet.dts is None and packet.size == 0:
@@ -314,7 +311,7 @@ def _scan(source: Source) -> _Scan:
         fps = _frame_rate(stream)
         timed = formats != "avi" and None not in shown  # AVI stores none; what FFmpeg makes up is uneven
         times = _packet_times(shown, float(stream.time_base)) if timed else _even_times(len(shown), fps)
-        return _Scan(formats, stream.codec_context.name, len(shown), hidden, fps, times, timed, error)
+        return Scan(formats, stream.codec_context.name, len(shown), hidden, fps, times, timed, error)
 
 
 def _frame_rate(stream: Any) -> float | None:
@@ -370,16 +367,16 @@ def _missing_from_last_box(source: Source) -> int:
 def load_pyav(
     source: Source, choose: Callable[[int], np.ndarray], on_damage: str, background: tuple[int, int, int]
 ) -> tuple[np.ndarray, BTAdapterVideoMetadata]:
-    scan = _scan(source)
+    scan = scan_packets(source)
     if scan.frames == 0:
         if scan.damage:
-            _damaged(source.name, scan.damage, 0, on_damage)
+            damaged(source.name, scan.damage, 0, on_damage)
         raise EmptyVideoError(f"{source.name} has a video stream without frames.")
     decoded = _decode(source, choose(scan.frames), background)
     total = len(decoded.times)
     damage = scan.damage or decoded.error
     if damage:
-        _damaged(source.name, damage, total, on_damage)
+        damaged(source.name, damage, total, on_damage)
     if total == 0:
         raise EmptyVideoError(f"{source.name}: none of {scan.frames} packets decodes to a frame.")
     if total != scan.frames:
@@ -392,14 +389,14 @@ def load_pyav(
 
 def _decode(source: Source, indices: np.ndarray, background: tuple[int, int, int]) -> _Decoded:
     """Decode from the first frame to the last, so that the count of frames and their order are certain."""
-    av = _import_backend("pyav")
-    decoded = _Decoded(_FrameCollector(indices))
+    av = import_backend("pyav")
+    decoded = _Decoded(FrameCollector(indices))
     broken: list[int] = []
     first_time = None
-    with _open_container(source) as (container, stream):
-        painter = _Painter(stream, source.name, background)
+    with open_container(source) as (container, stream):
+        painter = Painter(stream, source.name, background)
         try:
-            for index, frame in enumerate(_frames(container, stream, source.name)):
+            for index, frame in enumerate(decoded_frames(container, stream, source.name)):
                 time = frame.time or 0.0
                 first_time = time if first_time is None else first_time
                 decoded.times.append(time - first_time)
@@ -414,7 +411,7 @@ def _decode(source: Source, indices: np.ndarray, background: tuple[int, int, int
     return decoded
 
 
-class _Painter:
+class Painter:
     """Makes pictures of PyAV's frames as a player shows them."""
 
     def __init__(self, stream: Any, name: str, background: tuple[int, int, int]):
@@ -443,7 +440,7 @@ class _Painter:
             height, width = picture.shape[:2]
             size = (round(width * max(self.aspect, 1)), round(height / min(self.aspect, 1)))
             picture = np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))
-        transpose, flip_vertical, flip_horizontal = _orientation(frame, self.name)
+        transpose, flip_vertical, flip_horizontal = orientation(frame, self.name)
         if transpose:
             picture = picture.swapaxes(0, 1)
         if flip_vertical:
@@ -457,7 +454,7 @@ def has_alpha(form: Any) -> bool:
     return form.has_palette or any(component.is_alpha for component in form.components)
 
 
-def _orientation(frame: Any, name: str) -> tuple[bool, bool, bool]:
+def orientation(frame: Any, name: str) -> tuple[bool, bool, bool]:
     """How to show the stored picture: (swap its axes, then mirror top-bottom, mirror left-right).
 
     From the display matrix x' = a x + c y, y' = b x + d y of the container. PyAV does not apply it, and its
@@ -489,91 +486,3 @@ def _display_matrix(frame: Any, name: str) -> bytes | None:
     if frame.rotation:
         raise VideoDecodeError(f"{name} is rotated, and PyAV cannot read how: re-encode it upright.")
     return None
-
-
-# Files through decord and torchcodec
-
-
-def _scan_for(backend: str, source: Source) -> tuple[_Scan, np.ndarray]:
-    """Refuse what the backend is known to get wrong; what PyAV finds, and its first frame, are the reference."""
-    scan = _scan(source)
-    if scan.damage:
-        _damaged(source.name, scan.damage, scan.frames, "raise")
-    if scan.frames == 0:
-        raise EmptyVideoError(f"{source.name} has a video stream without frames.")
-    if backend == "torchcodec" and scan.format == "avi":
-        raise _refused(backend, source, "it returns frames that are one or two off in AVI files")
-    if backend == "decord" and scan.hidden:
-        raise _refused(backend, source, f"it shows {scan.hidden} frames that the edit list of the file hides")
-    if backend == "decord" and scan.codec in ("av1", "libdav1d"):
-        raise _refused(backend, source, "it has no AV1 decoder")
-    with _open_container(source) as (container, stream), item_errors(source.name):
-        frame = next(_frames(container, stream, source.name), None)
-        if frame is None:
-            raise EmptyVideoError(f"{source.name}: none of {scan.frames} packets decodes to a frame.")
-        painter = _Painter(stream, source.name, (255, 255, 255))
-        if has_alpha(frame.format):
-            raise _refused(backend, source, "it drops the transparency that the file has")
-        if painter.aspect != 1:
-            raise _refused(backend, source, "it does not show the pixels of the file in their shape")
-        if sum(_orientation(frame, source.name)) % 2:
-            raise _refused(backend, source, "it does not apply the mirroring that the file asks for")
-        return scan, painter.paint(frame)
-
-
-def _refused(backend: str, source: Source, reason: str) -> VideoBackendError:
-    return VideoBackendError(f"{source.name} cannot be read with backend={backend!r}: {reason}. Use backend='pyav'.")
-
-
-def _check(backend: str, source: Source, count: int, scan: _Scan, first: np.ndarray, reference: np.ndarray) -> None:
-    if count != scan.frames:
-        raise _refused(backend, source, f"it counts {count} frames where the file has {scan.frames}")
-    if first.shape != reference.shape or np.abs(first.astype(int) - reference).mean() > 1:
-        raise _refused(backend, source, "it does not show the first frame as the file asks for")
-
-
-def load_decord(source: Source, choose: Callable[[int], np.ndarray]) -> tuple[np.ndarray, BTAdapterVideoMetadata]:
-    decord = _import_backend("decord")
-    scan, reference = _scan_for("decord", source)
-    indices = choose(scan.frames)
-    collector = _FrameCollector(indices)
-    with _errors_of("decord", source):
-        reader = decord.VideoReader(source.data if isinstance(source.data, str) else source.opened(), num_threads=1)
-        # from the start, without seeking: `get_batch` returns wrong frames of HEVC files when it skips frames
-        for index in range(int(indices.max()) + 1):
-            frame = reader.next().asnumpy()
-            if frame.shape[2] != 3:
-                raise _refused("decord", source, "it takes the padding of narrow frames for a fourth channel")
-            if index == 0:
-                _check("decord", source, len(reader), scan, frame, reference)
-            if collector.wants(index):
-                collector.add(index, frame, source.name)
-    return collector.result(scan.frames, scan.times, scan.fps, "decord")
-
-
-def load_torchcodec(source: Source, choose: Callable[[int], np.ndarray]) -> tuple[np.ndarray, BTAdapterVideoMetadata]:
-    video_decoder = _import_backend("torchcodec").VideoDecoder
-    scan, reference = _scan_for("torchcodec", source)
-    indices = choose(scan.frames)
-    collector = _FrameCollector(indices)
-    with _errors_of("torchcodec", source):
-        # "exact" reads all packets first; the default of some versions is off by frames at variable frame rates
-        decoder = video_decoder(source.data, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
-        _check(
-            "torchcodec", source, decoder.metadata.num_frames, scan, decoder.get_frame_at(0).data.numpy(), reference
-        )
-        for index in np.unique(indices).tolist():
-            collector.add(index, decoder.get_frame_at(index).data.numpy(), source.name)
-    return collector.result(scan.frames, scan.times, scan.fps, "torchcodec")
-
-
-@contextmanager
-def _errors_of(backend: str, source: Source) -> Iterator[None]:
-    try:
-        yield
-    except VideoError:
-        raise
-    except Exception as error:  # DECORDError, RuntimeError, IndexError, StopIteration and others
-        raise VideoDecodeError(
-            f"{source.name} cannot be decoded by {backend}: {sentence(error)} {_OTHER_BACKEND}"
-        ) from error

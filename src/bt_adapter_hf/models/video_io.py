@@ -13,11 +13,13 @@ intact file we have. GIFs always go through PIL. decord and torchcodec can be na
 known to return wrong frames raise [`VideoBackendError`]. There is no silent change of backend.
 """
 
+import importlib
 import os
 import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -31,53 +33,24 @@ from .video_decoding import (
     backend_problem,
     flatten_image,
     load_animation,
-    load_decord,
     load_picture_file,
     load_pyav,
-    load_torchcodec,
     picture_kind,
 )
 from .video_download import MAX_BYTES, MAX_SECONDS, download
 from .video_errors import (
     EmptyVideoError,
-    NoVideoStreamError,
-    TruncatedVideoError,
     VideoAccessError,
-    VideoBackendError,
     VideoDecodeError,
-    VideoDownloadError,
     VideoError,
     VideoInputError,
     VideoNotFoundError,
-    VideoTimeoutError,
     item_errors,
 )
 
 
 SAMPLING_RULES = ("uniform", "jitter", "centers")
 DAMAGE_POLICIES = ("raise", "salvage")
-
-__all__ = [
-    "DAMAGE_POLICIES",
-    "SAMPLING_RULES",
-    "VIDEO_BACKENDS",
-    "BTAdapterVideoMetadata",
-    "EmptyVideoError",
-    "NoVideoStreamError",
-    "TruncatedVideoError",
-    "VideoAccessError",
-    "VideoBackendError",
-    "VideoDecodeError",
-    "VideoDownloadError",
-    "VideoError",
-    "VideoInputError",
-    "VideoNotFoundError",
-    "VideoSource",
-    "VideoTimeoutError",
-    "available_video_backends",
-    "load_video",
-    "sample_frame_indices",
-]
 
 _BACKEND_FIXES = {
     "pyav": "Install it with `pip install av`.",
@@ -202,9 +175,15 @@ def load_video(
             return load_picture_file(source, choose, on_damage, background)
         if backend == "pyav":
             return load_pyav(source, choose, on_damage, background)
-        if backend == "decord":
-            return load_decord(source, choose)
-        return load_torchcodec(source, choose)
+        return getattr(_backends(backend), f"load_{backend}")(source, choose)
+
+
+def _backends(needed: str) -> ModuleType:
+    """The other decoders, which a repository's own code goes without."""
+    try:
+        return importlib.import_module(".video_backends", __package__)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"The video backend {needed!r} needs the package bt_adapter_hf.") from error
 
 
 # Options

@@ -17,16 +17,8 @@ from transformers.utils import TensorType, requires_backends
 from transformers.video_processing_utils import BaseVideoProcessor
 
 from .configuration_bt_adapter import BTAdapterConfig
-from .video_io import (
-    DAMAGE_POLICIES,
-    SAMPLING_RULES,
-    VIDEO_BACKENDS,
-    BTAdapterVideoMetadata,
-    EmptyVideoError,
-    VideoError,
-    VideoSource,
-    load_video,
-)
+from .video_errors import EmptyVideoError, VideoError
+from .video_io import DAMAGE_POLICIES, SAMPLING_RULES, VIDEO_BACKENDS, BTAdapterVideoMetadata, VideoSource, load_video
 
 
 _MAYBE_ANIMATED = (".png", ".webp", ".tif", ".tiff")

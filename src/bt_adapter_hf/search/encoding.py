@@ -19,7 +19,7 @@ from ..assets import default_model_path
 from ..hub.dual_encoder import load_dual_encoder
 from ..models.modeling_bt_adapter import BTAdapterModel
 from ..models.processing_bt_adapter import BTAdapterProcessor
-from ..models.video_io import VideoError
+from ..models.video_errors import VideoError
 
 
 # Fields of a saved config or processor that do not change what it computes.

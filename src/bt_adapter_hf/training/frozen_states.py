@@ -28,7 +28,7 @@ from ..adapters.writing import PARTIAL, written_whole
 from ..data.archives import MediaArchives
 from ..data.decoding_process import DecodingProcess
 from ..data.instructions import read_media
-from ..models.video_io import VideoError, VideoNotFoundError
+from ..models.video_errors import VideoError, VideoNotFoundError
 
 
 if TYPE_CHECKING:
