@@ -8,6 +8,8 @@ import peft
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from PIL import Image
+from transformers import pipeline
 
 from bt_adapter_hf import (
     BTAdapterLlavaForConditionalGeneration,
@@ -80,7 +82,7 @@ def test_all_facts_of_a_run_are_in_its_card(run):
     data = card.data.to_dict()
     assert data["base_model"] == "openai/clip-vit-large-patch14" and data["base_model_relation"] == "finetune"
     assert data["datasets"] == ["org/captions"] and data["license"] == "mit" and data["language"] == "en"
-    assert data["library_name"] == "transformers" and data["pipeline_tag"] == "feature-extraction"
+    assert data["library_name"] == "transformers" and "pipeline_tag" not in data
     (index,) = data["model-index"]
     (result,) = index["results"]
     assert index["name"] == "bt-adapter-clip-l14"
@@ -183,6 +185,24 @@ def kinds(tmp_path, tiny_checkpoint, hub):
     torch.manual_seed(0)
     peft.get_peft_model(chat, lora_config(chat, r=2)).save_pretrained(folders["lora"])
     return folders
+
+
+def test_the_pipeline_that_a_card_names_works(hub, kinds, tmp_path):
+    """And where none of transformers' pipelines loads what is there, the card names none."""
+    tags = {}
+    for name, folder in kinds.items():
+        data = model_card(folder, f"tester/{name}").data
+        tags[name] = data.pipeline_tag
+        assert not {"feature-extraction", "any-to-any", "sentence-transformers"} & {data.library_name, *data.tags}
+    assert tags.pop("chat") == "image-text-to-text" and not any(tags.values())
+    push_to_hub(kinds["chat"], "tester/chat")
+    tiny_pairs.write_clip(tmp_path / "video.mp4", (220, 40, 40), step=2)
+    ask = pipeline("image-text-to-text", model="tester/chat")
+    shown = {"image": Image.new("RGB", (40, 40), "red"), "video": str(tmp_path / "video.mp4")}
+    for kind, content in shown.items():
+        parts = [{"type": kind, kind: content}, {"type": "text", "text": "what happens ?"}]
+        (answer,) = ask(text=[{"role": "user", "content": parts}], max_new_tokens=3, return_full_text=False)
+        assert isinstance(answer["generated_text"], str)
 
 
 def test_cards_of_all_kinds_are_valid_and_their_examples_run(hub, kinds, tmp_path, monkeypatch, capsys):

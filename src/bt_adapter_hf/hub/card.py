@@ -93,8 +93,8 @@ def _metadata(contents: Contents, repo_id: str, base: tuple, summary: dict[str, 
     chat = contents.kind == "chat model" or contents.model_type in CHAT_CLASSES
     data = {"library_name": {"adapter": "bt_adapter_hf", "LoRA adapter": "peft"}.get(contents.kind, "transformers")}
     data["tags"] = ["bt-adapter", "video"]
-    if contents.kind != "processor":
-        data["pipeline_tag"] = "video-text-to-text" if chat else "feature-extraction"
+    if contents.kind == "chat model":
+        data["pipeline_tag"] = "image-text-to-text"  # of transformers' pipelines the one that loads one of ours
     if text.is_hub_id(base[0]) and base[0] != repo_id:
         data |= {"base_model": base[0], "base_model_relation": "adapter" if adapter else "finetune"}
     sources = [part["source"] for part in text.parts(summary).values() if text.is_hub_id(part.get("source"))]
