@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from bt_adapter_hf.cli._options import real_number, whole_number
+from bt_adapter_hf.cli._options import name_options, real_number, whole_number
 from bt_adapter_hf.cli.main import main
 
 
@@ -66,3 +66,19 @@ def test_real_numbers():
         real_number(0, 1, above=True)("2")
     with pytest.raises(argparse.ArgumentTypeError, match="'nan' is not a number.$"):
         real_number()("nan")
+
+
+@pytest.mark.parametrize(
+    "message, expected",
+    [
+        ("Raise max_disk, or chunk_rows=3.", "Raise --max-disk, or --chunk-rows 3."),
+        ("per_device_train_batch_size=1 is few", "--batch-size 1 is few"),
+        ("no column: name it with text_column.", "no column: name it with --text-column."),
+        ("holds no vision_model.bt_adapter (60 tensors)", "holds no vision_model.bt_adapter (60 tensors)"),
+        ("see /tmp/max_disk/x, max_disk.txt and 'max_disk'", "see /tmp/max_disk/x, max_disk.txt and 'max_disk'"),
+        ("--set max_dis: no such field. Nearest: max_disk.", "--set max_dis: no such field. Nearest: max_disk."),
+    ],
+)
+def test_errors_name_what_was_typed(message, expected):
+    args = argparse.Namespace(max_disk=1, chunk_rows=2, batch_size=3, text_column=None, bt_adapter=None, model="m")
+    assert name_options(message, args, {"per_device_train_batch_size": "batch_size"}) == expected

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
 from bt_adapter_hf import BTAdapterModel
-from bt_adapter_hf.cli._training import size_in_bytes
+from bt_adapter_hf.cli._training_options import size_in_bytes
 from bt_adapter_hf.cli.main import main
 from tests import tiny_pairs
 from tests.hub.conftest import hf_home, hub  # noqa: F401 (fixtures)
@@ -102,6 +102,10 @@ def test_resume_and_continue_from_a_finished_model(clip, clips, tmp_path, capsys
         (["--eval-steps", "5"], "needs --validation"),
         (["--eval-controls", "blind"], "Unknown controls"),
         (["--batch-size", "50"], "has 12 rows, fewer than one batch"),
+        (["--batch-size", "1"], "--batch-size 1 on one process leaves nothing to contrast"),
+        (["--set", "per_device_train_batch_size=0"], "must be at least 1"),
+        (["--device", "mps"], "--device mps: there is no such device here; there is cpu"),
+        (["--device", "gpu"], "--device gpu: expected cpu, cuda"),
         (["--crop-scale", "0.5", "0.2"], "0 < smallest"),
         (["--validation", "absent.csv"], "Cannot read the table absent.csv"),
         (["--train", "empty.csv"], "The table empty.csv has no rows"),
@@ -198,7 +202,7 @@ def test_no_room_for_the_rows(workers, clip, clips, tmp_path, capsys):
     options = ["--train", packed, "--max-disk", "1KB", "--workers", workers]
     assert pretrain(clip, clips, tmp_path / "out", *options) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("bt-adapter pretrain: error: Fetching ") and "Raise max_disk" in error
+    assert error.startswith("bt-adapter pretrain: error: Fetching ") and "Raise --max-disk" in error
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import io
+import math
 import sys
 import time
 
@@ -8,7 +9,8 @@ from transformers import TrainerCallback, set_seed
 
 from bt_adapter_hf.data.pairs import PairCollator, PairDataset, load_table
 from bt_adapter_hf.training.arguments import RELEASED_LR_MULTIPLIERS, BTAdapterTrainingArguments
-from bt_adapter_hf.training.observability import TrainingProgress, describe
+from bt_adapter_hf.training.observability import TrainingProgress, clipping, describe
+from bt_adapter_hf.training.report import mean_clipping
 from bt_adapter_hf.training.trainer import BTAdapterTrainer
 from tests import tiny_pairs
 
@@ -215,3 +217,40 @@ def test_memory_of_the_gpu(clips, tmp_path):
     last = windows(trainer)[-1]
     assert 0 < last["gpu_memory_gib"] <= last["gpu_memory_peak_gib"] == trainer.speed["gpu_memory_peak_gib"]
     assert last["gpu_memory_peak_gib"] == pytest.approx(torch.cuda.max_memory_allocated() / 2**30)
+
+
+def test_how_much_is_clipped(clips, tmp_path):
+    """Each step on its own, then the same steps in windows of two, and all of them in the summary."""
+    each = make_trainer(clips, tmp_path / "a", logging_steps=1, max_grad_norm=30, max_steps=4, warmup_steps=0)
+    each.train()
+    norms = [entry["grad_norm"] for entry in each.state.log_history if "grad_norm" in entry]
+    above = [norm / 30 for norm in norms if norm > 30]
+    assert 0 < len(above) < len(norms) == 4, norms  # else the limit here shows nothing
+    entries = [entry for entry in each.state.log_history if "clipped_steps" in entry]
+    for entry, norm in zip(entries, norms, strict=True):
+        assert entry["clipped_steps"] == (norm > 30) and entry["clipped_by"] == pytest.approx(max(norm / 30, 1))
+    expected = {"clipped_steps": len(above) / 4, "clipped_by": math.prod(above) ** (1 / len(above))}
+    pairs = make_trainer(clips, tmp_path / "b", logging_steps=2, max_grad_norm=30, max_steps=4, warmup_steps=0)
+    pairs.train()
+    for trainer in (each, pairs):
+        assert mean_clipping(trainer.state.log_history) == pytest.approx(expected, abs=1e-3)
+    without = make_trainer(clips, tmp_path / "c", max_grad_norm=0, max_steps=2)
+    without.train()
+    assert not any("clipped_steps" in entry for entry in without.state.log_history)
+    assert mean_clipping(without.state.log_history) == {}
+
+
+def test_what_is_clipped_stands_in_the_line_of_the_log():
+    entry = {"loss": 1.0, "epoch": 1.0, "learning_rate": 0.1, **clipping([600.0, 3.0], 5.0)}
+    assert entry["clipped_steps"] == 0.5 and entry["clipped_by"] == pytest.approx(120)
+    assert "clipped 50% of steps by 120" in describe(entry)
+    assert "clipped" not in describe({**entry, **clipping([4.0, math.inf], 5.0)})
+
+
+def test_several_gpus_in_one_process_and_nothing_to_contrast(clips, tmp_path):
+    args = BTAdapterTrainingArguments(output_dir=tmp_path, use_cpu=True)
+    args._n_gpu = 2  # as transformers counts them
+    with pytest.raises(ValueError, match="2 GPUs are visible.*torchrun --nproc-per-node 2.*CUDA_VISIBLE_DEVICES=0"):
+        BTAdapterTrainer(model=tiny_pairs.model(), args=args)
+    with pytest.raises(ValueError, match="per_device_train_batch_size=1 on one process leaves nothing to contrast"):
+        make_trainer(clips, tmp_path, per_device_train_batch_size=1)

@@ -1,3 +1,4 @@
+import copy
 import json
 import shutil
 
@@ -5,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModel, set_seed
 
-from bt_adapter_hf import BTAdapterForPreTraining, BTAdapterProcessor
+from bt_adapter_hf import BTAdapterForPreTraining, BTAdapterProcessor, load_bt_adapter
 from bt_adapter_hf.data.broken import BrokenItemsError
 from bt_adapter_hf.data.pairs import PairCollator, PairDataset, load_table
 from bt_adapter_hf.evaluation.controls import reverse_frames
@@ -251,6 +253,29 @@ def test_the_final_model_is_complete_and_loads_anywhere(clips, tmp_path):
     processor = BTAdapterProcessor.from_pretrained(tmp_path)
     again = processor.video_processor(videos=[clips / "clip0.mp4"], return_tensors="pt")["pixel_values_videos"]
     assert torch.equal(again[0], batch["pixel_values_videos"][0])
+
+
+def test_the_branch_is_left_as_an_adapter_too(clips, tmp_path):
+    trainer = make_trainer(clips, tmp_path, max_steps=2)
+    trainer.train()
+    trainer.save_model()
+    branch = trainer.model.vision_model.bt_adapter.state_dict()
+    saved = load_file(tmp_path / "adapter" / "bt_adapter.safetensors")
+    assert saved.keys() == branch.keys() and all(torch.equal(saved[name], branch[name]) for name in branch)
+    backbone = trainer.model.vision_model.vision_model.eval()
+    tower = load_bt_adapter(copy.deepcopy(backbone), tmp_path / "adapter").eval()
+    batch = next(iter(trainer.get_eval_dataloader()))["pixel_values_videos"]
+    trainer.model.eval()
+    assert torch.equal(tower(batch).pooler_output, trainer.model.vision_model(batch).pooler_output)
+
+
+def test_saving_is_tried_before_the_first_step(clips, tmp_path):
+    """What is not serialisable in a config is found by saving alone."""
+    trainer = make_trainer(clips, tmp_path, max_steps=2)
+    trainer.model.config.text_config.note = object()
+    with pytest.raises(ValueError, match="could not be saved in the end, as a rehearsal showed .*Nothing was trained"):
+        trainer.train()
+    assert trainer.state.global_step == 0 and not list(tmp_path.glob(".rehearsal*"))
 
 
 def test_best_checkpoint_is_loaded_at_the_end(clips, tmp_path):

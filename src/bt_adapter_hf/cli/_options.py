@@ -2,8 +2,9 @@
 
 import argparse
 import math
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 
 def whole_number(least: int = 1) -> Callable[[str], int]:
@@ -49,6 +50,24 @@ def real_number(
 
 
 SHOWN = 3  # of the files that were skipped
+
+
+def name_options(message: str, args: argparse.Namespace, fields: Mapping[str, str]) -> str:
+    """An error of a Python function with the options that the user typed: `max_disk=3` becomes `--max-disk 3`.
+
+    Args:
+        fields: arguments of functions that are called otherwise than the option's own `args`.
+    """
+    names = {name: name for name in vars(args) if "_" in name and name != "bt_adapter"}  # the latter is a module, too
+    names |= {field: option for field, option in fields.items() if hasattr(args, option)}
+    pattern = rf"(?<![\w./'\"`\[-])({'|'.join(names)})(=|(?![\w/(=\]'\"`]|\.\w))"
+
+    def replace(found: re.Match) -> str:
+        name, behind = found.groups()
+        return f"--{names[name].replace('_', '-')}{' ' if behind == '=' else behind}"
+
+    # what is said of --set names fields on purpose
+    return message if message.startswith("--set") or not names else re.sub(pattern, replace, message)
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

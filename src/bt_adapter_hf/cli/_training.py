@@ -1,165 +1,14 @@
-"""What `bt-adapter pretrain` and `bt-adapter finetune` share: options, and a run from its start to its summary."""
+"""What `bt-adapter pretrain` and `bt-adapter finetune` share: a run from its start to its summary."""
 
 import argparse
-import dataclasses
-import difflib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ._options import real_number, whole_number
-
-
-# Options with a name of their own, and the fields of the training arguments that they set.
-TRAINING_OPTIONS = {
-    "batch_size": "per_device_train_batch_size",
-    "eval_batch_size": "per_device_eval_batch_size",
-    "gradient_accumulation_steps": "gradient_accumulation_steps",
-    "activation_checkpointing": "activation_checkpointing",
-    "epochs": "num_train_epochs",
-    "max_steps": "max_steps",
-    "learning_rate": "learning_rate",
-    "lr_multipliers": "lr_multipliers",
-    "workers": "dataloader_num_workers",
-    "bf16": "bf16",
-    "logging_steps": "logging_steps",
-    "save_steps": "save_steps",
-    "eval_steps": "eval_steps",
-    "seed": "seed",
-    "report_to": "report_to",
-    "max_broken": "max_broken",
-    "chunk_rows": "chunk_rows",
-    "max_disk": "max_disk",
-    "push_to_hub": "hub_model_id",
-}
-
-
-def add_run_options(parser: argparse.ArgumentParser, model: str) -> None:
-    parser.add_argument("--model", required=True, metavar="ID_OR_PATH", help=model)
-    parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
-    parser.add_argument("--output-dir", required=True, metavar="DIR", help="where model and checkpoints go")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
-    parser.add_argument(
-        "--push-to-hub",
-        metavar="REPO_ID",
-        help="upload the finished model to this repository (private: --set hub_private_repo=true)",
-    )
-
-
-def add_table_options(parser: argparse._ActionsContainer) -> None:
-    """How (video, text) tables are read; see `open_table`."""
-    parser.add_argument(
-        "--media-root",
-        metavar="DIR",
-        help="where relative paths start: a folder, or .zip and .tar archives (default: folder of the table)",
-    )
-    parser.add_argument("--video-column", metavar="NAME", help="default: video, file_name, path or video_path")
-    parser.add_argument("--text-column", metavar="NAME", help="default: text, caption(s) or sentence(s)")
-    parser.add_argument("--dataset-config", metavar="NAME", help="configuration of a Hub dataset")
-    parser.add_argument("--dataset-revision", metavar="NAME", help="branch, tag or commit of a Hub dataset")
-
-
-def add_training_options(
-    parser: argparse.ArgumentParser, *, learning_rate: str, epochs: int, multipliers: str
-) -> argparse._ArgumentGroup:
-    """A group with the options of `TRAINING_OPTIONS` that are not about data; the arguments are the defaults to show.
-
-    They themselves stand in the training arguments.
-    """
-    group = parser.add_argument_group("training")
-    group.add_argument("--batch-size", type=whole_number(), metavar="N", help="items per device and step (default: 8)")
-    group.add_argument("--eval-batch-size", type=whole_number(), metavar="N", help="(default: 8)")
-    group.add_argument("--gradient-accumulation-steps", type=whole_number(), metavar="N", help="(default: 1)")
-    group.add_argument(
-        "--activation-checkpointing",
-        action="store_true",
-        default=None,
-        help="compute activations of what is trained a second time instead of keeping them: less memory, more time",
-    )
-    group.add_argument(
-        "--epochs", type=real_number(0, above=True), metavar="N", help=f"passes over the table (default: {epochs})"
-    )
-    group.add_argument("--max-steps", type=whole_number(), metavar="N", help="instead of --epochs")
-    group.add_argument(
-        "--learning-rate", type=real_number(0), metavar="LR", help=f"base rate (default: {learning_rate})"
-    )
-    group.add_argument(
-        "--lr-multipliers", metavar="JSON", help=f'rates of parts, as {{"bt_adapter.": 10}} (default: {multipliers})'
-    )
-    group.add_argument(
-        "--workers", type=whole_number(0), metavar="N", help="processes that decode, per device (default: 0)"
-    )
-    group.add_argument("--bf16", action="store_true", default=None, help="mixed precision in bfloat16")
-    group.add_argument("--logging-steps", type=whole_number(), default=10, metavar="N", help="(default: 10)")
-    group.add_argument(
-        "--save-steps", type=whole_number(), metavar="N", help="steps between checkpoints (default: 500)"
-    )
-    group.add_argument(
-        "--eval-steps", type=whole_number(), metavar="N", help="steps between evaluations (default: at the end)"
-    )
-    group.add_argument("--seed", type=whole_number(0), metavar="N", help="(default: 42)")
-    group.add_argument("--report-to", metavar="NAME", help="tensorboard, wandb, ... (default: none)")
-    group.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="any other field of the training arguments, such as --set warmup_steps=0.05; may be repeated",
-    )
-    return group
-
-
-def add_data_limits(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument(
-        "--max-broken", type=real_number(0, 1), metavar="SHARE", help="broken items that stop the run (default: 0.1)"
-    )
-    parser.add_argument(
-        "--chunk-rows",
-        type=whole_number(),
-        metavar="N",
-        help="rows that are shuffled among each other (default: 10000)",
-    )
-    parser.add_argument(
-        "--max-disk",
-        type=size_in_bytes,
-        metavar="SIZE",
-        help="disk space for rows of a remote or packed table, which come and go, such as 20GB; training and "
-        "validation table may take that much each (default: 50GB)",
-    )
-
-
-def add_item_timeout(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument(
-        "--item-timeout",
-        type=seconds_or_none,
-        default=60.0,
-        metavar="S",
-        help="seconds after which reading a video is given up, 0 for no limit (default: 60)",
-    )
-
-
-def seconds_or_none(text: str) -> float | None:
-    """Seconds, and None for "0"."""
-    return real_number(0)(text) or None
-
-
-def size_in_bytes(text: str) -> int:
-    """`"20GB"`, `"512MiB"` or plain bytes."""
-    units = {"": 1, "B": 1}
-    units |= {f"{letter}B": 1000**power for power, letter in enumerate("KMGT", 1)}
-    units |= {f"{letter}iB".upper(): 1024**power for power, letter in enumerate("KMGT", 1)}
-    number = text.strip().upper().rstrip("KMGTIB ")
-    try:
-        size = int(float(number) * units[text.strip().upper()[len(number) :].strip()])
-    except (ValueError, KeyError, OverflowError):
-        size = 0
-    if size < 1:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no size of at least one byte; expected bytes, or a number with KB, MB, GB or TB."
-        )
-    return size
+from ._options import quiet_transformers
+from ._training_options import TRAINING_OPTIONS, training_arguments
 
 
 def open_table(args: argparse.Namespace, source: str, split: str):
@@ -213,47 +62,34 @@ def text_limit(wanted: int | None, tokenizer, config) -> int:
     return wanted
 
 
-def training_arguments(args: argparse.Namespace, cls: type, options: Mapping[str, str] = TRAINING_OPTIONS, **fixed):
-    """A `cls` (training arguments) from the options and from `--set`, with values as transformers reads them.
+def begin(
+    args: argparse.Namespace,
+    arguments: type,
+    packages: Sequence[str],
+    options: Mapping[str, str] = TRAINING_OPTIONS,
+    **fixed: Any,
+):
+    """What comes before the model: packages, training arguments, the seed of its fresh parts.
 
     Args:
-        options: names of options and of the fields that they set, where given.
-        fixed: further fields; a list becomes several words.
+        arguments: class of the training arguments.
+        packages: that are needed.
+        options, fixed: of `training_arguments`.
 
-    Raises:
-        ValueError: for an unknown name or a value of another type.
+    Returns:
+        The training arguments, and the checkpoint to go on from, if any.
     """
-    from transformers import HfArgumentParser
+    from ..import_utils import require_package
 
-    values: dict[str, Any] = {
-        field: getattr(args, option) for option, field in options.items() if getattr(args, option) is not None
-    }
-    if args.eval_steps is not None:
-        values["eval_strategy"] = "steps"
-    if args.push_to_hub is not None:
-        values["push_to_hub"] = True
-    known = {field.name for field in dataclasses.fields(cls) if field.init}
-    for assignment in args.set:
-        name, equals, value = assignment.partition("=")
-        name = name.replace("-", "_")
-        if not equals:
-            raise ValueError(f"--set {assignment}: expected NAME=VALUE.")
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=3)
-            # the value stays out of it: it may be a token
-            raise ValueError(f"--set {name}: there is no such field. Nearest: {', '.join(close) or 'none'}.")
-        values[name] = value
-    if values.get("eval_strategy", "no") != "no" and args.validation is None:
-        raise ValueError("Evaluation during training needs --validation.")
-    argv = ["--output_dir", args.output_dir]
-    for name, value in {**values, **fixed}.items():
-        argv += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-    parser = HfArgumentParser(cls, exit_on_error=False)
-    try:
-        (parsed,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    except argparse.ArgumentError as error:
-        raise ValueError(f"training option: {error}") from error
-    return parsed
+    for package in packages:
+        require_package(package, "train")
+    quiet_transformers()
+    from transformers import set_seed
+
+    checkpoint = find_checkpoint(args)
+    training_args = training_arguments(args, arguments, options, **fixed)
+    set_seed(training_args.seed)
+    return training_args, checkpoint
 
 
 def find_checkpoint(args: argparse.Namespace) -> str | None:
@@ -331,6 +167,23 @@ def run_training(trainer, checkpoint: str | None, started: float, **described: A
     return report()
 
 
+def end(trainer, summary: Mapping[str, Any], print_result: Callable[[], None]) -> int:
+    """Say how it went, by `print_result` where the run came to its end; the exit status."""
+    output_dir = trainer.args.output_dir
+    if trainer.is_world_process_zero():
+        print_skipped(summary, output_dir)
+        if not summary["finished"]:
+            print_interrupted(summary, output_dir)
+        else:
+            print(
+                f"trained {summary['trained_parameters']:,} parameters for {summary['steps']} steps in "
+                f"{summary['seconds']} s"
+            )
+            print_result()
+    trainer.accelerator.end_training()  # one of several processes may abort at exit otherwise
+    return 0 if summary["finished"] else 130
+
+
 def plot(trainer) -> None:
     """losses.png beside the model, once some loss has been logged."""
     from ..training.report import PLOT_NAME, plot_losses
@@ -348,9 +201,14 @@ def print_interrupted(summary: Mapping[str, Any], output_dir: str) -> None:
 
 
 def print_skipped(summary: Mapping[str, Any], output_dir: str) -> None:
-    """What could not be used, by reason."""
+    """What could not be used: how much by reason, and the first three."""
+    from ..data.broken import read_broken
+
+    found = read_broken(Path(output_dir))
     for part, reasons in summary["broken_reasons"].items():
         print(f"{summary['broken_items'][part]} items ({part}) could not be used:", file=sys.stderr)
         for reason, count in list(reasons.items())[:5]:
             print(f"  {count:>6}  {reason}", file=sys.stderr)
+        for item in found[part][:3]:
+            print(f"  row {item['index']}, {item['video']}: {item['reason']}", file=sys.stderr)
         print(f"  each is listed in {Path(output_dir) / 'broken_items*.jsonl'}", file=sys.stderr)

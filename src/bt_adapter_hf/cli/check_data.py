@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from ._options import progress, quiet_transformers
-from ._training import add_item_timeout, add_table_options, chat_processor, text_limit
+from ._training import chat_processor, open_table, text_limit
+from ._training_options import add_item_timeout, add_table_options
 
 
 EPILOG = """\
@@ -97,7 +98,6 @@ def pairs(args: argparse.Namespace):
     from transformers import AutoConfig, AutoTokenizer
 
     from ..data.checking import PairCheck
-    from ._training import open_table
 
     tokenizer = limit = None
     if args.model is not None:

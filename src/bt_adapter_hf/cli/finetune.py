@@ -4,19 +4,9 @@ import argparse
 import time
 from typing import Any
 
-from ._options import progress, quiet_transformers, real_number, whole_number
-from ._training import (
-    TRAINING_OPTIONS,
-    add_item_timeout,
-    add_run_options,
-    add_training_options,
-    chat_processor,
-    find_checkpoint,
-    print_interrupted,
-    print_skipped,
-    run_training,
-    training_arguments,
-)
+from ._options import progress, real_number, whole_number
+from ._training import begin, chat_processor, end, run_training
+from ._training_options import TRAINING_OPTIONS, add_item_timeout, add_run_options, add_training_options
 
 
 EPILOG = """\
@@ -122,25 +112,20 @@ def register(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..import_utils import require_package
-
-    for package in ("accelerate", "matplotlib", *(["peft"] if args.lora else [])):
-        require_package(package, "train")
     if args.load_in_4bit and not args.lora:
         raise ValueError("--load-in-4bit: a quantized language model takes LoRA; add --lora.")
     if args.lora and args.adapter_only:
         raise ValueError("--adapter-only would leave LoRA out; with --lora nothing but what was trained is written.")
-    quiet_transformers()
-    from transformers import set_seed
+    started = time.time()
+    from ..training.arguments import InstructionArguments
+
+    packages = ("accelerate", "matplotlib", *(["peft"] if args.lora else []))
+    training_args, checkpoint = begin(args, InstructionArguments, packages, OPTIONS)
 
     from ..data.instructions import InstructionCollator, InstructionDataset, load_instructions, longest_conversation
-    from ..training.instruction_tuning import InstructionArguments, InstructionTrainer, prepare_for_tuning
+    from ..training.instruction_tuning import InstructionTrainer, prepare_for_tuning
     from ..training.report import describe_table
 
-    started = time.time()
-    checkpoint = find_checkpoint(args)
-    training_args = training_arguments(args, InstructionArguments, OPTIONS)
-    set_seed(training_args.seed)  # of the fresh parts of the model
     sources = {"train": args.train, **({"validation": args.validation} if args.validation else {})}
     tables = {
         part: load_instructions(source, media_root=args.media_root, revision=args.dataset_revision)
@@ -188,14 +173,7 @@ def run(args: argparse.Namespace) -> int:
             **{part: describe_table(table) for part, table in tables.items()},
         },
     )
-    if trainer.is_world_process_zero():
-        print_skipped(summary, args.output_dir)
-        if not summary["finished"]:
-            print_interrupted(summary, args.output_dir)
-        else:
-            print_result(args, summary)
-    trainer.accelerator.end_training()  # one of several processes may abort at exit otherwise
-    return 0 if summary["finished"] else 130
+    return end(trainer, summary, lambda: print_result(args, summary))
 
 
 def load_model(args: argparse.Namespace, training_args):
@@ -252,9 +230,6 @@ def cached_states(args: argparse.Namespace, training_args, model, processor, tab
 
 
 def print_result(args: argparse.Namespace, summary: dict[str, Any]) -> None:
-    print(
-        f"trained {summary['trained_parameters']:,} parameters for {summary['steps']} steps in {summary['seconds']} s"
-    )
     if "eval_loss" in summary["metrics"]:
         print(f"validation loss {summary['metrics']['eval_loss']:.4f}")
     plugged = args.lora or args.adapter_only

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import __version__
+from ._options import name_options
+from ._training_options import TRAINING_OPTIONS
 
 
 _PACKAGE = __package__.partition(".")[0]
@@ -71,12 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.debug:
             raise
-        print(f"bt-adapter {args.command}: error: {_one_line(error)}", file=sys.stderr)
+        print(f"bt-adapter {args.command}: error: {_one_line(error, args)}", file=sys.stderr)
         return 1
 
 
-def _one_line(error: Exception) -> str:
-    message = " ".join(str(error).split())
+def _one_line(error: Exception, args: argparse.Namespace) -> str:
+    fields = {field: option for option, field in TRAINING_OPTIONS.items()}
+    message = name_options(" ".join(str(error).split()), args, fields)
     if isinstance(error, ImportError) and "pip install" not in message:
         return f"{message} (`bt-adapter env` tells what is broken)"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # the latter is torch's

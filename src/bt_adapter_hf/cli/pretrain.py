@@ -4,21 +4,15 @@ import argparse
 import time
 from typing import Any
 
-from ._options import quiet_transformers, real_number, whole_number
-from ._training import (
+from ._options import real_number, whole_number
+from ._training import begin, end, open_table, run_training, text_limit
+from ._training_options import (
     TRAINING_OPTIONS,
     add_data_limits,
     add_item_timeout,
     add_run_options,
     add_table_options,
     add_training_options,
-    find_checkpoint,
-    open_table,
-    print_interrupted,
-    print_skipped,
-    run_training,
-    text_limit,
-    training_arguments,
 )
 
 
@@ -132,26 +126,20 @@ def register(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..import_utils import require_package
+    started = time.time()
+    from ..training.arguments import BTAdapterTrainingArguments
 
-    for package in ("accelerate", "datasets", "matplotlib"):
-        require_package(package, "train")
-    quiet_transformers()
-    from transformers import set_seed
+    options = {**TRAINING_OPTIONS, "cached_gradient_batch_size": "cached_gradient_batch_size"}
+    controls = {"eval_controls": args.eval_controls} if args.eval_controls else {}
+    packages = ("accelerate", "datasets", "matplotlib")
+    training_args, checkpoint = begin(args, BTAdapterTrainingArguments, packages, options, **controls)
+    if args.eval_controls == []:
+        training_args.eval_controls = []
 
     from ..data.pairs import PairCollator, PairDataset
-    from ..training.arguments import BTAdapterTrainingArguments
     from ..training.report import describe_table
     from ..training.trainer import BTAdapterTrainer
 
-    started = time.time()
-    checkpoint = find_checkpoint(args)
-    options = {**TRAINING_OPTIONS, "cached_gradient_batch_size": "cached_gradient_batch_size"}
-    controls = {"eval_controls": args.eval_controls} if args.eval_controls else {}
-    training_args = training_arguments(args, BTAdapterTrainingArguments, options, **controls)
-    if args.eval_controls == []:
-        training_args.eval_controls = []
-    set_seed(training_args.seed)  # of the fresh parts of the model
     model, processor = load_model(args)
     max_text_length = text_limit(args.max_text_length, processor.tokenizer, model.config)
     tables = {"train": open_table(args, args.train, args.train_split)}
@@ -200,14 +188,7 @@ def run(args: argparse.Namespace) -> int:
             **{part: describe_table(table) for part, table in tables.items()},
         },
     )
-    if trainer.is_world_process_zero():
-        print_skipped(summary, args.output_dir)
-        if not summary["finished"]:
-            print_interrupted(summary, args.output_dir)
-        else:
-            print_result(summary, args.output_dir)
-    trainer.accelerator.end_training()  # one of several processes may abort at exit otherwise
-    return 0 if summary["finished"] else 130
+    return end(trainer, summary, lambda: print_result(summary, args.output_dir))
 
 
 def load_model(args: argparse.Namespace):
@@ -239,9 +220,6 @@ def load_model(args: argparse.Namespace):
 
 
 def print_result(summary: dict[str, Any], output_dir: str) -> None:
-    print(
-        f"trained {summary['trained_parameters']:,} parameters for {summary['steps']} steps in {summary['seconds']} s"
-    )
     metrics = summary["metrics"]
     if metrics:
         print(f"recall over {metrics['eval_pairs']} validation pairs, in percent:")

@@ -1,5 +1,6 @@
 """Training arguments with the released pretraining values as defaults."""
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -16,6 +17,9 @@ RELEASED_LR_MULTIPLIERS = {
     "bt_adapter.fusion_gate": 100.0,
     "bt_adapter.output_gate": 100.0,
 }
+
+
+_AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 
 
 @dataclass
@@ -56,6 +60,14 @@ class ResumableArguments(TrainingArguments):
         for pattern, factor in self.lr_multipliers.items():
             if not isinstance(factor, int | float) or factor < 0:
                 raise ValueError(f"lr_multipliers[{pattern!r}]={factor!r} must be a number >= 0.")
+        for name in _AT_LEAST_ONE:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if not self.num_train_epochs > 0 and self.max_steps < 1:
+            raise ValueError(f"num_train_epochs={self.num_train_epochs} must be above 0.")
+        for name in ("learning_rate", "max_grad_norm", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be a number of at least 0.")
         if not 0 <= self.max_broken <= 1:
             raise ValueError(f"max_broken={self.max_broken} must be a share between 0 and 1.")
         if self.chunk_rows < 1:
@@ -144,3 +156,29 @@ class BTAdapterTrainingArguments(ResumableArguments):
                     "cached_gradient_batch_size does not work with torch_compile: compiled, a pass without a graph "
                     "drops other paths than one with a graph. Use one of the two."
                 )
+
+
+@dataclass
+class InstructionArguments(ResumableArguments):
+    """`ResumableArguments` with the values of the released tuning as defaults.
+
+    These are AdamW with a learning rate of 2e-5 for the projector and the branch alike, without weight decay, a cosine
+    after a warm-up over 3 % of the steps, gradients clipped at norm 1, and three epochs. The released global batch was
+    8 x 1 conversations.
+
+    Args:
+        adapter_only (`bool`, *optional*, defaults to `False`):
+            Write only the branch and the projector at the end, as an adapter for `load_bt_adapter`, and not the whole
+            model.
+    """
+
+    learning_rate: float = field(default=2e-5, metadata={"help": "Base learning rate; see lr_multipliers."})
+    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay on every trained parameter."})
+    num_train_epochs: float = field(default=3.0, metadata={"help": "Number of passes over the training table."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
+    warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up steps, or below 1 their share of all steps."})
+    hub_strategy: str = field(default="end", metadata={"help": "When to push to the Hub."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Whether DDP looks for parameters without a gradient; there are none."}
+    )
+    adapter_only: bool = field(default=False, metadata={"help": "Write the branch and the projector only."})

@@ -1,7 +1,6 @@
 """Instruction tuning of the chat models: the projector and the branch learn, and by LoRA the language model."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,35 +11,9 @@ from transformers import PreTrainedModel
 from ..adapters.host_modules import find_tower, is_peft_model, is_quantized
 from ..import_utils import require_package
 from ..models.modeling_bt_adapter_chat import BTAdapterChatMixin
-from .arguments import ResumableArguments
+from .arguments import InstructionArguments
 from .blank_visuals import blank_row, shows, with_blank
 from .resumable import ResumableTrainer
-
-
-@dataclass
-class InstructionArguments(ResumableArguments):
-    """`ResumableArguments` with the values of the released tuning as defaults.
-
-    These are AdamW with a learning rate of 2e-5 for the projector and the branch alike, without weight decay, a cosine
-    after a warm-up over 3 % of the steps, gradients clipped at norm 1, and three epochs. The released global batch was
-    8 x 1 conversations.
-
-    Args:
-        adapter_only (`bool`, *optional*, defaults to `False`):
-            Write only the branch and the projector at the end, as an adapter for `load_bt_adapter`, and not the whole
-            model.
-    """
-
-    learning_rate: float = field(default=2e-5, metadata={"help": "Base learning rate; see lr_multipliers."})
-    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay on every trained parameter."})
-    num_train_epochs: float = field(default=3.0, metadata={"help": "Number of passes over the training table."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
-    warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up steps, or below 1 their share of all steps."})
-    hub_strategy: str = field(default="end", metadata={"help": "When to push to the Hub."})
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Whether DDP looks for parameters without a gradient; there are none."}
-    )
-    adapter_only: bool = field(default=False, metadata={"help": "Write the branch and the projector only."})
 
 
 def projector_path(model: nn.Module) -> str:

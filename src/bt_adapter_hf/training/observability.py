@@ -1,8 +1,9 @@
 """What a training run says about itself: speed, waiting for data, learning rates, memory, skipped items."""
 
+import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ class ObservabilityMixin:
     - `data_wait`: share of that time (0-1) in which the process that waits most had no batch to work on;
     - `lr_x1`, `lr_x10`, ...: the learning rate of each parameter group, by its factor on `args.learning_rate`
       (`learning_rate` is that of the first group, as in `Trainer`);
+    - `clipped_steps`, `clipped_by`: share (0-1) of the steps whose gradient was cut to `args.max_grad_norm`, and by
+      what factor these were shrunk (geometric mean; 1 where none was);
     - `skipped_items`: distinct broken items met so far by any process;
     - `gpu_memory_gib`, `gpu_memory_peak_gib`: allocated tensors, of the fullest device, on CUDA only. The peak is that
       since the start.
@@ -54,6 +57,7 @@ class ObservabilityMixin:
 
     def _restart_window(self) -> None:
         self._clips, self._waited, self._between_steps = 0, 0.0, 0.0
+        self._norms: list[torch.Tensor | float] = []  # of the gradient of each step, before clipping
         self._window_start = self._step_end = time.perf_counter()
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
@@ -69,6 +73,12 @@ class ObservabilityMixin:
                 return
             self._clips += len(batch["input_ids"])
             yield batch
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        if norm is not None:  # DeepSpeed may not know it yet
+            self._norms.append(norm.detach() if isinstance(norm, torch.Tensor) else norm)
+        return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._clips:  # the end of a logging window, on every process
@@ -94,6 +104,7 @@ class ObservabilityMixin:
         return {
             **_rates(clips, seconds, waited),
             **self._learning_rates,
+            **clipping([float(norm) for norm in self._norms], self.args.max_grad_norm),
             "skipped_items": self._count_skipped(),
             **gpu,
         }
@@ -106,6 +117,21 @@ class ObservabilityMixin:
 
 def _rates(clips: float, seconds: float, waited: float) -> dict[str, float]:
     return {"clips_per_second": clips / seconds, "data_wait": waited / seconds}
+
+
+def clipping(norms: Sequence[float], limit: float) -> dict[str, float]:
+    """What clipping at `limit` did to gradients of these norms; nothing where there is no limit.
+
+    Returns:
+        clipped_steps: share of them above the limit, in 0-1; those that are not finite are left out.
+        clipped_by: geometric mean of norm / limit over these, by which all gradients of such a step are divided.
+    """
+    norms = [norm for norm in norms if math.isfinite(norm)]
+    if not norms or not limit:
+        return {}
+    above = [norm / limit for norm in norms if norm > limit]
+    by = math.exp(sum(map(math.log, above)) / len(above)) if above else 1.0
+    return {"clipped_steps": len(above) / len(norms), "clipped_by": by}
 
 
 class _StepObserver(TrainerCallback):
@@ -163,6 +189,8 @@ def describe(logs: dict[str, float]) -> str:
         parts += _named(logs, [k for k in logs if k.startswith("lr_x")] or ["learning_rate"])
         if "clips_per_second" in logs:
             parts += [f"{logs['clips_per_second']:.4g} clips/s", f"waiting for data {logs['data_wait']:.0%}"]
+        if logs.get("clipped_steps"):
+            parts.append(f"clipped {logs['clipped_steps']:.0%} of steps by {logs['clipped_by']:.3g}")
         if "gpu_memory_peak_gib" in logs:
             parts.append(f"GPU {logs['gpu_memory_gib']:.1f} GiB, peak {logs['gpu_memory_peak_gib']:.1f}")
         if logs.get("skipped_items"):

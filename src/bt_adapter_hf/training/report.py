@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
 import platform
 from collections.abc import Callable
@@ -74,8 +75,9 @@ def write_run_summary(
         error: why the run is not finished, such as "interrupted"; None where it is.
 
     The summary also holds: `finished` and `error`; `steps` made and `total_steps` planned; `train_loss`, the mean of
-    the logged losses; `speed` (see `ObservabilityMixin.speed`), which like `seconds` covers the time since the run was
-    last started or resumed; `broken_items` and `broken_reasons`, counts by part ("train", "eval") over the whole run,
+    the logged losses; `clipping`, the share of steps whose gradient was clipped and by how much (see
+    `ObservabilityMixin`); `speed` (see there), which like `seconds` covers the time since the run was last started or
+    resumed; `broken_items` and `broken_reasons`, counts by part ("train", "eval") over the whole run,
     of all processes that write to this folder; `processes`, `device` and `versions`.
     """
     broken = read_broken(trainer.args.output_dir)
@@ -94,6 +96,7 @@ def write_run_summary(
         "steps": trainer.state.global_step,
         "total_steps": trainer.state.max_steps,
         "train_loss": mean_loss(trainer.state.log_history),
+        "clipping": mean_clipping(trainer.state.log_history),
         "metrics": metrics or {},
         "broken_items": {part: len(records) for part, records in broken.items()},
         "broken_reasons": {part: count_reasons(records) for part, records in broken.items()},
@@ -123,6 +126,22 @@ def mean_loss(log_history: list[dict[str, float]]) -> float | None:
             total += entry["loss"] * (entry["step"] - last)
             last = entry["step"]
     return total / last if last else None
+
+
+def mean_clipping(log_history: list[dict[str, float]]) -> dict[str, float]:
+    """`clipped_steps` and `clipped_by` over a whole run; empty where nothing is clipped or logged."""
+    steps = clipped = logarithms = last = 0
+    for entry in log_history:
+        if "clipped_steps" in entry:
+            window = entry["step"] - last
+            steps += window
+            clipped += window * entry["clipped_steps"]
+            logarithms += window * entry["clipped_steps"] * math.log(entry["clipped_by"])
+            last = entry["step"]
+    if not steps:
+        return {}
+    by = math.exp(logarithms / clipped) if clipped else 1.0
+    return {"clipped_steps": round(clipped / steps, 4), "clipped_by": round(by, 4)}
 
 
 def device_name(device: torch.device) -> str:

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging as transformers_logging
 
 from ..adapters.files import AdapterConfig, write_adapter
 from ..adapters.host_modules import find_tower, is_peft_model
@@ -103,6 +104,12 @@ class ResumableTrainer(ObservabilityMixin, HubPushMixin, Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{self.args.n_gpu} GPUs are visible to one process, which would take them by nn.DataParallel. That "
+                f"is not supported: start one process for each (torchrun --nproc-per-node {self.args.n_gpu} ...), or "
+                "choose one GPU (--device cuda:0, or CUDA_VISIBLE_DEVICES=0 before Python starts)."
+            )
         check_sharding(self.accelerator, self.model)
         accelerator_config = self.args.accelerator_config
         unsupported = {
@@ -387,7 +394,8 @@ class ResumableTrainer(ObservabilityMixin, HubPushMixin, Trainer):
         Raises:
             ValueError: if it cannot be saved.
         """
-        folder = Path(self.args.output_dir) / ".rehearsal"
+        folder, shows_bars = Path(self.args.output_dir) / ".rehearsal", transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()
         try:
             self._write_result(folder, rehearsal=True)
         except Exception as error:
@@ -396,6 +404,8 @@ class ResumableTrainer(ObservabilityMixin, HubPushMixin, Trainer):
                 f"{error}). Nothing was trained."
             ) from error
         finally:
+            if shows_bars:
+                transformers_logging.enable_progress_bar()
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
 

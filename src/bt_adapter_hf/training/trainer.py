@@ -43,6 +43,15 @@ class BTAdapterTrainer(ResumableTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        config = self.model.config
+        contrasts = config.vtc_weight > 0 or config.mbca_weight > 0
+        if contrasts and self.args.per_device_train_batch_size * self.args.world_size == 1:
+            raise ValueError(
+                "per_device_train_batch_size=1 on one process leaves nothing to contrast: each clip is compared with "
+                "the texts of its own step, and of a single one the losses are 0, whatever the model says. Take at "
+                "least 2 (the released batch was 8 x 52); what does not fit into memory does with "
+                "cached_gradient_batch_size."
+            )
         # The loss is a mean over the batch, so Trainer has to divide it by the accumulation steps.
         self.model_accepts_loss_kwargs = False
         if self.compute_metrics is None:
