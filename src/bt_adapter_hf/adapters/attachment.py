@@ -16,6 +16,7 @@ from transformers import (
 from transformers.utils import logging
 
 from ..models.configuration_bt_adapter import BTAdapterConfig
+from ..models.configuration_bt_adapter_chat import next_token_id
 from ..models.modeling_bt_adapter import BTAdapterModel
 from ..models.modeling_bt_adapter_branch import BACKBONES
 from ..models.modeling_bt_adapter_instructblip import BTAdapterInstructBlipForConditionalGeneration
@@ -192,7 +193,11 @@ def chat_config(native: PreTrainedConfig, tower: PreTrainedConfig) -> PreTrained
     config_class = next(
         ours.config_class for host, ours in CHAT_HOSTS.items() if host.config_class.model_type == native.model_type
     )
-    return _composite(config_class, native, config_class._native_fields() | {"vision_config": tower})
+    fields = config_class._native_fields() | {"vision_config": tower}
+    if native.name_or_path:  # what was loaded has been fetched: nothing is fetched for this
+        free = next_token_id(native.name_or_path, {"local_files_only": True})
+        fields |= {} if free is None else {"video_token_index": max(free, (native.image_token_index or 0) + 1)}
+    return _composite(config_class, native, fields)
 
 
 def _composite(config_class: type[PreTrainedConfig], source: PreTrainedConfig, fields: dict) -> PreTrainedConfig:

@@ -1,6 +1,6 @@
-"""Chat templates (Jinja) of the three hosts: `{"type": "image"}` and `{"type": "video"}` become placeholders."""
+"""Chat templates (Jinja) of the hosts with a Q-Former: parts of type image and video become placeholders."""
 
-# Macro of all templates: the pictures of a message in order, then its text.
+# Macros of both templates: the pictures of a message in order, then its text.
 _PARTS = """
 {%- macro visuals(message, before, after) -%}
   {%- if message['content'] is not string -%}
@@ -17,32 +17,6 @@ _PARTS = """
   {%- endif -%}
 {%- endmacro -%}
 """
-
-# Vicuna 1.1, in which LLaVA is tuned: user turns end with a blank, answers with the end-of-sequence token. A video
-# stands before or after the words, as in the message (the released video-LLM is tuned with both); images in front.
-LLAVA_CHAT_TEMPLATE = (
-    _PARTS
-    + """
-{%- macro around(message, wanted) -%}
-  {%- if message['content'] is not string -%}
-    {%- set past = namespace(words=false) -%}
-    {%- for part in message['content'] -%}
-      {%- if part['type'] == 'text' %}{% set past.words = true %}
-      {%- elif part['type'] == 'video' and past.words -%}
-        {%- if wanted == 'after' %}{{ '\n<video>' }}{% endif -%}
-      {%- elif wanted == 'before' %}{{ '<' + part['type'] + '>\n' }}{% endif -%}
-    {%- endfor -%}
-  {%- endif -%}
-{%- endmacro -%}
-{%- for message in messages -%}
-  {%- if message['role'] == 'system' %}{{ words(message) + ' ' }}
-  {%- elif message['role'] == 'assistant' -%}
-    {{ 'ASSISTANT: ' }}{% generation %}{{ words(message) + eos_token }}{% endgeneration -%}
-  {%- else %}{{ 'USER: ' + around(message, 'before') + words(message) + around(message, 'after') + ' ' }}{% endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif -%}
-"""
-)
 
 # InstructBLIP has no turns: what is seen comes first, then the words. Answers end with the end-of-sequence token, as
 # in its own tuning.

@@ -5,10 +5,12 @@ import os
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.utils import torch_compilable_check
+from transformers.utils import logging, torch_compilable_check
 
 from .modeling_bt_adapter_vision import BTAdapterPreTrainedModel, package_loading, plainly_loaded
 
+
+logger = logging.get_logger(__name__)
 
 NEEDS_PACKAGE = (
     "bt_adapter= needs the package that this code belongs to: pip install bt_adapter_hf, and import bt_adapter_hf "
@@ -79,26 +81,28 @@ class BTAdapterChatMixin:
         return super().save_pretrained(save_directory, **kwargs)
 
 
-def embed_text(embedding: nn.Module, input_ids: torch.LongTensor, *placeholders: int | None) -> torch.Tensor:
-    """Embeddings of a prompt whose placeholders may lie beyond the vocabulary: (B, S) -> (B, S, D)."""
-    for token_id in placeholders:
-        if token_id is not None:
-            input_ids = input_ids.masked_fill(input_ids == token_id, 0)
-    return embedding(input_ids)
+def embed_text(embedding: nn.Module, input_ids: torch.LongTensor, vocab_size: int) -> torch.Tensor:
+    """Embeddings of a prompt, in which ids beyond the vocabulary are placeholders: (B, S) -> (B, S, D)."""
+    return embedding(input_ids.masked_fill(input_ids >= vocab_size, 0))
 
 
 def check_length(config: PreTrainedConfig, length: int):
-    """Refuses a prompt that is longer than the language model's positions.
+    """Compares the length of a prompt with the language model's positions; rotary ones go on beyond their last.
 
     Raises:
-        ValueError: if it is.
+        ValueError: if it has no position for some token.
     """
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and length > limit:
-        raise ValueError(
-            f"The conversation is {length} tokens long, visual tokens included, and the language model takes {limit}: "
-            "drop earlier turns, images or videos, or use fewer clips per video (num_clips)."
-        )
+    text_config = config.get_text_config()
+    limit = getattr(text_config, "max_position_embeddings", None)
+    if limit is None or length <= limit:
+        return
+    message = (
+        f"The conversation is {length} tokens long, visual tokens included, and the language model "
+        f"{{}} {limit}: drop earlier turns, images or videos, or use fewer clips per video (num_clips)."
+    )
+    if getattr(text_config, "rope_parameters", None) is None:
+        raise ValueError(message.format("takes"))
+    logger.warning_once(message.format("is made for"))
 
 
 def check_placeholders(input_ids: torch.LongTensor, token_id: int | None, visuals: int, tokens: int, kind: str):

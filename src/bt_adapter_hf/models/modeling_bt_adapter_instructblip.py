@@ -20,6 +20,9 @@ from .modeling_bt_adapter_qformer import BTAdapterQFormerChatMixin
 from .modeling_bt_adapter_vision import BTAdapterVisionModel
 
 
+NO_WORDS = "InstructBLIP's Q-Former reads the instruction: pass qformer_input_ids, as its processor does."
+
+
 class BTAdapterInstructBlipForConditionalGeneration(BTAdapterQFormerChatMixin, InstructBlipForConditionalGeneration):
     """InstructBLIP that takes videos.
 
@@ -47,9 +50,12 @@ class BTAdapterInstructBlipForConditionalGeneration(BTAdapterQFormerChatMixin, I
     def _query(
         self,
         image_embeds: torch.Tensor,
-        qformer_input_ids: torch.LongTensor,
+        qformer_input_ids: torch.LongTensor | None = None,
         qformer_attention_mask: torch.LongTensor | None = None,
+        **kwargs,
     ) -> BaseModelOutputWithPooling:
+        if qformer_input_ids is None:
+            raise ValueError(NO_WORDS)
         V, device = len(image_embeds), image_embeds.device
         queries = self.query_tokens.expand(V, -1, -1)
         if qformer_attention_mask is None:
@@ -61,7 +67,7 @@ class BTAdapterInstructBlipForConditionalGeneration(BTAdapterQFormerChatMixin, I
             query_embeds=queries,
             encoder_hidden_states=image_embeds,
             encoder_attention_mask=torch.ones(image_embeds.shape[:2], dtype=torch.long, device=device),
-            return_dict=True,
+            **{**kwargs, "return_dict": True},
         )
 
     @can_return_tuple
@@ -100,7 +106,8 @@ class BTAdapterInstructBlipForConditionalGeneration(BTAdapterQFormerChatMixin, I
             ValueError: if placeholders and visual tokens differ in number, or the prompt is too long for the model.
         """
         visuals = (pixel_values, pixel_values_videos, frame_mask, interpolate_pos_encoding)
-        text = _qformer_text(qformer_input_ids, qformer_attention_mask)
+        seen = (pixel_values, pixel_values_videos, backbone_states)
+        text = _qformer_text(qformer_input_ids, qformer_attention_mask, *seen)
         encoded = self._encode(input_ids, *visuals, text, backbone_states)
         if decoder_input_ids is not None:
             kwargs["decoder_input_ids"] = decoder_input_ids
@@ -130,17 +137,16 @@ class BTAdapterInstructBlipForConditionalGeneration(BTAdapterQFormerChatMixin, I
         if input_ids is None:
             input_ids = self._prompt(pixel_values, pixel_values_videos)
         visuals = (pixel_values, pixel_values_videos, frame_mask, interpolate_pos_encoding)
-        encoded = self._encode(input_ids, *visuals, _qformer_text(qformer_input_ids, qformer_attention_mask))
+        text = _qformer_text(qformer_input_ids, qformer_attention_mask, pixel_values, pixel_values_videos)
+        encoded = self._encode(input_ids, *visuals, text)
         return self._generate(input_ids, attention_mask, encoded, **generate_kwargs)
 
 
 def _qformer_text(
-    input_ids: torch.LongTensor | None, attention_mask: torch.LongTensor | None
+    input_ids: torch.LongTensor | None, attention_mask: torch.LongTensor | None, *visuals: object
 ) -> dict[str, torch.Tensor]:
-    if input_ids is None:
-        raise ValueError(
-            "InstructBLIP's Q-Former reads the instruction: pass qformer_input_ids, as its processor does."
-        )
+    if input_ids is None and any(seen is not None for seen in visuals):
+        raise ValueError(NO_WORDS)
     text = {"qformer_input_ids": input_ids, "qformer_attention_mask": attention_mask}
     return {key: value for key, value in text.items() if value is not None}
 

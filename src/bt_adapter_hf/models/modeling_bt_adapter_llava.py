@@ -88,6 +88,7 @@ class BTAdapterLlavaModel(LlavaModel):
         vision_feature_select_strategy: str | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         backbone_states: dict[int, torch.Tensor] | None = None,
+        answer_length: int = 0,
         **kwargs,
     ) -> LlavaModelOutputWithPast:
         """See [`BTAdapterLlavaForConditionalGeneration.forward`]."""
@@ -100,7 +101,7 @@ class BTAdapterLlavaModel(LlavaModel):
         if prompt is not None:
             check_length(self.config, prompt.shape[1])
         has_videos = pixel_values_videos is not None or backbone_states is not None
-        if not has_videos and encoded.get("video") is None:
+        if not has_videos and encoded.get("video") is None and not answer_length:
             if input_ids is not None and input_ids.shape[1] > 1:  # a step of generation has no placeholder
                 check_placeholders(input_ids, self.config.video_token_id, 0, 0, "video")
             return super().forward(
@@ -122,11 +123,15 @@ class BTAdapterLlavaModel(LlavaModel):
             encoded["video"] = self.get_video_features(
                 pixel_values_videos, frame_mask, backbone_states=backbone_states, return_dict=True, **select
             )
-        inputs_embeds = embed_text(self.get_input_embeddings(), input_ids, self.config.video_token_id)
+        inputs_embeds = embed_text(self.get_input_embeddings(), input_ids, self.config.text_config.vocab_size)
+        length = input_ids.shape[1] - answer_length
+        if length <= 0:
+            return super().forward(inputs_embeds=inputs_embeds, **kwargs)
+        places = torch.cat([input_ids[:, :length], torch.full_like(input_ids[:, length:], -1)], dim=1)
         for kind, token_id in (("image", self.config.image_token_id), ("video", self.config.video_token_id)):
             output = encoded.get(kind)
             features = [] if output is None else output.pooler_output
-            inputs_embeds = put_in_place(inputs_embeds, input_ids, token_id, features, kind)
+            inputs_embeds = put_in_place(inputs_embeds, places, token_id, features, kind)
         return super().forward(inputs_embeds=inputs_embeds, **kwargs)
 
 
@@ -163,6 +168,7 @@ class BTAdapterLlavaForConditionalGeneration(BTAdapterChatMixin, LlavaForConditi
         labels: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         backbone_states: dict[int, torch.Tensor] | None = None,
+        answer_length: int = 0,
         **kwargs,
     ) -> LlavaCausalLMOutputWithPast:
         """
@@ -175,6 +181,7 @@ class BTAdapterLlavaForConditionalGeneration(BTAdapterChatMixin, LlavaForConditi
             labels: (B, S), -100 where no loss is wanted.
             mm_encoder_outputs: features computed before, under "image" and "video", in place of pixel values.
             backbone_states: in place of pixel_values_videos, see [`BTAdapterVisionModel.forward`].
+            answer_length: so many ids at the end are an answer so far, in which no id is a placeholder.
             kwargs: as in `LlavaForConditionalGeneration`.
 
         Raises:
@@ -189,8 +196,37 @@ class BTAdapterLlavaForConditionalGeneration(BTAdapterChatMixin, LlavaForConditi
             labels=labels,
             mm_encoder_outputs=mm_encoder_outputs,
             backbone_states=backbone_states,
+            answer_length=answer_length,
             **kwargs,
         )
+
+    def generate(self, inputs: torch.LongTensor | None = None, **kwargs):
+        """As in transformers. Only the prompt has placeholders, whatever ids the language model says."""
+        input_ids = kwargs.get("input_ids", inputs)
+        if input_ids is not None and isinstance(kwargs.get("assistant_model", self), BTAdapterChatMixin):
+            kwargs.setdefault("prompt_length", input_ids.shape[1])  # a native assistant would not know what it is
+        return super().generate(inputs, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        cache=None,
+        past_key_values=None,  # its name before transformers 5.24
+        is_first_iteration: bool = False,
+        prompt_length: int | None = None,
+        **kwargs,
+    ):
+        given = {"cache": cache, "past_key_values": past_key_values}
+        kwargs |= {name: value for name, value in given.items() if value is not None}
+        cache = past_key_values if cache is None else cache
+        # An assistant's first step is the first of its cache; it is shown images and videos as well.
+        is_first_iteration = is_first_iteration or cache is None or cache.get_seq_length() == 0
+        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        if not is_first_iteration and inputs.get("input_ids") is not None:
+            inputs["answer_length"] = inputs["input_ids"].shape[1]
+        elif prompt_length is not None:
+            inputs["answer_length"] = max(0, input_ids.shape[1] - prompt_length)
+        return inputs
 
 
 def llava_projector(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

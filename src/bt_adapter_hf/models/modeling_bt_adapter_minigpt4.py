@@ -74,8 +74,8 @@ class BTAdapterMiniGPT4ForConditionalGeneration(BTAdapterQFormerChatMixin, Blip2
             projection: the authors' `.pth`, with `llama_proj.weight` and `llama_proj.bias`. Only tensors are read.
             bt_adapter: adapter folder, or id on the Hub; without it the branch is fresh and warm-started.
             allow_backbone_mismatch: see [`from_pretrained`].
-            image_token_index: id of the image placeholder; by default the first that the tokenizer does not use, as
-                [`BTAdapterMiniGPT4Processor`] gives it.
+            image_token_index: id of the image placeholder; by default that of `<image>` in the tokenizer, which is
+                added to it as [`BTAdapterMiniGPT4Processor`] does. The next is that of the video placeholder.
             dtype: of the language model, and of the rest.
             hub: `cache_dir`, `token`, `local_files_only` for all checkpoints.
 
@@ -87,15 +87,17 @@ class BTAdapterMiniGPT4ForConditionalGeneration(BTAdapterQFormerChatMixin, Blip2
         eyes = _Blip2Eyes.from_pretrained(vision_qformer, dtype=speech.dtype, **hub)
         tokenizer = AutoTokenizer.from_pretrained(language_model, **hub)
         weight, bias = _projection(projection, eyes.config.qformer_config.hidden_size, speech.config.hidden_size)
-        if image_token_index is None:
-            image_token_index = len(tokenizer)
+        tokenizer.add_tokens(["<image>", "<video>"], special_tokens=True)  # none that is there already
+        image_token, video_token = tokenizer.convert_tokens_to_ids(["<image>", "<video>"])
+        if image_token_index is not None:
+            image_token, video_token = image_token_index, image_token_index + 1
         config = BTAdapterMiniGPT4Config(
             vision_config=eyes.config.vision_config,
             qformer_config=eyes.config.qformer_config,
             text_config=speech.config,
             num_query_tokens=eyes.config.num_query_tokens,
-            image_token_index=image_token_index,
-            video_token_index=image_token_index + 1,
+            image_token_index=image_token,
+            video_token_index=video_token,
         )
         package = package_loading()
         if package is None and bt_adapter is not None:
@@ -119,7 +121,8 @@ class BTAdapterMiniGPT4ForConditionalGeneration(BTAdapterQFormerChatMixin, Blip2
         model.generation_config._from_model_config = False  # else unknown fields are dropped at loading
         return model.eval()
 
-    def _query(self, image_embeds: torch.Tensor) -> BaseModelOutputWithPooling:
+    def _query(self, image_embeds: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        # as in BLIP-2, whose Q-Former is not asked for hidden states
         return self.qformer(
             query_embeds=self.query_tokens.expand(len(image_embeds), -1, -1),
             encoder_hidden_states=image_embeds,

@@ -20,8 +20,8 @@ class BTAdapterQFormerChatMixin(BTAdapterChatMixin):
             self.qformer.eval()  # no dropout where nothing is learned, as in the tower
         return self
 
-    def _query(self, image_embeds: torch.Tensor, **text) -> BaseModelOutputWithPooling:
-        """Runs the Q-Former on the tokens (V, C+N, D) of the tower."""
+    def _query(self, image_embeds: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """Runs the Q-Former on the tokens (V, C+N, D) of the tower and, where it reads text, that."""
         raise NotImplementedError
 
     @can_return_tuple
@@ -30,7 +30,9 @@ class BTAdapterQFormerChatMixin(BTAdapterChatMixin):
         pixel_values_videos: torch.FloatTensor | None = None,
         frame_mask: torch.Tensor | None = None,
         backbone_states: dict[int, torch.Tensor] | None = None,
-        **text,
+        qformer_input_ids: torch.LongTensor | None = None,
+        qformer_attention_mask: torch.LongTensor | None = None,
+        **kwargs,
     ) -> BaseModelOutputWithPooling:
         """Videos to query tokens.
 
@@ -38,7 +40,9 @@ class BTAdapterQFormerChatMixin(BTAdapterChatMixin):
             pixel_values_videos: (V, T, 3, H, W).
             frame_mask: (V, T), nonzero = a real frame.
             backbone_states: in place of the videos, see [`BTAdapterVisionModel.forward`].
-            text: `qformer_input_ids` and `qformer_attention_mask` (V, words), where the Q-Former reads text.
+            qformer_input_ids, qformer_attention_mask: (V, words), where the Q-Former reads text.
+            kwargs: `output_hidden_states` and the like, for the tower, and for the Q-Former where the host's
+                `get_image_features` hands them on.
 
         Returns:
             As the host's `get_image_features`; `pooler_output` is (V, query tokens, width of the language model).
@@ -51,10 +55,11 @@ class BTAdapterQFormerChatMixin(BTAdapterChatMixin):
                 f"pixel_values_videos has shape {tuple(pixel_values_videos.shape)}; expected (V, T, 3, H, W). Images "
                 "are passed as pixel_values."
             )
-        vision_outputs = self.vision_model(
-            pixel_values_videos, frame_mask=frame_mask, backbone_states=backbone_states, return_dict=True
-        )
-        qformer_outputs = self._query(vision_outputs.last_hidden_state, **text)
+        text = {"qformer_input_ids": qformer_input_ids, "qformer_attention_mask": qformer_attention_mask}
+        text = {name: value for name, value in text.items() if value is not None}
+        seen = {"frame_mask": frame_mask, "backbone_states": backbone_states}
+        vision_outputs = self.vision_model(pixel_values_videos, **seen, **{**kwargs, "return_dict": True})
+        qformer_outputs = self._query(vision_outputs.last_hidden_state, **text, **kwargs)
         queries = qformer_outputs.last_hidden_state[:, : self.config.num_query_tokens]
         return BaseModelOutputWithVisionQformerOutputs(
             last_hidden_state=vision_outputs.last_hidden_state,
@@ -76,6 +81,11 @@ class BTAdapterQFormerChatMixin(BTAdapterChatMixin):
         backbone_states: dict[int, torch.Tensor] | None = None,
     ) -> dict[str, BaseModelOutputWithPooling]:
         """Features under "image" and "video". `text` is per row of the prompt; each visual gets that of its row."""
+        if input_ids is None:
+            raise ValueError(
+                "Images and videos find their places by the placeholders in input_ids: pass what the processor of "
+                "this model returns."
+            )
         options = {
             "image": {"interpolate_pos_encoding": interpolate_pos_encoding},
             "video": {"frame_mask": frame_mask, "backbone_states": backbone_states},
@@ -102,7 +112,7 @@ class BTAdapterQFormerChatMixin(BTAdapterChatMixin):
         """Prompt (B, S) -> embeddings (B, S, D) with the visual tokens in their places."""
         check_length(self.config, input_ids.shape[1])
         placeholders = {"image": self.config.image_token_id, "video": self.config.video_token_id}
-        inputs_embeds = embed_text(self.get_input_embeddings(), input_ids, *placeholders.values())
+        inputs_embeds = embed_text(self.get_input_embeddings(), input_ids, self.config.text_config.vocab_size)
         for kind, token_id in placeholders.items():
             output = encoded.get(kind)
             features = [] if output is None else output.pooler_output

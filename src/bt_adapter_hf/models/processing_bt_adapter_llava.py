@@ -4,9 +4,39 @@ from typing import Any
 
 from transformers import AutoProcessor, LlavaProcessor
 
-from .chat_templates_bt_adapter import LLAVA_CHAT_TEMPLATE
 from .configuration_bt_adapter_chat import BTAdapterLlavaConfig
 from .processing_bt_adapter_chat import BTAdapterChatProcessorMixin, video_processor_like
+
+
+# Vicuna 1.1, in which LLaVA is tuned: user turns end with a blank, answers with the end-of-sequence token. A video
+# stands before or after the words, as in the message (the released video-LLM is tuned with both); images in front.
+LLAVA_CHAT_TEMPLATE = """
+{%- macro words(message) -%}
+  {%- if message['content'] is string %}{{ message['content'] }}{% else -%}
+    {%- for part in message['content'] if part['type'] == 'text' -%}
+      {{ part['text'] }}{% if not loop.last %}{{ ' ' }}{% endif -%}
+    {%- endfor -%}
+  {%- endif -%}
+{%- endmacro -%}
+{%- macro around(message, wanted) -%}
+  {%- if message['content'] is not string -%}
+    {%- set past = namespace(words=false) -%}
+    {%- for part in message['content'] -%}
+      {%- if part['type'] == 'text' %}{% set past.words = true %}
+      {%- elif part['type'] == 'video' and past.words -%}
+        {%- if wanted == 'after' %}{{ '\n<video>' }}{% endif -%}
+      {%- elif wanted == 'before' %}{{ '<' + part['type'] + '>\n' }}{% endif -%}
+    {%- endfor -%}
+  {%- endif -%}
+{%- endmacro -%}
+{%- for message in messages -%}
+  {%- if message['role'] == 'system' %}{{ words(message) + ' ' }}
+  {%- elif message['role'] == 'assistant' -%}
+    {{ 'ASSISTANT: ' }}{% generation %}{{ words(message) + eos_token }}{% endgeneration -%}
+  {%- else %}{{ 'USER: ' + around(message, 'before') + words(message) + around(message, 'after') + ' ' }}{% endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif -%}
+"""
 
 
 class BTAdapterLlavaProcessor(BTAdapterChatProcessorMixin):
