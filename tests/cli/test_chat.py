@@ -2,13 +2,22 @@
 
 import io
 import json
+import socket
+import struct
+import zlib
 
 import numpy as np
+import peft
 import pytest
 import torch
 from PIL import Image
 
-from bt_adapter_hf import BTAdapterLlavaForConditionalGeneration, BTAdapterLlavaProcessor
+from bt_adapter_hf import (
+    BTAdapterLlavaForConditionalGeneration,
+    BTAdapterLlavaProcessor,
+    lora_config,
+    save_bt_adapter,
+)
 from bt_adapter_hf.cli.main import main
 from tests import clip_tools
 from tests.chat import saved_hosts
@@ -128,9 +137,44 @@ def test_bad_input_ends_in_one_line(hosts, files, tiny_checkpoint, tmp_path, cap
     assert "--max-new-tokens 0" in error_of([files[0], *model, *ask, "--max-new-tokens", 0], capsys)
 
 
-def test_a_conversation_longer_than_the_context(hosts, files, capsys):
+def test_a_conversation_longer_than_the_context_is_answered_with_a_warning(hosts, files, capsys):
+    """As by the native model: rotary positions go on."""
     native, adapter = hosts["llava"]
-    assert chat(*[files[0]] * 12, "--model", native, "--bt-adapter", adapter, "--num-frames", 2, "-q", "what ?") == 1
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert "drop earlier turns" in captured.err.splitlines()[-1]
+    argv = [*[files[0]] * 12, "--model", native, "--bt-adapter", adapter, "--num-frames", 2, "-q", "what ?"]
+    assert chat(*argv, "--max-new-tokens", 1) == 0
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # peft asks for it
+def test_an_adapter_brings_its_model(hosts, files, tmp_path, capsys):
+    native, adapter = hosts["llava"]
+    argv = ["-q", "what happens ?", "--num-frames", 4, "--max-new-tokens", 4]
+    assert chat(files[0], "--model", native, "--bt-adapter", adapter, *argv) == 0
+    answer = capsys.readouterr().out
+    model = BTAdapterLlavaForConditionalGeneration.from_pretrained(native, bt_adapter=adapter)
+    save_bt_adapter(model, tmp_path / "adapter")
+    tuned = peft.get_peft_model(model, lora_config(model, r=2))
+    tuned.save_pretrained(tmp_path / "lora")
+    for folder in ("adapter", "lora"):
+        assert chat(files[0], "--model", tmp_path / folder, *argv) == 0
+        captured = capsys.readouterr()
+        assert captured.out == answer and f"is an adapter of '{native}'" in captured.err
+    assert "--bt-adapter names another" in error_of(
+        [files[0], "--model", tmp_path / "lora", "--bt-adapter", adapter, *argv], capsys
+    )
+    assert "names no model" in error_of([files[0], "--model", adapter, *argv], capsys)
+    (tmp_path / "empty").mkdir()
+    assert "neither a model" in error_of([files[0], "--model", tmp_path / "empty", *argv], capsys)
+
+
+def test_every_file_that_cannot_be_used_is_named_and_counted(hosts, files, tmp_path, capsys):
+    native, adapter = hosts["llava"]
+    bomb = tmp_path / "bomb.png"
+    head = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    ihdr = b"IHDR" + head
+    bomb.write_bytes(b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + ihdr + struct.pack(">I", zlib.crc32(ihdr)))
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # it never answers
+        slow = f"http://127.0.0.1:{silent.getsockname()[1]}/slow.png"
+        argv = [files[0], bomb, slow, files[2], "--model", native, "--bt-adapter", adapter, "-q", "what ?"]
+        error = error_of([*argv, "--item-timeout", 1], capsys)
+    assert "2 of 4 files" in error and "bomb.png cannot be read" in error and slow in error

@@ -281,7 +281,6 @@ def test_language_model_on_the_disk(host, tmp_path):
         ({"input_ids": prompt("video", 4)}, "4 video tokens .* 0 videos"),
         ({"input_ids": prompt("image", 4)}, "4 image tokens .* 0 images"),
         ({"input_ids": prompt("video", 4), "pixel_values_videos": video()[0]}, r"expected \(V, T, 3, H, W\)"),
-        ({"input_ids": prompt(*[4] * 192)}, "193 tokens long.*takes 192"),
     ],
 )
 def test_bad_input_is_refused_before_any_generation(host, inputs, message):

@@ -1,20 +1,23 @@
 """Processors of the chat models: prompts, token counts, clips, templates, native checkpoints, bad input."""
 
 import logging
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import (
+    AutoModelForImageTextToText,
     AutoProcessor,
+    AutoTokenizer,
     Blip2Processor,
     InstructBlipProcessor,
     LlavaProcessor,
 )
 from transformers.utils import logging as transformers_logging
 
-from bt_adapter_hf import VideoError
+from bt_adapter_hf import VideoError, get_bt_adapter_model
 from bt_adapter_hf.models.modeling_bt_adapter_instructblip import BTAdapterInstructBlipForConditionalGeneration
 from bt_adapter_hf.models.modeling_bt_adapter_llava import BTAdapterLlavaForConditionalGeneration
 from bt_adapter_hf.models.modeling_bt_adapter_minigpt4 import BTAdapterMiniGPT4ForConditionalGeneration
@@ -198,6 +201,71 @@ def test_clips(host, clip, caplog):
     assert cut["frame_mask"].sum(dim=1).tolist() == [4, 3]
     with pytest.raises(ValueError, match="2 frames, too few for 3 clips"):
         processor(text="<video> a", videos=frames(2), num_clips=3, do_sample_frames=False)
+
+
+def test_nested_arguments(host, clip):
+    """`videos_kwargs` and its like, of `processor(...)` and through `processor_kwargs`, as flat ones."""
+    processor, tokens = host
+    flat = processor(text="<video> what", videos=str(clip), num_clips=2, num_frames=3, return_tensors="pt")
+    assert flat["pixel_values_videos"].shape[:2] == (2, 3) and (flat["input_ids"] == VIDEO).sum() == 2 * tokens
+    nested = {"videos_kwargs": {"num_clips": 2, "num_frames": 3}, "text_kwargs": {"return_tensors": "pt"}}
+    inputs = processor(text="<video> what", videos=str(clip), **nested)
+    assert all(torch.equal(torch.as_tensor(inputs[key]), torch.as_tensor(flat[key])) for key in flat)
+    chat = ask({"type": "video", "path": str(clip)}, text())
+    inputs = processor.apply_chat_template(chat, **TEMPLATE, processor_kwargs={"videos_kwargs": {"num_clips": 2}})
+    assert inputs["pixel_values_videos"].shape[0] == 2 and (inputs["input_ids"] == VIDEO).sum() == 2 * tokens
+    assert processor.num_clips == 1
+    right = processor(text=["what", "what is"], text_kwargs={"padding_side": "right"}, return_tensors="pt")
+    assert right["attention_mask"][0, -1] == 0
+    seen = processor(text="<image> a", images=picture(), images_kwargs={"do_normalize": False}, return_tensors="pt")
+    assert 0 <= seen["pixel_values"].min() and seen["pixel_values"].max() <= 1
+    with pytest.raises(ValueError, match="num_clips was passed two times"):
+        processor(text="<video> a", videos=str(clip), num_clips=2, videos_kwargs={"num_clips": 2})
+
+
+def test_kinds_of_visual_tokens(host, clip):
+    processor, tokens = host
+    inputs = processor(
+        text="<video> what <image> is", videos=str(clip), images=picture(), return_mm_token_type_ids=True
+    )
+    kinds = inputs["mm_token_type_ids"][0]
+    assert (kinds.count(2), kinds.count(1), len(kinds)) == (tokens, tokens, len(inputs["input_ids"][0]))
+
+
+def test_one_prompt_needs_no_padding_token(host, folders, tmp_path):
+    name = next(name for name, entry in HOSTS.items() if entry[1] is type(host[0]))
+    processor = type(host[0]).from_pretrained(folders[name])
+    processor.tokenizer.pad_token = None
+    inputs = processor(text="<image> what ?", images=picture(), return_tensors="pt")
+    assert inputs["attention_mask"].all() and (inputs["input_ids"] == IMAGE).sum() == host[1]
+    with pytest.raises(ValueError, match="pad"):
+        processor(text=["what", "what is"])
+
+
+@torch.no_grad()
+def test_model_and_processor_agree_beside_other_added_tokens(host, folders, tmp_path):
+    name = next(name for name, entry in HOSTS.items() if entry[1] is type(host[0]))
+    _, processor_class, model_class, _ = HOSTS[name]
+    shutil.copytree(folders[name], tmp_path / "native")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "native")
+    tokenizer.add_tokens(["<loc1>", "<loc2>"], special_tokens=True)
+    tokenizer.save_pretrained(tmp_path / "native")
+    model, processor = (
+        model_class.from_pretrained(tmp_path / "native"),
+        processor_class.from_pretrained(tmp_path / "native"),
+    )
+    assert model.config.video_token_id == processor.video_token_id == VIDEO + 2
+    model.generate(**processor(text="<video> <loc1> ?", videos=frames(4), return_tensors="pt"), max_new_tokens=1)
+    # one that is made in memory, and what is saved
+    native = AutoModelForImageTextToText.from_pretrained(tmp_path / "native")
+    assert get_bt_adapter_model(native).config.video_token_id == VIDEO + 2
+    model.save_pretrained(tmp_path / "ours")
+    assert model_class.from_pretrained(tmp_path / "ours").config.video_token_id == VIDEO + 2
+    # a tokenizer that has the token already keeps it
+    processor.tokenizer.add_tokens(["<loc3>"], special_tokens=True)
+    processor.tokenizer.save_pretrained(tmp_path / "native")
+    assert model_class.from_pretrained(tmp_path / "native").config.video_token_id == VIDEO + 2
+    assert processor_class.from_pretrained(tmp_path / "native").video_token_id == VIDEO + 2
 
 
 def test_saves_and_reloads(host, tmp_path, clip):

@@ -5,9 +5,11 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from ._options import add_device_option, quiet_transformers
+from ._training import add_item_timeout
 
 
 # Type of a native host, or of ours -> the middle of our classes' names.
@@ -39,8 +41,8 @@ def register(subparsers) -> None:
     parser.add_argument(
         "--model",
         metavar="ID_OR_PATH",
-        help="Hub id or folder of a chat model, native or with its adapter in (default: the moving-digits chat model "
-        "inside the package)",
+        help="Hub id or folder of a chat model, native or with its adapter in; or of an adapter, LoRA too, that names "
+        "its model (default: the moving-digits chat model inside the package)",
     )
     parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
     parser.add_argument("--bt-adapter", metavar="ID_OR_PATH", help="adapter for a native model")
@@ -53,6 +55,7 @@ def register(subparsers) -> None:
         "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="default: as saved"
     )
     add_device_option(parser)
+    add_item_timeout(parser)
     parser.add_argument("--json", action="store_true", help="print JSON; needs --question")
     parser.set_defaults(run=run)
 
@@ -61,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     quiet_transformers()
     processor, load_model = _find_model(args)
-    seen = [_look(file, processor) for file in args.files]  # all of them, before anything large is loaded
+    seen = _look(args.files, processor, args.item_timeout)  # before anything large is loaded
     model = load_model()
 
     # Pixels, not paths: each file is decoded once, however long the conversation.
@@ -103,39 +106,36 @@ def _check(args: argparse.Namespace) -> None:
 
 def _find_model(args: argparse.Namespace):
     """The processor, and a function that loads the model."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
     import bt_adapter_hf
 
     from ..adapters.files import is_peft_folder
-    from ..assets import default_chat_model_path
     from ..hub.source import resolve_adapter
 
-    name = str(default_chat_model_path()) if args.model is None else args.model
-    model_type = AutoConfig.from_pretrained(name, revision=args.revision).model_type
+    name, revision, adapter, model_type = _named_model(args)
     if model_type not in HOSTS:
         raise ValueError(f"'{name}' holds a model of type '{model_type}'; expected one of {', '.join(HOSTS)}.")
     is_native = not model_type.startswith("bt_adapter_")
-    if is_native and args.bt_adapter is None and not all(map(_is_image, args.files)):
+    if is_native and adapter is None and not all(map(_is_image, args.files)):
         raise ValueError(f"'{name}' has no adapter, and there are videos: name one with --bt-adapter.")
     fields = {"num_frames": args.num_frames, "num_clips": args.num_clips}
     processor = getattr(bt_adapter_hf, f"BTAdapter{HOSTS[model_type]}Processor").from_pretrained(
-        name, revision=args.revision, **{key: value for key, value in fields.items() if value is not None}
+        name, revision=revision, **{key: value for key, value in fields.items() if value is not None}
     )
 
     def load():
         import torch
+        from transformers import AutoModelForImageTextToText
 
-        adapter = None if args.bt_adapter is None else resolve_adapter(args.bt_adapter)
+        folder = None if adapter is None else resolve_adapter(adapter)
         device = args.device
         if device is None:
             device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-        if adapter is not None and is_peft_folder(adapter):  # LoRA with a branch
-            native = AutoModelForImageTextToText.from_pretrained(name, revision=args.revision, dtype=args.dtype)
-            model = bt_adapter_hf.load_bt_adapter(native, adapter)
+        if folder is not None and is_peft_folder(folder):  # LoRA with a branch
+            native = AutoModelForImageTextToText.from_pretrained(name, revision=revision, dtype=args.dtype)
+            model = bt_adapter_hf.load_bt_adapter(native, folder)
         else:
             model = getattr(bt_adapter_hf, f"BTAdapter{HOSTS[model_type]}ForConditionalGeneration").from_pretrained(
-                name, revision=args.revision, bt_adapter=adapter, dtype=args.dtype
+                name, revision=revision, bt_adapter=folder, dtype=args.dtype
             )
         try:
             model.to(device)
@@ -146,30 +146,96 @@ def _find_model(args: argparse.Namespace):
     return processor, load
 
 
-def _look(file: str, processor) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A file's part of a message, decoded, and what is told about it."""
-    if _is_image(file):
-        from transformers.image_utils import load_image
+def _named_model(args: argparse.Namespace) -> tuple[str, str | None, str | Path | None, str]:
+    """Model, its revision, the adapter to put into it and the model's type.
 
+    An adapter as --model stands in the base model that it names.
+    """
+    from transformers import PreTrainedConfig
+
+    from ..assets import default_chat_model_path
+    from ..hub.access import check_folder
+    from ..hub.source import find_adapter, from_hub
+
+    def type_of(name: str, revision: str | None) -> str | None:
+        config = from_hub(lambda: PreTrainedConfig.get_config_dict(name, revision=revision)[0], name, revision)
+        return config.get("model_type")
+
+    if args.model is None:
+        name = str(default_chat_model_path())
+        return name, None, args.bt_adapter, type_of(name, None)
+    check_folder(args.model)
+    model_type = type_of(args.model, args.revision)
+    if model_type is not None:
+        return args.model, args.revision, args.bt_adapter, model_type
+    found = find_adapter(args.model, {"revision": args.revision})
+    if found is None:
+        raise ValueError(f"'{args.model}' holds neither a model with its config.json nor an adapter.")
+    folder, adapter = found
+    if args.bt_adapter is not None:
+        raise ValueError(f"'{args.model}' is an adapter, and --bt-adapter names another.")
+    base = adapter.base_model_name_or_path
+    if not base:
+        raise ValueError(f"'{args.model}' is an adapter that names no model: name that, and this with --bt-adapter.")
+    print(f"'{args.model}' is an adapter of '{base}'", file=sys.stderr)
+    return base, adapter.revision, folder, type_of(base, adapter.revision)
+
+
+def _look(files: list[str], processor, timeout: float | None) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The parts of a message that show the files, decoded, and what is told about each.
+
+    Raises:
+        ValueError: some cannot be used; all of them are named.
+    """
+    from PIL import Image
+
+    from ..data.decoding_process import DecodingProcess
+    from ..models.video_errors import VideoError
+
+    read = _Reader(processor)
+    read = read if timeout is None else DecodingProcess(read, timeout)
+    seen, broken = [], []
+    for file in files:
         try:
-            image = load_image(file)
-        except (ValueError, OSError) as error:
-            raise ValueError(f"'{file}' cannot be read as an image: {error}") from error
-        return {"type": "image", "image": image}, {"file": file, "kind": "image"}
+            pixels, indices = read(file)
+        except VideoError as error:
+            broken.append(str(error) if file in str(error) else f"{file}: {error}")
+            continue
+        kind = "image" if indices is None else "video"
+        pixels = Image.fromarray(pixels) if kind == "image" else pixels
+        facts = {"file": file, "kind": kind} | ({} if indices is None else {"frames": indices})
+        seen.append(({"type": kind, kind: pixels}, facts))
+    if timeout is not None:
+        read.close()
+    if broken:
+        count = f"{len(broken)} of {len(files)} files cannot be used. " if len(files) > 1 else ""
+        raise ValueError(count + " ".join(broken))
+    return seen
 
-    from ..models.video_io import load_video
 
-    rules = processor.video_processor
-    frames, metadata = load_video(
-        file,
-        num_frames=rules.num_frames * processor.num_clips,
-        sampling=rules.sampling,
-        backend=rules.video_backend,
-        on_damage=rules.on_damage,
-        background=tuple(rules.background),
-    )
-    facts = {"file": file, "kind": "video", "frames": [int(index) for index in metadata.frames_indices]}
-    return {"type": "video", "video": frames}, facts
+class _Reader:
+    """Reads a file: the pixels of an image and None, or the frames of a video and their indices."""
+
+    def __init__(self, processor):
+        self.rules, self.num_clips = processor.video_processor, processor.num_clips
+
+    def __call__(self, file: str):
+        import numpy as np
+
+        from ..models.image_io import load_image
+        from ..models.video_io import load_video
+
+        if _is_image(file):
+            return np.asarray(load_image(file)), None
+        frames, metadata = load_video(
+            file,
+            num_frames=self.rules.num_frames * self.num_clips,
+            sampling=self.rules.sampling,
+            backend=self.rules.video_backend,
+            on_damage=self.rules.on_damage,
+            background=tuple(self.rules.background),
+        )
+        return frames, [int(index) for index in metadata.frames_indices]
 
 
 def _is_url(file: str) -> bool:

@@ -171,7 +171,7 @@ class InstructionCheck:
                     )
             else:
                 for image in images:
-                    load_image(self.table.read(image))
+                    load_image(self.table.read(image), f"The image {image}")
             for video in videos:
                 checked.videos[video] = self._decode(video)
         except (UnusableRow, VideoError) as error:

@@ -379,7 +379,10 @@ class InstructionDataset(torch.utils.data.Dataset):
         """The pixels of videos, or images as they are, by path."""
         found = [self.table.read(path) for path in paths]
         if kind == "image":
-            return {path: np.asarray(load_image(image)) for path, image in zip(paths, found, strict=True)}
+            return {
+                path: np.asarray(load_image(image, f"The image {path}"))
+                for path, image in zip(paths, found, strict=True)
+            }
         return {
             name: values.numpy()
             for name, values in self.processor(videos=found, seed=seed, return_tensors="pt").items()

@@ -16,17 +16,18 @@ from .video_download import MAX_SECONDS, download
 from .video_errors import VideoAccessError, VideoNotFoundError, item_errors
 
 
-def load_image(source: Any, timeout: float = MAX_SECONDS) -> Image.Image:
+def load_image(source: Any, name: str | None = None, timeout: float = MAX_SECONDS) -> Image.Image:
     """An RGB image the right way up, as transformers' `load_image` gives it.
 
     Args:
         source: path, http(s), `file://` or `data:` URL, base64, bytes, or a PIL image that may not be read yet.
+        name: in errors, in place of the source.
         timeout: seconds that a download may take in all.
 
     Raises:
         VideoError: it cannot be had, or is no image.
     """
-    name = _name(source)
+    name = _name(source) if name is None else name
     with item_errors(name):
         image = source if isinstance(source, Image.Image) else Image.open(_open(source, name, timeout))
         return image_utils.load_image(read_image(image))

@@ -1,7 +1,5 @@
 """LLaVA with a BT-Adapter: images as before, and videos as one image's number of tokens."""
 
-from collections.abc import Mapping
-
 import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForImageTextToText, LlavaForConditionalGeneration, LlavaModel
@@ -212,11 +210,13 @@ class BTAdapterLlavaForConditionalGeneration(BTAdapterChatMixin, LlavaForConditi
         input_ids,
         cache=None,
         past_key_values=None,  # its name before transformers 5.24
+        inputs_embeds=None,
         is_first_iteration: bool = False,
         prompt_length: int | None = None,
         **kwargs,
     ):
-        given = {"cache": cache, "past_key_values": past_key_values}
+        # by name: `generate` looks at these for what it may be given
+        given = {"cache": cache, "past_key_values": past_key_values, "inputs_embeds": inputs_embeds}
         kwargs |= {name: value for name, value in given.items() if value is not None}
         cache = past_key_values if cache is None else cache
         # An assistant's first step is the first of its cache; it is shown images and videos as well.
@@ -227,36 +227,6 @@ class BTAdapterLlavaForConditionalGeneration(BTAdapterChatMixin, LlavaForConditi
         elif prompt_length is not None:
             inputs["answer_length"] = max(0, input_ids.shape[1] - prompt_length)
         return inputs
-
-
-def llava_projector(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """LLaVA-1.0's single linear layer as the two layers that LLaVA has in transformers, exactly.
-
-    The config goes with it: `projector_hidden_act="linear"`.
-
-    Args:
-        state_dict: of the authors' `mm_projector.bin` (`torch.load(path, weights_only=True)`), under any prefix.
-
-    Returns:
-        State dict for `multi_modal_projector`: the layer, then an identity.
-
-    Raises:
-        ValueError: if the state dict does not hold one linear projector.
-    """
-    found = {key.rpartition("mm_projector.")[2]: value for key, value in state_dict.items() if "mm_projector." in key}
-    if found.keys() != {"weight", "bias"} or found["weight"].ndim != 2 or len(found["weight"]) != len(found["bias"]):
-        raise ValueError(
-            "Expected mm_projector.weight (width, vision width) and mm_projector.bias (width,), the single linear "
-            f"layer of LLaVA-1.0; found { ({key: tuple(value.shape) for key, value in found.items()}) } among "
-            f"{len(state_dict)} tensors."
-        )
-    weight, bias = found["weight"], found["bias"]
-    return {
-        "linear_1.weight": weight,
-        "linear_1.bias": bias,
-        "linear_2.weight": torch.eye(len(weight), dtype=weight.dtype),
-        "linear_2.bias": torch.zeros_like(bias),
-    }
 
 
 # Native renamings hold for native classes only; LLaVA's own, for old and new key names, serve ours as well.
