@@ -25,7 +25,8 @@ with torch.no_grad():
     model = AutoModel.from_pretrained("dual", **trust).eval()
     same(model.get_video_features(expected["videos"]).pooler_output, "features")
     processor = AutoProcessor.from_pretrained("dual", **trust)
-    print(tuple(processor(videos=torch.zeros(9, 3, 20, 20), text="red", return_tensors="pt").pixel_values_videos.shape))
+    pixels = processor(videos=torch.zeros(9, 3, 20, 20), text="red", return_tensors="pt").pixel_values_videos
+    print(tuple(pixels.shape))
     chat = AutoModelForImageTextToText.from_pretrained("llava", **trust).eval()
     inputs = {"input_ids": expected["ids"], "attention_mask": torch.ones_like(expected["ids"])}
     same(chat(**inputs, pixel_values=expected["images"]).logits, "logits")

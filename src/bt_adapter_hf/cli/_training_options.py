@@ -139,7 +139,7 @@ def add_item_timeout(parser: argparse._ActionsContainer) -> None:
         type=seconds_or_none,
         default=60.0,
         metavar="S",
-        help="seconds after which reading a video is given up, 0 for no limit (default: 60)",
+        help="seconds after which reading a video or image is given up, 0 for no limit (default: 60)",
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ._options import add_device_option, quiet_transformers
-from ._training import add_item_timeout
+from ._training_options import add_item_timeout
 
 
 # Type of a native host, or of ours -> the middle of our classes' names.
