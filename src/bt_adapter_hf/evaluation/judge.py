@@ -1,0 +1,239 @@
+"""Language models as judges: an OpenAI-compatible endpoint or a local model, asked once per prompt.
+
+Scores of judges drift with the judge by ten points and more, so what is kept is its name, the hash of the prompts and
+every raw reply. A prompt that failed is asked again by the next run and counts as failed until then, never as a zero.
+"""
+
+import ast
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..import_utils import require_package
+
+
+logger = logging.getLogger(__name__)
+
+Messages = list[dict[str, str]]  # {"role": ..., "content": ...} each
+
+
+class Judge(Protocol):
+    """Whatever answers messages. `name` says which model it is, and goes into results and into the cache's keys;
+    `threads` may call it at the same time."""
+
+    name: str
+    threads: int
+
+    def __call__(self, messages: Messages) -> str: ...
+
+
+class JudgeError(RuntimeError):
+    """The judge gave no answer to a prompt; the message says why."""
+
+
+class EndpointJudge:
+    """A chat completion endpoint that speaks OpenAI's protocol, greedy.
+
+    Args:
+        model: its name there.
+        base_url: such as "http://127.0.0.1:8000/v1"; by default what the environment (`OPENAI_BASE_URL`) says, or
+            OpenAI's own.
+        timeout: seconds that one request may take.
+        retries: of a request that was refused for now (429, 5xx, lost connections), with growing pauses.
+        max_tokens: of a reply.
+        threads: requests at the same time.
+
+    Raises:
+        ImportError: without the package `openai`.
+        ValueError: without a key (`OPENAI_API_KEY`; any word where the server wants none).
+    """
+
+    def __init__(
+        self,
+        model: str,
+        base_url: str | None = None,
+        timeout: float = 60.0,
+        retries: int = 5,
+        max_tokens: int = 256,
+        threads: int = 8,
+    ):
+        require_package("openai", "eval")
+        import openai
+
+        try:
+            self._client = openai.OpenAI(base_url=base_url, timeout=timeout, max_retries=retries)
+        except openai.OpenAIError as error:
+            raise ValueError(
+                f"The judge {model} cannot be asked: {error} Set OPENAI_API_KEY; a server of your own takes any word."
+            ) from error
+        self.model, self.max_tokens, self.threads = model, max_tokens, threads
+        self.name = f"{model} at {self._client.base_url.host}"
+        self._error = openai.OpenAIError
+
+    def __call__(self, messages: Messages) -> str:
+        try:
+            reply = self._client.chat.completions.create(
+                model=self.model, messages=messages, temperature=0, seed=0, max_tokens=self.max_tokens
+            )
+        except (self._error, ValueError) as error:  # ValueError: the body is no JSON
+            raise JudgeError(f"{type(error).__name__}: {error}") from error
+        content = reply.choices[0].message.content if getattr(reply, "choices", None) else None
+        if not content:
+            raise JudgeError(f"the reply has no text: {str(reply)[:200]}")
+        return content
+
+
+class LocalJudge:
+    """A chat model of transformers as judge, greedy.
+
+    Args:
+        model: Hub id or folder.
+        device: as in `transformers.pipeline`; by default an accelerator where there is one.
+        max_tokens: of a reply.
+    """
+
+    threads = 1
+
+    def __init__(self, model: str, device: str | None = None, max_tokens: int = 256):
+        from transformers import pipeline
+
+        self._pipeline = pipeline("text-generation", model=model, device=device, dtype="auto")
+        self.max_tokens = max_tokens
+        self.name = f"{model} (local)"
+
+    def __call__(self, messages: Messages) -> str:
+        options = {"max_new_tokens": self.max_tokens, "do_sample": False, "return_full_text": False}
+        return self._pipeline(messages, **options)[0]["generated_text"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one prompt: the judge's raw reply and the fields read from it, or why there are none."""
+
+    key: str
+    raw: str | None
+    fields: dict[str, Any] | None
+    error: str | None
+
+
+def judge_all(
+    judge: Judge,
+    prompts: Sequence[Messages],
+    read: Callable[[Mapping[str, Any]], dict[str, Any]],
+    cache: Path,
+    attempts: int = 3,
+) -> Iterator[Verdict]:
+    """Asks the judge about every prompt, in the order of `prompts`.
+
+    Args:
+        read: takes the object that was found in a reply and returns the fields wanted; raises `ValueError` (and
+            `KeyError`, `TypeError`) where it is not as asked for.
+        cache: jsonl file of raw replies, by the hash of judge and prompt. What is in there is not asked again; every
+            good reply is added as it comes.
+        attempts: how often a prompt is asked whose reply cannot be read.
+    """
+    known = {record["key"]: record["raw"] for record in _records(cache)}
+    keys = [prompt_key(judge.name, messages) for messages in prompts]
+    todo = {key: messages for key, messages in zip(keys, prompts, strict=True) if key not in known}
+    failed: dict[str, str] = {}
+
+    def ask(key: str, messages: Messages) -> tuple[str, str | None, str | None]:
+        error = None
+        for _ in range(attempts):
+            try:
+                raw = judge(messages)
+                read(find_object(raw))
+            except JudgeError as problem:
+                return key, None, str(problem)  # the client has tried again itself
+            except (ValueError, KeyError, TypeError) as problem:
+                error = f"unreadable reply ({problem}): {raw[:200]!r}"
+                continue
+            return key, raw, None
+        return key, None, error
+
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(judge.threads) as pool, cache.open("a", encoding="utf-8") as file:
+        for future in as_completed([pool.submit(ask, *item) for item in todo.items()]):
+            key, raw, error = future.result()
+            if raw is None:
+                failed[key] = error
+                logger.warning("The judge gave no score: %s", error)
+                continue
+            known[key] = raw
+            file.write(json.dumps({"key": key, "judge": judge.name, "raw": raw}) + "\n")
+            file.flush()
+    for key in keys:
+        if key in failed:
+            yield Verdict(key, None, None, failed[key])
+        else:
+            yield Verdict(key, known[key], read(find_object(known[key])), None)
+
+
+def prompt_key(judge: str, messages: Messages) -> str:
+    """Hash of the judge's name and a prompt."""
+    return hashlib.sha256(json.dumps([judge, messages], sort_keys=True).encode()).hexdigest()
+
+
+def find_object(reply: str) -> dict[str, Any]:
+    """The first JSON object (or Python dict, as many models write) in a reply, whatever stands around it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    decoder = json.JSONDecoder()
+    for match in re.finditer(r"\{", reply):
+        try:
+            found, _ = decoder.raw_decode(reply, match.start())
+        except json.JSONDecodeError:
+            end = reply.find("}", match.start()) + 1
+            try:
+                found = ast.literal_eval(reply[match.start() : end]) if end else None
+            except (ValueError, SyntaxError):
+                continue
+        if isinstance(found, dict):
+            return found
+    raise ValueError("no JSON object in it")
+
+
+def read_score(found: Mapping[str, Any], lowest: int = 0, highest: int = 5) -> dict[str, float]:
+    """The number under "score", within its bounds.
+
+    Raises:
+        ValueError: it is no number, or out of bounds.
+    """
+    score = found["score"]
+    if isinstance(score, bool) or not isinstance(score, (int, float, str)):
+        raise ValueError(f"score is {score!r}")
+    score = float(score)
+    if not lowest <= score <= highest:
+        raise ValueError(f"score {score:g} is not within {lowest} to {highest}")
+    return {"score": score}
+
+
+def read_yes_no(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Whether "pred" says yes, and the score.
+
+    Raises:
+        ValueError: it says something else.
+    """
+    said = found["pred"]
+    said = {True: "yes", False: "no"}.get(said, said) if isinstance(said, bool) else str(said).strip().lower()
+    if said not in ("yes", "no"):
+        raise ValueError(f"pred is {found['pred']!r}")
+    return {"right": said == "yes", **read_score(found)}
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:  # a kill cut the last line short
+        path.write_bytes(whole)
+    return [json.loads(line) for line in whole.decode("utf-8").splitlines()]

@@ -1,0 +1,128 @@
+"""Judges: a real client against a server that misbehaves, the cache, and what is read from replies."""
+
+import json
+
+import pytest
+
+from bt_adapter_hf.evaluation.judge import (
+    EndpointJudge,
+    JudgeError,
+    find_object,
+    judge_all,
+    prompt_key,
+    read_score,
+    read_yes_no,
+)
+from tests.evaluation.judge_server import JudgeServer
+
+
+def ask(text):
+    return [{"role": "system", "content": "Rate."}, {"role": "user", "content": text}]
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+
+
+def verdicts(judge, texts, cache, **options):
+    return list(judge_all(judge, [ask(text) for text in texts], read_score, cache, **options))
+
+
+def test_good_replies_are_kept_and_not_asked_again(tmp_path):
+    with JudgeServer(lambda text, times: f'Sure! {{"score": {len(text)}}} because.').running() as server:
+        judge = EndpointJudge("m", server.url)
+        first = verdicts(judge, ["a", "bb", "a"], tmp_path / "replies.jsonl")
+        again = verdicts(judge, ["bb", "ccc", "a"], tmp_path / "replies.jsonl")
+    assert [verdict.fields["score"] for verdict in first] == [1, 2, 1]
+    assert [verdict.fields["score"] for verdict in again] == [2, 3, 1]
+    assert sorted(server.asked) == ["a", "bb", "ccc"]
+    records = [json.loads(line) for line in (tmp_path / "replies.jsonl").read_text().splitlines()]
+    assert {record["raw"] for record in records} == {f'Sure! {{"score": {n}}} because.' for n in (1, 2, 3)}
+    assert judge.name == "m at 127.0.0.1" and records[0]["judge"] == judge.name
+    assert prompt_key("m", ask("a")) != prompt_key("n", ask("a")) != prompt_key("n", ask("b"))
+
+
+def test_what_a_bad_server_does(tmp_path):
+    """Each prompt gets its own misbehaviour; nobody else's score suffers, and nothing is scored 0."""
+
+    def script(text, times):
+        if text == "hangs":
+            return 200, b"{}", 1.0
+        if text == "refuses for good":
+            return 401, b'{"error": {"message": "wrong key"}}', 0
+        if text == "never readable":
+            return "I would rather not say."
+        if text == "out of bounds":
+            return '{"score": 48}'
+        if text == "no json":
+            return 200, b"<html>gateway</html>", 0
+        if times == 1 and text in ("429", "500", "prose"):
+            return {"429": (429, b"{}", 0), "500": (500, b"oops", 0), "prose": "well..."}[text]
+        return "{'score': 4.5}"
+
+    texts = ["429", "500", "prose", "hangs", "refuses for good", "never readable", "out of bounds", "no json", "good"]
+    with JudgeServer(script).running() as server:
+        judge = EndpointJudge("m", server.url, timeout=0.3, retries=1)
+        found = dict(zip(texts, verdicts(judge, texts, tmp_path / "replies.jsonl"), strict=True))
+    assert {text for text in texts if found[text].fields} == {"429", "500", "prose", "good"}
+    assert all(found[text].fields == {"score": 4.5} for text in ("429", "500", "prose", "good"))
+    for text, words in {
+        "hangs": "timed out",
+        "refuses for good": "wrong key",
+        "never readable": "rather not say",
+        "out of bounds": "not within 0 to 5",
+        "no json": "",
+    }.items():
+        assert found[text].fields is None and words in found[text].error, found[text]
+    assert server.asked.count("never readable") == 3 and server.asked.count("refuses for good") == 1
+
+
+def test_a_run_that_was_killed_goes_on(tmp_path):
+    cache = tmp_path / "replies.jsonl"
+    with JudgeServer(lambda text, times: '{"score": 3}').running() as server:
+        judge = EndpointJudge("m", server.url)
+        verdicts(judge, ["a", "b"], cache)
+        cache.write_bytes(cache.read_bytes()[:-9])  # the last line was being written
+        assert [verdict.fields for verdict in verdicts(judge, ["a", "b"], cache)] == [{"score": 3}] * 2
+    assert len(server.asked) == 3 and len(cache.read_text().splitlines()) == 2
+
+
+def test_no_server_and_no_key(tmp_path, monkeypatch):
+    judge = EndpointJudge("m", "http://127.0.0.1:9/v1", retries=0)
+    with pytest.raises(JudgeError, match="Connection"):
+        judge(ask("a"))
+    assert "Connection" in verdicts(judge, ["a"], tmp_path / "replies.jsonl")[0].error
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with pytest.raises(ValueError, match="OPENAI_API_KEY"):
+        EndpointJudge("m", "http://127.0.0.1:9/v1")
+
+
+@pytest.mark.parametrize(
+    ("reply", "found"),
+    [
+        ('{"score": 3}', {"score": 3}),
+        ("```json\n{\"score\": 3, \"why\": {\"a\": 1}}\n```", {"score": 3, "why": {"a": 1}}),
+        ("{'pred': 'yes', 'score': 4}", {"pred": "yes", "score": 4}),
+        ("of {the set} I think {'score': 2}", {"score": 2}),
+    ],
+)  # fmt: skip
+def test_objects_are_found(reply, found):
+    assert find_object(reply) == found
+
+
+@pytest.mark.parametrize("reply", ["", "score: 3", "{''score': 4.8}", "[1]", "{", "{1, 2}", "__import__('os')"])
+def test_nothing_to_find(reply):
+    with pytest.raises(ValueError, match="no JSON object"):
+        find_object(reply)
+
+
+def test_fields():
+    assert read_score({"score": "4"}) == {"score": 4.0} and read_score({"score": 4.8}) == {"score": 4.8}
+    assert read_yes_no({"pred": " Yes ", "score": 5}) == {"right": True, "score": 5.0}
+    assert read_yes_no({"pred": False, "score": 0}) == {"right": False, "score": 0.0}
+    for wrong in ({"score": None}, {"score": True}, {"score": 6}, {"score": "high"}, {"score": float("nan")}):
+        with pytest.raises(ValueError):
+            read_score(wrong)
+    with pytest.raises(ValueError, match="maybe"):
+        read_yes_no({"pred": "maybe", "score": 1})
