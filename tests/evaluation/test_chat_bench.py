@@ -9,11 +9,11 @@ from bt_adapter_hf.evaluation.chat_bench import ASPECTS, aspect_messages, prompt
 def test_a_prompt_holds_all_that_is_to_be_compared(aspect):
     count = 2 if aspect == "consistency" else 1
     questions, answers = ["first question", "second question"][:count], ["first answer", "second answer"][:count]
-    _, user = aspect_messages(aspect, questions, "the reference", answers)
-    for text in (*questions, *answers, "the reference"):
+    _, user = aspect_messages(aspect, questions, "a red kite", answers)
+    for text in (*questions, *answers, "a red kite"):
         assert user["content"].count(text) == 1
     with pytest.raises(ValueError, match=aspect):
-        aspect_messages(aspect, questions, "the reference", [*answers, "one more"])
+        aspect_messages(aspect, questions, "a red kite", [*answers, "one more"])
 
 
 def test_the_hash_follows_the_words(monkeypatch):

@@ -20,8 +20,8 @@ ASPECTS = {
     ),
     "detail": (
         "generic",
-        "how much of the reference the answer covers, and how specific it is: all main points, and particulars of this "
-        "video instead of phrases that fit any video.",
+        "how much of the reference the answer covers, and how specific it is: all main points, and particulars of "
+        "this video instead of phrases that fit any video.",
     ),
     "context": (
         "generic",
