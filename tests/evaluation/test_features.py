@@ -1,0 +1,152 @@
+"""Features under the temporal controls: equal to the plain way, decoded once, resumable, in several processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bt_adapter_hf.evaluation.controls import CONTROLS, middle_frame, reverse_frames
+from bt_adapter_hf.evaluation.features import OtherRunError, encode_clips, read_features
+from bt_adapter_hf.models import video_processing_bt_adapter
+from bt_adapter_hf.models.video_io import VideoNotFoundError
+from bt_adapter_hf.search.encoding import VideoEncoder
+from tests import tiny_pairs
+from tests.chat.tiny_hosts import stir
+
+
+RUN = Path(__file__).with_name("feature_run.py")
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_checkpoint) -> VideoEncoder:
+    encoder = VideoEncoder.from_pretrained(tiny_checkpoint, device="cpu")
+    stir(encoder.model.vision_model.bt_adapter)  # a fresh branch would not see the order
+    return encoder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("clips")
+    for number in range(7):
+        tiny_pairs.write_clip(folder / f"{number}.mp4", (200, 20 * number, 90), step=number + 1)
+    (folder / "broken.mp4").write_bytes(b"nothing")
+    return folder
+
+
+def encode(encoder, folder, output, names=None, protocol=None, **options):
+    names = names or sorted(path.name for path in folder.iterdir())
+    return encode_clips(encoder, names, lambda name: str(folder / name), output, protocol or {}, **options)
+
+
+def assert_equal(found, expected, atol=0.0):
+    assert found.failed == expected.failed and found.features.keys() == expected.features.keys()
+    for condition, rows in expected.features.items():
+        assert found.features[condition].keys() == rows.keys()
+        for name, row in rows.items():
+            np.testing.assert_allclose(found.features[condition][name], row, atol=atol, rtol=0)
+
+
+def test_conditions_equal_the_plain_way(encoder, folder, tmp_path):
+    found = encode(encoder, folder, tmp_path / "run", draws=2)
+    assert set(found.features) == {"full", "shuffled_0", "shuffled_1", "reversed", "one_frame", "frame_average"}
+    assert list(found.failed) == ["broken.mp4"] and "broken.mp4" in found.failed["broken.mp4"]
+    videos = encoder.processor(videos=[str(folder / "3.mp4")], return_tensors="pt")["pixel_values_videos"]
+    with torch.no_grad():
+        plain = {
+            "full": encoder.model.get_video_features(videos),
+            "reversed": encoder.model.get_video_features(reverse_frames(videos)),
+            "one_frame": encoder.model.get_video_features(middle_frame(videos)),
+        }
+        images = encoder.model.get_image_features(videos[0]).pooler_output
+    rows = {name: output.pooler_output[0] for name, output in plain.items()}
+    rows["frame_average"] = torch.nn.functional.normalize(images, dim=-1).mean(dim=0)
+    for name, row in rows.items():
+        expected = torch.nn.functional.normalize(row, dim=-1).numpy()
+        np.testing.assert_allclose(found.features[name]["3.mp4"], expected, atol=1e-6)
+    shuffled = [found.features[name]["3.mp4"] for name in ("full", "shuffled_0", "shuffled_1", "reversed")]
+    assert min(np.abs(shuffled[0] - other).max() for other in shuffled[1:]) > 1e-5
+
+
+def test_every_clip_is_decoded_once(encoder, folder, tmp_path, monkeypatch):
+    decoded = []
+    load = video_processing_bt_adapter.load_video
+
+    def counted(video, *args, **kwargs):
+        decoded.append(video)
+        return load(video, *args, **kwargs)
+
+    monkeypatch.setattr(video_processing_bt_adapter, "load_video", counted)
+    encode(encoder, folder, tmp_path / "run", item_timeout=None)
+    assert len(decoded) == 8
+    encode(encoder, folder, tmp_path / "run", item_timeout=None)
+    assert len(decoded) == 9  # what failed is tried again
+
+
+def test_workers_batches_and_time_limits_change_nothing(encoder, folder, tmp_path):
+    expected = encode(encoder, folder, tmp_path / "a", item_timeout=None)
+    assert_equal(encode(encoder, folder, tmp_path / "b", batch_size=3, workers=2, item_timeout=30), expected)
+
+
+def run(model, folder, output, *options, processes=1):
+    command = [sys.executable, str(RUN)]
+    if processes > 1:
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={processes}",
+            str(RUN),
+        ]
+    root = str(Path(__file__).parents[2])
+    return subprocess.run(
+        [*command, str(model), str(folder), str(output), *options],
+        env={**os.environ, "PYTHONPATH": root, "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_killed_and_resumed_and_in_two_processes(tiny_checkpoint, folder, tmp_path):
+    """The same features as without a kill and in one process, to the last bit."""
+    encoder = VideoEncoder.from_pretrained(tiny_checkpoint, device="cpu")
+    expected = encode(encoder, folder, tmp_path / "a", batch_size=5)
+    assert run(tiny_checkpoint, folder, tmp_path / "b", "--kill-after", "2").returncode == -9
+    partly = read_features(tmp_path / "b")
+    assert len(partly.features["full"]) == 4
+    done = run(tiny_checkpoint, folder, tmp_path / "b", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert_equal(read_features(tmp_path / "b"), expected, atol=1e-6)
+
+
+def test_another_run_is_refused(encoder, folder, tmp_path):
+    encode(encoder, folder, tmp_path / "run", ["0.mp4"], {"model": "a"})
+    with pytest.raises(OtherRunError, match="model: 'a' there, 'b' now"):
+        encode(encoder, folder, tmp_path / "run", ["0.mp4"], {"model": "b"})
+    with pytest.raises(OtherRunError, match="seed: 0 there, 1 now"):
+        encode(encoder, folder, tmp_path / "run", ["0.mp4"], {"model": "a"}, seed=1)
+    with pytest.raises(ValueError, match=r"0.mp4 is there twice"):
+        encode(encoder, folder, tmp_path / "run", ["0.mp4", "0.mp4"], {"model": "a"})
+    with pytest.raises(ValueError, match="Unknown controls"):
+        encode(encoder, folder, tmp_path / "run", ["0.mp4"], {"model": "a"}, controls=["backwards"])
+
+
+def test_what_came_back_is_no_failure_any_more(encoder, folder, tmp_path):
+    missing = {"0.mp4"}
+
+    def read(name):
+        if name in missing:
+            raise VideoNotFoundError(f"{name} is gone.")
+        return (folder / name).read_bytes()
+
+    first = encode_clips(encoder, ["0.mp4", "1.mp4"], read, tmp_path / "run", {}, item_timeout=None)
+    assert first.failed == {"0.mp4": "0.mp4 is gone."} and list(first.features["full"]) == ["1.mp4"]
+    missing.clear()
+    second = encode_clips(encoder, ["0.mp4", "1.mp4"], read, tmp_path / "run", {}, item_timeout=None)
+    assert second.failed == {} and second.stacked("reversed", ["1.mp4", "0.mp4"]).shape == (2, 12)
+    assert CONTROLS == ("shuffled", "reversed", "one_frame", "frame_average")
