@@ -5,8 +5,13 @@ import os
 import signal
 from pathlib import Path
 
-from bt_adapter_hf.evaluation.features import encode_clips
+from bt_adapter_hf.evaluation.features import Clip, encode_clips
 from bt_adapter_hf.search.encoding import VideoEncoder
+
+
+def clips_of(folder: Path) -> list[Clip]:
+    names = sorted(path.name for path in folder.iterdir())
+    return [Clip(row, name, str(folder / name), {"texts": [name]}) for row, name in enumerate(names)]
 
 
 parser = argparse.ArgumentParser()
@@ -26,5 +31,4 @@ def count(_):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-names = sorted(path.name for path in args.clips.iterdir())
-encode_clips(encoder, names, lambda name: str(args.clips / name), args.output, {}, batch_size=2, progress=count)
+encode_clips(encoder, [clips_of(args.clips)], args.output, {}, progress=count)

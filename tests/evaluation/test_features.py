@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from bt_adapter_hf.evaluation.controls import CONTROLS, middle_frame, reverse_frames
-from bt_adapter_hf.evaluation.features import OtherRunError, encode_clips, read_features
+from bt_adapter_hf.evaluation.controls import middle_frame, reverse_frames
+from bt_adapter_hf.evaluation.features import Clip, OtherRunError, encode_clips, read_features
 from bt_adapter_hf.models import video_processing_bt_adapter
-from bt_adapter_hf.models.video_io import VideoNotFoundError
 from bt_adapter_hf.search.encoding import VideoEncoder
 from tests import tiny_pairs
 from tests.chat.tiny_hosts import stir
@@ -37,13 +36,18 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def encode(encoder, folder, output, names=None, protocol=None, **options):
-    names = names or sorted(path.name for path in folder.iterdir())
-    return encode_clips(encoder, names, lambda name: str(folder / name), output, protocol or {}, **options)
+def clips_of(folder) -> list[Clip]:
+    names = sorted(path.name for path in folder.iterdir())
+    return [Clip(row, name, str(folder / name), {"texts": [name]}) for row, name in enumerate(names)]
+
+
+def encode(encoder, folder, output, protocol=None, **options):
+    return encode_clips(encoder, [clips_of(folder)], output, protocol or {}, **options)
 
 
 def assert_equal(found, expected, atol=0.0):
-    assert found.failed == expected.failed and found.features.keys() == expected.features.keys()
+    assert (found.failed, found.rows) == (expected.failed, expected.rows)
+    assert found.features.keys() == expected.features.keys()
     for condition, rows in expected.features.items():
         assert found.features[condition].keys() == rows.keys()
         for name, row in rows.items():
@@ -53,7 +57,8 @@ def assert_equal(found, expected, atol=0.0):
 def test_conditions_equal_the_plain_way(encoder, folder, tmp_path):
     found = encode(encoder, folder, tmp_path / "run", draws=2)
     assert set(found.features) == {"full", "shuffled_0", "shuffled_1", "reversed", "one_frame", "frame_average"}
-    assert list(found.failed) == ["broken.mp4"] and "broken.mp4" in found.failed["broken.mp4"]
+    assert found.failed.keys() == {7} and found.failed[7][0] == "broken.mp4" in found.failed[7][1]
+    assert found.rows[3] == ("3.mp4", {"texts": ["3.mp4"]}) and len(found.rows) == 7
     videos = encoder.processor(videos=[str(folder / "3.mp4")], return_tensors="pt")["pixel_values_videos"]
     with torch.no_grad():
         plain = {
@@ -86,9 +91,9 @@ def test_every_clip_is_decoded_once(encoder, folder, tmp_path, monkeypatch):
     assert len(decoded) == 9  # what failed is tried again
 
 
-def test_workers_batches_and_time_limits_change_nothing(encoder, folder, tmp_path):
+def test_workers_and_time_limits_change_nothing(encoder, folder, tmp_path):
     expected = encode(encoder, folder, tmp_path / "a", item_timeout=None)
-    assert_equal(encode(encoder, folder, tmp_path / "b", batch_size=3, workers=2, item_timeout=30), expected)
+    assert_equal(encode(encoder, folder, tmp_path / "b", workers=2, item_timeout=30), expected)
 
 
 def run(model, folder, output, *options, processes=1):
@@ -115,8 +120,8 @@ def run(model, folder, output, *options, processes=1):
 def test_killed_and_resumed_and_in_two_processes(tiny_checkpoint, folder, tmp_path):
     """The same features as without a kill and in one process, to the last bit."""
     encoder = VideoEncoder.from_pretrained(tiny_checkpoint, device="cpu")
-    expected = encode(encoder, folder, tmp_path / "a", batch_size=5)
-    assert run(tiny_checkpoint, folder, tmp_path / "b", "--kill-after", "2").returncode == -9
+    expected = encode(encoder, folder, tmp_path / "a", workers=2)
+    assert run(tiny_checkpoint, folder, tmp_path / "b", "--kill-after", "1").returncode == -9
     partly = read_features(tmp_path / "b")
     assert len(partly.features["full"]) == 4
     done = run(tiny_checkpoint, folder, tmp_path / "b", processes=2)
@@ -125,28 +130,31 @@ def test_killed_and_resumed_and_in_two_processes(tiny_checkpoint, folder, tmp_pa
 
 
 def test_another_run_is_refused(encoder, folder, tmp_path):
-    encode(encoder, folder, tmp_path / "run", ["0.mp4"], {"model": "a"})
+    encode(encoder, folder, tmp_path / "run", {"model": "a"})
     with pytest.raises(OtherRunError, match="model: 'a' there, 'b' now"):
-        encode(encoder, folder, tmp_path / "run", ["0.mp4"], {"model": "b"})
+        encode(encoder, folder, tmp_path / "run", {"model": "b"})
     with pytest.raises(OtherRunError, match="seed: 0 there, 1 now"):
-        encode(encoder, folder, tmp_path / "run", ["0.mp4"], {"model": "a"}, seed=1)
-    with pytest.raises(ValueError, match=r"0.mp4 is there twice"):
-        encode(encoder, folder, tmp_path / "run", ["0.mp4", "0.mp4"], {"model": "a"})
+        encode(encoder, folder, tmp_path / "run", {"model": "a"}, seed=1)
     with pytest.raises(ValueError, match="Unknown controls"):
-        encode(encoder, folder, tmp_path / "run", ["0.mp4"], {"model": "a"}, controls=["backwards"])
+        encode(encoder, folder, tmp_path / "run", {"model": "a"}, controls=["backwards"])
 
 
 def test_what_came_back_is_no_failure_any_more(encoder, folder, tmp_path):
-    missing = {"0.mp4"}
-
-    def read(name):
-        if name in missing:
-            raise VideoNotFoundError(f"{name} is gone.")
-        return (folder / name).read_bytes()
-
-    first = encode_clips(encoder, ["0.mp4", "1.mp4"], read, tmp_path / "run", {}, item_timeout=None)
-    assert first.failed == {"0.mp4": "0.mp4 is gone."} and list(first.features["full"]) == ["1.mp4"]
-    missing.clear()
-    second = encode_clips(encoder, ["0.mp4", "1.mp4"], read, tmp_path / "run", {}, item_timeout=None)
+    one, other = clips_of(folder)[:2]
+    gone = one._replace(video=None, problem="0.mp4 is gone.")
+    first = encode_clips(encoder, [[gone, other]], tmp_path / "run", {}, item_timeout=None)
+    assert first.failed == {0: ("0.mp4", "0.mp4 is gone.")} and list(first.features["full"]) == ["1.mp4"]
+    second = encode_clips(encoder, [[one, other]], tmp_path / "run", {}, item_timeout=None)
     assert second.failed == {} and second.stacked("reversed", ["1.mp4", "0.mp4"]).shape == (2, 12)
-    assert CONTROLS == ("shuffled", "reversed", "one_frame", "frame_average")
+    assert set(second.rows) == {0, 1}
+
+
+def test_rows_may_share_a_video(encoder, folder, tmp_path):
+    """Several captions of one video: it is encoded once; from bytes as from a path."""
+    one, other = clips_of(folder)[:2]
+    content = (folder / "0.mp4").read_bytes()
+    rows = [one, one._replace(row=5, video=content, info={"texts": ["b"]}), other, one._replace(row=9, info={})]
+    found = encode_clips(encoder, [rows], tmp_path / "run", {}, item_timeout=None)
+    assert set(found.rows) == {0, 1, 5, 9} and set(found.features["full"]) == {"0.mp4", "1.mp4"}
+    again = encode_clips(encoder, [[one._replace(video=content)]], tmp_path / "bytes", {}, item_timeout=None)
+    np.testing.assert_array_equal(again.features["full"]["0.mp4"], found.features["full"]["0.mp4"])

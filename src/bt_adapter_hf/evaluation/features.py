@@ -7,16 +7,20 @@ either, for the chance of a clip is a function of the seed and the clip's name.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+import threading
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.utils.data import DataLoader, Dataset
 
 from ..adapters.writing import written_whole
 from ..data.decoding_process import DecodingProcess
@@ -30,16 +34,35 @@ PROTOCOL_NAME = "protocol.json"
 FULL = "full"  # the clip as it is, beside the names of `CONTROLS`
 
 
+class Clip(NamedTuple):
+    """One row of an evaluation.
+
+    Attributes:
+        row: its number.
+        name: of its video; rows with one name share the video, which is encoded once.
+        video: path, or bytes of the file; None with a `problem`.
+        info: what belongs to the row (texts, label), plain values; it is kept with the features.
+        problem: why there is no video.
+    """
+
+    row: int
+    name: str
+    video: str | bytes | None
+    info: dict[str, Any]
+    problem: str | None = None
+
+
 @dataclass
 class ClipFeatures:
-    """Unit features (P,) of clips, by condition and name, and why the others have none.
+    """Unit features (P,) by condition and name of the video; the rows; and why the other rows have none.
 
     Conditions are "full", and those of `control_features`: "shuffled_0", ..., "reversed", "one_frame",
     "frame_average".
     """
 
     features: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
+    rows: dict[int, tuple[str, dict[str, Any]]] = field(default_factory=dict)
+    failed: dict[int, tuple[str, str]] = field(default_factory=dict)
 
     def stacked(self, condition: str, names: Sequence[str]) -> np.ndarray:
         """(names, P) under one condition."""
@@ -52,60 +75,51 @@ class OtherRunError(ValueError):
 
 def encode_clips(
     encoder: VideoEncoder,
-    names: Sequence[str],
-    read: Callable[[str], str | bytes],
+    shards: Sequence[Iterable[Clip]],
     folder: Path,
     protocol: dict[str, Any],
     *,
     controls: Sequence[str] = CONTROLS,
     draws: int = 3,
     seed: int = 0,
-    batch_size: int = 8,
-    workers: int = 0,
+    workers: int = 1,
     item_timeout: float | None = 60.0,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] = lambda rows: None,
 ) -> ClipFeatures:
-    """Encodes every clip once per condition, from one decoding.
+    """Encodes every video once per condition, from one decoding.
 
     Args:
-        names: of the clips, each once.
-        read: a clip's path, or the bytes of its file; raises `VideoError` where it cannot be had.
+        shards: the rows. Several processes take whole shards where there are enough of them, else every n-th row.
         folder: of this run, which keeps the features.
         protocol: what decides the features, for `folder`: a run with another one is refused.
         controls, draws: see `control_features`.
         seed: of the shuffled frames.
-        workers: processes that decode; 0 decodes here.
-        item_timeout: seconds for one clip, see `DecodingProcess`.
-        progress: called with the number of clips done, in this process.
+        workers: videos that are decoded at the same time, each in a process of its own.
+        item_timeout: seconds for decoding one video, see `DecodingProcess`; None decodes in this process.
+        progress: called with the number of rows done, in this process.
 
     Returns:
-        Of all clips and processes, in every process.
+        Of all rows and processes, in every process.
 
     Raises:
         OtherRunError: `folder` is of another run.
-        ValueError: a name twice, or an unknown control.
+        ValueError: an unknown control.
     """
     check_controls(controls)
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if list(names).count(name) > 1)
-        raise ValueError(f"The clip {twice} is there twice.")
     protocol = {**protocol, "controls": list(controls), "shuffle_draws": draws, "seed": seed}
     rank, processes, wait = _processes()
     if rank == 0:
         claim(folder, protocol)
     wait()
-    done = read_features(folder)
-    known = done.features.get(FULL, {}).keys()  # failures are tried again
-    mine = [name for name in sorted(set(names) - known)][rank::processes]
-    clips = _Clips(encoder, mine, read, item_timeout)
-    loader = DataLoader(clips, batch_size, num_workers=workers, collate_fn=list)
-    for batch in loader:
-        _write_part(folder, *_encode(encoder, batch, controls, draws, seed))
-        progress(len(batch))
+    known = read_features(folder)
+    names = set(known.features.get(FULL, ()))
+    todo = (clip for clip in _mine(shards, rank, processes) if clip.row not in known.rows)  # failures: once more
+    with _Decoder(encoder, workers, item_timeout) as decoder:
+        while batch := list(islice(todo, 4 * workers)):
+            _write_part(folder, batch, *_encode(encoder, batch, decoder, names, controls, draws, seed))
+            progress(len(batch))
     wait()
-    done = read_features(folder)
-    done.failed = {name: reason for name, reason in done.failed.items() if name not in done.features.get(FULL, {})}
-    return done
+    return read_features(folder)
 
 
 def claim(folder: Path, protocol: dict[str, Any]) -> None:
@@ -135,67 +149,101 @@ def read_features(folder: Path) -> ClipFeatures:
         with safe_open(path, "np") as file:
             header = file.metadata()
             names = json.loads(header["names"])
-            found.failed |= json.loads(header["failed"])
             for condition in file.keys():  # noqa: SIM118  (no dict)
-                values = file.get_tensor(condition)
-                found.features.setdefault(condition, {}).update(zip(names, values, strict=True))
+                found.features.setdefault(condition, {}).update(zip(names, file.get_tensor(condition), strict=True))
+            for row, name, info, reason in json.loads(header["rows"]):
+                if reason is None:
+                    found.rows[row] = name, info
+                else:
+                    found.failed[row] = name, reason
+    found.failed = {row: failure for row, failure in found.failed.items() if row not in found.rows}
     return found
 
 
-class _Clips(Dataset):
-    """(name, pixels (T, 3, H, W) or the reason why there are none) of each clip."""
+def _mine(shards: Sequence[Iterable[Clip]], rank: int, processes: int) -> Iterator[Clip]:
+    if len(shards) >= processes:
+        for shard in shards[rank::processes]:
+            yield from shard
+        return
+    for shard in shards:
+        for clip in shard:
+            if clip.row % processes == rank:
+                yield clip
 
-    def __init__(
-        self,
-        encoder: VideoEncoder,
-        names: Sequence[str],
-        read: Callable[[str], str | bytes],
-        item_timeout: float | None,
-    ):
-        self.names, self.read, self.processor = names, read, encoder.processor
-        self._load = self._load_clip
-        if item_timeout is not None:
-            self._load = DecodingProcess(self._load_clip, item_timeout)
 
-    def __len__(self) -> int:
-        return len(self.names)
+class _Decoder:
+    """Decodes several videos at a time, each in a child process of its own thread."""
 
-    def __getitem__(self, number: int) -> tuple[str, torch.Tensor | str]:
-        name = self.names[number]
+    def __init__(self, encoder: VideoEncoder, workers: int, item_timeout: float | None):
+        self.processor, self.item_timeout = encoder.processor, item_timeout
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+        self._own = threading.local()
+        self._children: list[DecodingProcess] = []
+
+    def __enter__(self) -> "_Decoder":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        for child in self._children:
+            child.close()
+
+    def __call__(self, clips: Iterable[Clip]) -> Iterator[tuple[Clip, torch.Tensor | str]]:
+        """Pixels (T, 3, H, W) of each clip, or the reason why there are none, in order."""
+        futures = deque((clip, self._pool.submit(self._attempt, clip)) for clip in clips)
+        while futures:
+            clip, future = futures.popleft()
+            yield clip, future.result()
+
+    def _attempt(self, clip: Clip) -> torch.Tensor | str:
+        if clip.problem is not None:
+            return clip.problem
+        load = self._load
+        if self.item_timeout is not None:
+            load = getattr(self._own, "child", None)
+            if load is None:
+                load = self._own.child = DecodingProcess(self._load, self.item_timeout)
+                self._children.append(load)
         try:
-            return name, torch.from_numpy(self._load(name))
+            return torch.from_numpy(load(clip.video))
         except VideoError as error:
-            return name, str(error) or repr(error)
+            return str(error) or repr(error)
 
-    def _load_clip(self, name: str) -> np.ndarray:
-        inputs = self.processor(videos=[self.read(name)], return_tensors="pt")
-        return inputs["pixel_values_videos"][0].numpy()
+    def _load(self, video: str | bytes) -> np.ndarray:
+        return self.processor(videos=[video], return_tensors="pt")["pixel_values_videos"][0].numpy()
 
 
 @torch.inference_mode()
 def _encode(
     encoder: VideoEncoder,
-    batch: list[tuple[str, torch.Tensor | str]],
+    batch: list[Clip],
+    decoder: _Decoder,
+    known: set[str],
     controls: Sequence[str],
     draws: int,
     seed: int,
 ) -> tuple[list[str], dict[str, torch.Tensor], dict[str, str]]:
-    """Names, features (names, P) by condition, and reasons of failures.
+    """Names that are new, their features (names, P) by condition, and reasons of failures by name.
 
     One clip at a time, so that its features do not depend on its neighbours; its frames pass the frozen backbone once
     for all conditions that only change their order.
     """
+    new: dict[str, Clip] = {}
+    for clip in batch:
+        if clip.name not in known:
+            new.setdefault(clip.name, clip)
     names: list[str] = []
     rows: dict[str, list[torch.Tensor]] = {}
     failed: dict[str, str] = {}
-    for name, pixels in batch:
+    for clip, pixels in decoder(new.values()):
         if isinstance(pixels, str):
-            failed[name] = pixels
+            failed[clip.name] = pixels
             continue
-        names.append(name)
-        generator = torch.Generator().manual_seed(_seed_of(name, seed))
+        names.append(clip.name)
+        generator = torch.Generator().manual_seed(_seed_of(clip.name, seed))
         for condition, feature in _features_of(encoder.model, pixels, controls, draws, generator):
             rows.setdefault(condition, []).append(torch.nn.functional.normalize(feature.float(), dim=-1).cpu())
+    known.update(names)
     return names, {condition: torch.cat(values) for condition, values in rows.items()}, failed
 
 
@@ -225,13 +273,13 @@ def _seed_of(name: str, seed: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode("utf-8", "surrogateescape")).digest()[:7])
 
 
-def _write_part(folder: Path, names: list[str], features: dict[str, torch.Tensor], failed: dict[str, str]) -> None:
-    parts = folder / "features"
-    parts.mkdir(exist_ok=True)
-    first = (names or list(failed))[0]
-    name = hashlib.sha256(first.encode("utf-8", "surrogateescape")).hexdigest()[:24]
-    with written_whole(parts / f"{name}.safetensors") as temporary:
-        save_file(features, temporary, {"names": json.dumps(names), "failed": json.dumps(failed)})
+def _write_part(
+    folder: Path, batch: list[Clip], names: list[str], features: dict[str, torch.Tensor], failed: dict[str, str]
+) -> None:
+    rows = [[clip.row, clip.name, clip.info, failed.get(clip.name)] for clip in batch]
+    (folder / "features").mkdir(exist_ok=True)
+    with written_whole(folder / "features" / f"{uuid.uuid4().hex}.safetensors") as temporary:
+        save_file(features, temporary, {"names": json.dumps(names), "rows": json.dumps(rows)})
 
 
 def _processes() -> tuple[int, int, Callable[[], None]]:

@@ -1,0 +1,46 @@
+"""Rows of tables as clips of an evaluation, and what of model and table goes into its protocol."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from .. import __version__
+from ..data.broken import BrokenItem
+from ..data.sources import PairTable
+from ..search.encoding import VideoEncoder
+from .features import Clip, ClipFeatures
+
+
+class TableShard:
+    """The clips of one shard of a table, read anew each time that it is iterated over."""
+
+    def __init__(self, table: PairTable, shard: int, item_timeout: float | None):
+        self.table, self.shard, self.item_timeout = table, shard, item_timeout
+        self.first_row = sum(table.shard_rows[:shard])
+
+    def __iter__(self) -> Iterator[Clip]:
+        for index, record in self.table.records(self.shard, self.item_timeout):
+            row = self.first_row + index
+            yield Clip(row, record.name or f"row {row}", record.video, {"texts": record.texts}, record.problem)
+
+
+def describe_encoder(encoder: VideoEncoder) -> dict[str, Any]:
+    """Which model makes the features, from how many frames, and how they are prepared."""
+    return {
+        "model": encoder.name,
+        "model_fingerprint": encoder.fingerprint(),
+        "video_processor": encoder.settings,
+        "bt_adapter_hf": __version__,
+    }
+
+
+def describe_table(table: PairTable) -> dict[str, Any]:
+    """Which rows, at which state."""
+    return {"data": table.source, "data_fingerprint": table.fingerprint, "data_revision": table.revision}
+
+
+def broken_rows(source: str, features: ClipFeatures) -> list[BrokenItem]:
+    """The rows without features."""
+    return [
+        BrokenItem(source=source, index=row, video=name, reason=reason)
+        for row, (name, reason) in sorted(features.failed.items())
+    ]

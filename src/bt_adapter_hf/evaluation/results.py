@@ -1,0 +1,94 @@
+"""Result files: scores with intervals, the same under every control, what they were measured with, and what failed."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..adapters.writing import written_whole
+from ..data.broken import BrokenItem, count_reasons
+from .statistics import Comparison, Interval
+
+
+RESULT_NAME = "result.json"
+CONTROL_NAMES = {
+    "frame_average": "frame-averaged CLIP",
+    "one_frame": "one frame only",
+    "shuffled": "frames shuffled",
+    "reversed": "frames reversed",
+    "blind": "no video",
+}
+
+
+@dataclass
+class EvaluationResult:
+    """What an evaluation found.
+
+    Attributes:
+        task: "retrieval", "recognition", ...
+        scores: of the model, by name.
+        controls: the same scores under each control that was run; draws of `shuffled` are averaged per item.
+        against_frame_average: paired tests of the model against the frame-averaged image tower on the same items.
+        chance: what guessing gives, where it can be said.
+        items: how many of what the scores are over.
+        failed: names and reasons of what could not be used; the scores are over the rest.
+        protocol: everything that decides the scores.
+        reference_ties: of retrieval, the scores under the tie rule of the released code.
+    """
+
+    task: str
+    scores: dict[str, Interval]
+    controls: dict[str, dict[str, Interval]]
+    against_frame_average: dict[str, Comparison]
+    chance: dict[str, float]
+    items: dict[str, int]
+    protocol: dict[str, Any]
+    failed: list[BrokenItem] = field(default_factory=list)
+    reference_ties: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        fields = asdict(self)
+        fields["failed"] = {"items": len(self.failed), "reasons": count_reasons(self.failed), "list": self.failed}
+        return fields
+
+    def write(self, folder: Path) -> Path:
+        """`folder/result.json`, whole or not at all."""
+        path = folder / RESULT_NAME
+        with written_whole(path) as temporary:
+            temporary.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return path
+
+    def table(self, names: Iterable[str] | None = None) -> str:
+        """For people: a line for the model and for each control, then the test against averaged frames."""
+        names = [name for name in (names or self.scores) if name in self.scores]
+        lines = [f"{self.task:<22}" + "".join(f"{name:>22}" for name in names)]
+        rows = [("model", self.scores)]
+        rows += [(CONTROL_NAMES.get(control, control), scores) for control, scores in self.controls.items()]
+        for label, scores in rows:
+            cells = (_cell(scores[name]) if name in scores else "" for name in names)
+            lines.append(f"{label:<22}" + "".join(f"{cell:>22}" for cell in cells))
+        if self.chance:
+            cells = (f"{self.chance[name]:.1f}" if name in self.chance else "" for name in names)
+            lines.append(f"{'(chance)':<22}" + "".join(f"{cell:>22}" for cell in cells))
+        for name in names:
+            if name in self.against_frame_average:
+                lines.append(f"{name}: {_sentence(self.against_frame_average[name])}")
+        counts = ", ".join(f"{count} {what}" for what, count in self.items.items())
+        lines.append(f"over {counts}; in brackets 95 % intervals over videos")
+        if self.failed:
+            lines.append(f"{len(self.failed)} could not be used and are not in the scores:")
+            reasons = Counter(count_reasons(self.failed)).most_common(3)
+            lines += [f"  {count:>5}  {reason}" for reason, count in reasons]
+        return "\n".join(lines)
+
+
+def _cell(score: Interval) -> str:
+    return f"{score.value:.1f} [{score.low:.1f}, {score.high:.1f}]"
+
+
+def _sentence(test: Comparison) -> str:
+    mcnemar = "" if test.p_mcnemar is None else f", McNemar p = {test.p_mcnemar:.2g}"
+    return f"{_cell(test.difference)} above frame-averaged CLIP (paired bootstrap p = {test.p_bootstrap:.2g}{mcnemar})"

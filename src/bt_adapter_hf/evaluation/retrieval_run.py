@@ -1,0 +1,163 @@
+"""Retrieval over a table of videos and captions, with intervals and temporal controls."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..data.broken import BrokenItem
+from ..data.sources import PairTable
+from ..search.encoding import VideoEncoder
+from .clips import TableShard, broken_rows, describe_encoder, describe_table
+from .controls import CONTROLS
+from .features import FULL, ClipFeatures, encode_clips
+from .results import EvaluationResult
+from .retrieval import RECALL_AT, cosine_similarity, rank_metrics, retrieval_ranks
+from .statistics import Comparison, Interval, compare, mean_interval, median_interval
+
+
+def evaluate_retrieval(
+    encoder: VideoEncoder,
+    table: PairTable,
+    folder: Path,
+    *,
+    paragraph: bool = False,
+    max_text_length: int | None = None,
+    dual_softmax: bool = False,
+    controls: Sequence[str] = CONTROLS,
+    draws: int = 3,
+    seed: int = 0,
+    workers: int = 1,
+    item_timeout: float | None = 60.0,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> EvaluationResult:
+    """Text-to-video and video-to-text retrieval over a table.
+
+    Rows that name the same video are captions of one video. Every caption is a query, and its video the only right
+    answer; a video as query has its captions as right answers and takes the rank of the best.
+
+    Args:
+        folder: of this run; an interrupted run goes on in it.
+        paragraph: join the captions of a video into one text, as is usual for ActivityNet and DiDeMo.
+        max_text_length: cut texts at so many tokens; the text tower's limit by default.
+        dual_softmax: weigh each score by the softmax over all queries. A search does not have all queries at once:
+            such numbers compare with each other only.
+        controls, draws, seed, workers, item_timeout, progress: see `encode_clips`.
+
+    Raises:
+        ValueError: no video of the table can be read and has a text.
+        OtherRunError: `folder` is of another run.
+    """
+    protocol = {"task": "retrieval", **describe_encoder(encoder), **describe_table(table)}
+    features = encode_clips(
+        encoder,
+        [TableShard(table, shard, item_timeout) for shard in range(len(table.shard_rows))],
+        folder,
+        protocol,
+        controls=controls,
+        draws=draws,
+        seed=seed,
+        workers=workers,
+        item_timeout=item_timeout,
+        progress=progress,
+    )
+    texts_of: dict[str, list[str]] = {}
+    for _, (name, info) in sorted(features.rows.items()):
+        texts_of.setdefault(name, []).extend(info["texts"])
+    failed = broken_rows(table.source, features)
+    failed += [
+        BrokenItem(source=table.source, index=row, video=name, reason="it has no text")
+        for row, (name, _) in sorted(features.rows.items())
+        if not texts_of[name]
+    ]
+    videos = sorted(name for name, texts in texts_of.items() if texts)
+    if not videos:
+        raise ValueError(
+            f"No row of {table.source} has a video that can be read and a text. The first of {len(failed)}: "
+            f"{failed[0]['video']}: {failed[0]['reason']}"
+        )
+    if paragraph:
+        texts_of = {name: [" ".join(texts)] for name, texts in texts_of.items()}
+    owners = [name for name in videos for _ in texts_of[name]]
+    limit = encoder.model.config.text_config.max_position_embeddings
+    length = limit if max_text_length is None else min(max_text_length, limit)
+    texts = encoder.encode_texts([text for name in videos for text in texts_of[name]], max_length=length)
+
+    similarity = {
+        condition: _similarity(texts, features, condition, videos, dual_softmax) for condition in features.features
+    }
+    ranks = {
+        "t2v": {condition: retrieval_ranks(scores, owners, videos) for condition, scores in similarity.items()},
+        "v2t": {condition: retrieval_ranks(scores.T, videos, owners) for condition, scores in similarity.items()},
+    }
+    queries = {"t2v": owners, "v2t": videos}
+    scores = {
+        condition: {
+            f"{direction}_{metric}": interval
+            for direction, of_direction in ranks.items()
+            for metric, interval in _rank_scores(
+                _draws_of(of_direction, condition), queries[direction], seed
+            ).items()
+        }
+        for condition in (FULL, *controls)
+    }
+    against = {}
+    if "frame_average" in controls:
+        for direction, of_direction in ranks.items():
+            hits = [of_direction[condition] <= 1 for condition in (FULL, "frame_average")]
+            against[f"{direction}_R1"] = _in_percent(compare(*hits, queries[direction], seed=seed))
+    return EvaluationResult(
+        task="retrieval",
+        scores=scores.pop(FULL),
+        controls=scores,
+        against_frame_average=against,
+        chance={f"t2v_R{k}": 100 * min(1.0, k / len(videos)) for k in RECALL_AT},
+        items={"texts": len(owners), "videos": len(videos)},
+        protocol={
+            **protocol,
+            "paragraph": paragraph,
+            "max_text_length": length,
+            "dual_softmax": dual_softmax,
+            "shuffle_draws": draws,
+            "seed": seed,
+        },
+        failed=failed,
+        reference_ties={
+            f"t2v_{metric}": value
+            for metric, value in rank_metrics(retrieval_ranks(similarity[FULL], owners, videos, True)).items()
+        },
+    )
+
+
+def dual_softmax_scores(similarity: np.ndarray, scale: float = 100.0) -> np.ndarray:
+    """Scores (queries, gallery), each times the softmax of its column over the queries."""
+    weights = np.exp(scale * (similarity - similarity.max(axis=0, keepdims=True)))
+    return similarity * weights / weights.sum(axis=0, keepdims=True)
+
+
+def _similarity(
+    texts: np.ndarray, features: ClipFeatures, condition: str, videos: Sequence[str], dual_softmax: bool
+) -> np.ndarray:
+    scores = cosine_similarity(texts, features.stacked(condition, videos))
+    return dual_softmax_scores(scores) if dual_softmax else scores
+
+
+def _draws_of(ranks: dict[str, np.ndarray], condition: str) -> list[np.ndarray]:
+    """The ranks under a condition; of "shuffled" those of every draw."""
+    if condition != "shuffled":
+        return [ranks[condition]]
+    return [values for name, values in ranks.items() if name.startswith("shuffled_")]
+
+
+def _rank_scores(draws: list[np.ndarray], queries: Sequence[str], seed: int) -> dict[str, Interval]:
+    """Recall in percent, median and mean rank; over several draws, each query stands in all of them."""
+    ranks = np.concatenate(draws)
+    owners = list(queries) * len(draws)
+    scores = {f"R{k}": mean_interval(ranks <= k, owners, seed=seed).scaled(100) for k in RECALL_AT}
+    scores["MdR"] = median_interval(ranks, owners, seed=seed)
+    scores["MnR"] = mean_interval(ranks, owners, seed=seed)
+    return scores
+
+
+def _in_percent(test: Comparison) -> Comparison:
+    return Comparison(test.difference.scaled(100), test.p_bootstrap, test.p_mcnemar)
