@@ -29,7 +29,7 @@ CORE = [
 
 EXTRAS = {
     "train": ["accelerate>=1.1", "datasets>=4.0", "matplotlib>=3.8", "peft>=0.18"],
-    "eval": ["datasets>=4.0", "ftfy>=6.1"],
+    "eval": ["accelerate>=1.1", "datasets>=4.0", "ftfy>=6.1", "openai>=1.40", "scipy>=1.11"],
     "quickstart": ["scikit-learn>=1.4"],
     "quantization": ["bitsandbytes>=0.46.1"],  # from which transformers takes it
     "torchcodec": ["torchcodec>=0.9"],  # a further decoder; needs FFmpeg's libraries

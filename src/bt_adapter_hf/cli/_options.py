@@ -70,7 +70,8 @@ def name_options(message: str, args: argparse.Namespace, fields: Mapping[str, st
     return message if message.startswith("--set") or not names else re.sub(pattern, replace, message)
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
+def add_encoder_options(parser: argparse.ArgumentParser) -> None:
+    """What `load_encoder` reads."""
     parser.add_argument(
         "--model",
         metavar="ID_OR_PATH",
@@ -90,6 +91,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="default: as saved"
     )
     add_device_option(parser)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    add_encoder_options(parser)
     parser.add_argument(
         "--batch-size", type=whole_number(), default=8, metavar="N", help="videos at once (default: 8)"
     )

@@ -31,6 +31,7 @@ COMMANDS = (
     "chat",
     "pretrain",
     "finetune",
+    "eval",
     "check-data",
     "convert",
     "push",

@@ -1,13 +1,16 @@
 """Rows of tables as clips of an evaluation, and what of model and table goes into its protocol."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from .. import __version__
 from ..data.broken import BrokenItem
 from ..data.sources import PairTable
 from ..search.encoding import VideoEncoder
 from .features import Clip, ClipFeatures
+
+
+Values = TypeVar("Values")
 
 
 class TableShard:
@@ -44,3 +47,10 @@ def broken_rows(source: str, features: ClipFeatures) -> list[BrokenItem]:
         BrokenItem(source=source, index=row, video=name, reason=reason)
         for row, (name, reason) in sorted(features.failed.items())
     ]
+
+
+def draws_of(values: dict[str, Values], condition: str) -> list[Values]:
+    """The values under a condition of `encode_clips`; of the control "shuffled" those of every draw."""
+    if condition != "shuffled":
+        return [values[condition]]
+    return [value for name, value in values.items() if name.startswith("shuffled_")]

@@ -282,6 +282,11 @@ def _write_part(
         save_file(features, temporary, {"names": json.dumps(names), "rows": json.dumps(rows)})
 
 
+def is_main_process() -> bool:
+    """Whether this process is to write and print results."""
+    return _processes()[0] == 0
+
+
 def _processes() -> tuple[int, int, Callable[[], None]]:
     """Rank, number of processes, and what waits for all of them."""
     if "RANK" not in os.environ:  # of torchrun and accelerate launch

@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from .statistics import Comparison, Interval
 
 
 RESULT_NAME = "result.json"
+HEADLINES = ("t2v_R1", "t2v_R5", "t2v_R10", "v2t_R1", "top1", "top5", "pair", "group")  # what a table shows
 CONTROL_NAMES = {
     "frame_average": "frame-averaged CLIP",
     "one_frame": "one frame only",
@@ -61,9 +61,9 @@ class EvaluationResult:
             temporary.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         return path
 
-    def table(self, names: Iterable[str] | None = None) -> str:
+    def table(self) -> str:
         """For people: a line for the model and for each control, then the test against averaged frames."""
-        names = [name for name in (names or self.scores) if name in self.scores]
+        names = [name for name in HEADLINES if name in self.scores]
         lines = [f"{self.task:<22}" + "".join(f"{name:>22}" for name in names)]
         rows = [("model", self.scores)]
         rows += [(CONTROL_NAMES.get(control, control), scores) for control, scores in self.controls.items()]

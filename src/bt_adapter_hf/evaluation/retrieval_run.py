@@ -8,12 +8,12 @@ import numpy as np
 from ..data.broken import BrokenItem
 from ..data.sources import PairTable
 from ..search.encoding import VideoEncoder
-from .clips import TableShard, broken_rows, describe_encoder, describe_table
+from .clips import TableShard, broken_rows, describe_encoder, describe_table, draws_of
 from .controls import CONTROLS
 from .features import FULL, ClipFeatures, encode_clips
 from .results import EvaluationResult
 from .retrieval import RECALL_AT, cosine_similarity, rank_metrics, retrieval_ranks
-from .statistics import Comparison, Interval, compare, mean_interval, median_interval
+from .statistics import Interval, compare, mean_interval, median_interval
 
 
 def evaluate_retrieval(
@@ -81,7 +81,9 @@ def evaluate_retrieval(
     owners = [name for name in videos for _ in texts_of[name]]
     limit = encoder.model.config.text_config.max_position_embeddings
     length = limit if max_text_length is None else min(max_text_length, limit)
-    texts = encoder.encode_texts([text for name in videos for text in texts_of[name]], max_length=length)
+    captions = [text for name in videos for text in texts_of[name]]
+    cut = sum(len(ids) > length for ids in encoder.processor.tokenizer(captions)["input_ids"])
+    texts = encoder.encode_texts(captions, max_length=length)
 
     similarity = {
         condition: _similarity(texts, features, condition, videos, dual_softmax) for condition in features.features
@@ -95,9 +97,7 @@ def evaluate_retrieval(
         condition: {
             f"{direction}_{metric}": interval
             for direction, of_direction in ranks.items()
-            for metric, interval in _rank_scores(
-                _draws_of(of_direction, condition), queries[direction], seed
-            ).items()
+            for metric, interval in _rank_scores(draws_of(of_direction, condition), queries[direction], seed).items()
         }
         for condition in (FULL, *controls)
     }
@@ -105,14 +105,14 @@ def evaluate_retrieval(
     if "frame_average" in controls:
         for direction, of_direction in ranks.items():
             hits = [of_direction[condition] <= 1 for condition in (FULL, "frame_average")]
-            against[f"{direction}_R1"] = _in_percent(compare(*hits, queries[direction], seed=seed))
+            against[f"{direction}_R1"] = compare(*hits, queries[direction], seed=seed).scaled(100)
     return EvaluationResult(
         task="retrieval",
         scores=scores.pop(FULL),
         controls=scores,
         against_frame_average=against,
         chance={f"t2v_R{k}": 100 * min(1.0, k / len(videos)) for k in RECALL_AT},
-        items={"texts": len(owners), "videos": len(videos)},
+        items={"texts": len(captions), f"of them cut at {length} tokens": cut, "videos": len(videos)},
         protocol={
             **protocol,
             "paragraph": paragraph,
@@ -142,13 +142,6 @@ def _similarity(
     return dual_softmax_scores(scores) if dual_softmax else scores
 
 
-def _draws_of(ranks: dict[str, np.ndarray], condition: str) -> list[np.ndarray]:
-    """The ranks under a condition; of "shuffled" those of every draw."""
-    if condition != "shuffled":
-        return [ranks[condition]]
-    return [values for name, values in ranks.items() if name.startswith("shuffled_")]
-
-
 def _rank_scores(draws: list[np.ndarray], queries: Sequence[str], seed: int) -> dict[str, Interval]:
     """Recall in percent, median and mean rank; over several draws, each query stands in all of them."""
     ranks = np.concatenate(draws)
@@ -157,7 +150,3 @@ def _rank_scores(draws: list[np.ndarray], queries: Sequence[str], seed: int) -> 
     scores["MdR"] = median_interval(ranks, owners, seed=seed)
     scores["MnR"] = mean_interval(ranks, owners, seed=seed)
     return scores
-
-
-def _in_percent(test: Comparison) -> Comparison:
-    return Comparison(test.difference.scaled(100), test.p_bootstrap, test.p_mcnemar)

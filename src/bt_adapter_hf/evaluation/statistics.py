@@ -46,6 +46,10 @@ class Comparison:
     p_bootstrap: float
     p_mcnemar: float | None
 
+    def scaled(self, factor: float) -> "Comparison":
+        """The difference in another unit, for instance percent."""
+        return Comparison(self.difference.scaled(factor), self.p_bootstrap, self.p_mcnemar)
+
 
 def mean_interval(
     values: Sequence[float] | np.ndarray,

@@ -113,25 +113,30 @@ class VideoEncoder:
         return digest.hexdigest()
 
     @torch.inference_mode()
-    def encode_texts(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
+    def encode_texts(self, texts: Sequence[str], batch_size: int = 64, max_length: int | None = None) -> np.ndarray:
         """Features of texts: float32 (texts, P), L2-normalised.
 
+        Args:
+            max_length: cut texts at so many tokens, start and end included; by default a text that is longer than the
+                text tower takes is an error.
+
         Raises:
-            ValueError: a text is empty or longer than the text tower takes.
+            ValueError: a text is empty, or too long.
         """
         limit = self.model.config.text_config.max_position_embeddings
+        cut = {} if max_length is None else {"truncation": True, "max_length": max_length}
         features = []
         for start in range(0, len(texts), batch_size):
             batch = list(texts[start : start + batch_size])
             for text in batch:
                 if not text.strip():
                     raise ValueError("a text is empty.")
-                length = len(self.processor.tokenizer(text)["input_ids"])
+                length = len(self.processor.tokenizer(text, **cut)["input_ids"])
                 if length > limit:
                     raise ValueError(
                         f"the text '{text[:40]}...' is {length} tokens long; this model takes {limit}: shorten it."
                     )
-            inputs = self.processor(text=batch, padding=True, return_tensors="pt").to(self.model.device)
+            inputs = self.processor(text=batch, padding=True, return_tensors="pt", **cut).to(self.model.device)
             features.append(_unit_rows(self.model.get_text_features(**inputs).pooler_output, batch))
         return np.concatenate(features)
 

@@ -1,0 +1,154 @@
+"""`bt-adapter eval`: scores with intervals, and what they are worth without the order of frames."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from ._options import add_encoder_options, load_encoder, progress, real_number, whole_number
+from ._training import add_item_timeout, add_table_options, open_table
+
+
+EPILOG = """\
+examples:
+  bt-adapter eval retrieval --data msrvtt_test.json --media-root videos --model my-model -o msrvtt --num-frames 12
+  bt-adapter eval recognition --data hmdb51.csv --classes classes.txt --template "a video of {}" -o hmdb
+
+Every score is taken again with frames shuffled, frames reversed, one frame, and with the averaged features of single
+frames: a model that reads time loses there. An interrupted run goes on with the same command. Under torchrun or
+`accelerate launch` the rows are shared out. Exit status: 0; 1 if more rows than the share --max-broken cannot be
+used.
+"""
+
+
+def register(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "eval",
+        help="score a model on a table, beside temporal controls",
+        description="Score a dual encoder on a table of videos and texts, with intervals over videos, and again with "
+        "the order of frames taken away.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
+    retrieval = tasks.add_parser("retrieval", help="text to video and back: R@1, R@5, R@10, median and mean rank")
+    _add_common(retrieval)
+    retrieval.add_argument("--paragraph", action="store_true", help="join the captions of a video into one text")
+    retrieval.add_argument(
+        "--max-text-length",
+        type=whole_number(3),
+        metavar="N",
+        help="cut texts at so many tokens (default: the model's)",
+    )
+    retrieval.add_argument(
+        "--dual-softmax",
+        action="store_true",
+        help="weigh scores by a softmax over all queries, as some papers do; a search cannot",
+    )
+    recognition = tasks.add_parser("recognition", help="zero-shot labels: top-1 and top-5")
+    _add_common(recognition)
+    recognition.add_argument("--classes", metavar="TXT", help="names, a line each (default: all labels of the table)")
+    recognition.add_argument(
+        "--label-offset", type=whole_number(0), default=0, metavar="N", help="number of the first class (default: 0)"
+    )
+    recognition.add_argument(
+        "--template",
+        action="append",
+        metavar="TEXT",
+        help='sentence around each name, such as "a video of {}"; may be repeated, their features are averaged',
+    )
+    parser.set_defaults(run=run)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", required=True, metavar="TABLE", help="as for `bt-adapter pretrain`")
+    add_table_options(parser)
+    parser.add_argument("--split", default="test", metavar="NAME", help="of a Hub dataset (default: test)")
+    add_encoder_options(parser)
+    parser.add_argument("-o", "--output-dir", required=True, metavar="DIR", help="where features and result.json go")
+    parser.add_argument(
+        "--controls",
+        default="shuffled,reversed,one_frame,frame_average",
+        metavar="LIST",
+        help="(default: shuffled,reversed,one_frame,frame_average)",
+    )
+    parser.add_argument(
+        "--shuffle-draws", type=whole_number(), default=3, metavar="N", help="orders drawn per video (default: 3)"
+    )
+    parser.add_argument(
+        "--seed", type=whole_number(0), default=0, metavar="N", help="of draws and intervals (default: 0)"
+    )
+    parser.add_argument(
+        "--workers", type=whole_number(), default=2, metavar="N", help="videos decoded at once (default: 2)"
+    )
+    add_item_timeout(parser)
+    parser.add_argument(
+        "--max-broken", type=real_number(0, 1), default=0.1, metavar="SHARE", help="share accepted (default: 0.1)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..import_utils import require_package
+
+    require_package("datasets", "eval")
+    require_package("scipy", "eval")
+    from ..evaluation.features import is_main_process
+    from ..evaluation.recognition_run import evaluate_recognition
+    from ..evaluation.retrieval_run import evaluate_retrieval
+
+    table = open_table(args, args.data, args.split)
+    encoder = load_encoder(args)
+    controls = [name.strip() for name in args.controls.split(",") if name.strip()]
+    bar = progress(None, len(table), f"eval {args.task}")
+    options = {
+        "controls": controls,
+        "draws": args.shuffle_draws,
+        "seed": args.seed,
+        "workers": args.workers,
+        "item_timeout": args.item_timeout,
+        "progress": bar.update,
+    }
+    folder = Path(args.output_dir)
+    with bar:
+        if args.task == "retrieval":
+            result = evaluate_retrieval(
+                encoder,
+                table,
+                folder,
+                paragraph=args.paragraph,
+                max_text_length=args.max_text_length,
+                dual_softmax=args.dual_softmax,
+                **options,
+            )
+        else:
+            classes = None
+            if args.classes is not None:
+                lines = Path(args.classes).read_text(encoding="utf-8").splitlines()
+                classes = [line.strip() for line in lines if line.strip()]
+            result = evaluate_recognition(
+                encoder,
+                table,
+                folder,
+                classes=classes,
+                label_offset=args.label_offset,
+                templates=args.template or ["{}"],
+                **options,
+            )
+    if not is_main_process():
+        return 0
+    path = result.write(folder)
+    if args.json:
+        print(json.dumps(result.to_dict(), indent=2))
+    else:
+        print(result.table())
+        print(f"written to {path}")
+    if len(result.failed) > args.max_broken * len(table):
+        print(
+            f"bt-adapter eval: error: {len(result.failed)} of {len(table)} rows could not be used, more than the "
+            f"share --max-broken {args.max_broken:g}",
+            file=sys.stderr,
+        )
+        return 1
+    return 0

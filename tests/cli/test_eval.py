@@ -1,0 +1,68 @@
+"""`bt-adapter eval`, as a user runs it."""
+
+import json
+
+import pytest
+
+from bt_adapter_hf.cli.main import main
+from tests import tiny_pairs
+
+
+@pytest.fixture
+def table(tmp_path):
+    return tiny_pairs.write_table(tmp_path / "clips", rows=4).parent
+
+
+def test_retrieval(tiny_checkpoint, table, tmp_path, capsys):
+    command = ["eval", "retrieval", "--data", str(table), "--model", str(tiny_checkpoint), "-o", str(tmp_path / "out")]
+    assert main([*command, "--split", "train"]) == 0
+    printed = capsys.readouterr().out
+    assert "frames reversed" in printed and "above frame-averaged CLIP" in printed and "(chance)" in printed
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["items"]["videos"] == 4 and set(result["controls"]) >= {"shuffled", "reversed"}
+    # the same again reads what is there; other settings are refused
+    assert main([*command, "--split", "train", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["scores"] == result["scores"]
+    assert main([*command, "--split", "train", "--num-frames", "2"]) == 1
+    assert "holds an evaluation with other settings (video_processor" in capsys.readouterr().err
+
+
+def test_recognition(tiny_checkpoint, table, tmp_path, capsys):
+    classes = tmp_path / "classes.txt"
+    classes.write_text("".join(f"{json.loads(line)['text']}\n" for line in (table / "metadata.jsonl").open()))
+    command = ["eval", "recognition", "--data", str(table), "--model", str(tiny_checkpoint), "--classes", str(classes)]
+    assert main([*command, "--template", "it is {}", "--controls", "reversed", "-o", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "top1" in printed and "frames reversed" in printed and "4 classes" in printed
+    assert main([*command, "--controls", "backwards", "-o", str(tmp_path / "other")]) == 1
+    assert "Unknown controls ['backwards']" in capsys.readouterr().err
+
+
+def test_rows_that_cannot_be_used(tiny_checkpoint, table, tmp_path, capsys):
+    (table / "clip0.mp4").write_bytes(b"nothing")
+    (table / "clip1.mp4").unlink()
+    command = ["eval", "retrieval", "--data", str(table), "--model", str(tiny_checkpoint), "-o", str(tmp_path / "out")]
+    assert main(command) == 1
+    captured = capsys.readouterr()
+    assert "2 could not be used and are not in the scores" in captured.out
+    assert "2 of 4 rows could not be used, more than the share --max-broken 0.1" in captured.err
+    assert main([*command, "--max-broken", "0.5"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--data", "nowhere"], "nowhere"),
+        (["--seed", "-1"], "--seed"),
+        (["--shuffle-draws", "0"], "--shuffle-draws"),
+        (["--model", "./nothere"], "nothere"),
+    ],
+)
+def test_wrong_options(table, tmp_path, capsys, options, words):
+    command = ["eval", "retrieval", "--data", str(table), "-o", str(tmp_path / "out"), *options]
+    try:
+        status = main(command)
+    except SystemExit as exit:
+        status = exit.code
+    assert status in (1, 2) and words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
