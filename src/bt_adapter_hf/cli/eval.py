@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 from ._options import add_encoder_options, load_encoder, progress, real_number, whole_number
-from ._training import add_item_timeout, add_table_options, open_table
+from ._training import open_table
+from ._training_options import add_item_timeout, add_table_options
 
 
 EPILOG = """\
