@@ -106,7 +106,7 @@ def test_states_are_computed_once(llava, table, tmp_path, capsys):
     assert finetune(llava, table, tmp_path / "again", "--max-steps", 1, *options) == 0
     assert "; 0 videos to encode" in capsys.readouterr().out
     assert finetune(llava, table, tmp_path / "other", "--max-steps", 1, *options, "--num-frames", 2) == 1
-    assert "num_frames 4, here 2" in capsys.readouterr().err
+    assert "num-frames 4, here 2" in capsys.readouterr().err
 
 
 def test_resume(llava, table, tmp_path, capsys):

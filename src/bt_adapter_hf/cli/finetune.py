@@ -11,8 +11,8 @@ from ._training_options import TRAINING_OPTIONS, add_item_timeout, add_run_optio
 
 EPILOG = """\
 examples:
-  bt-adapter finetune --model llava-hf/llava-1.5-7b-hf --bt-adapter org/bt-adapter-clip-l14-336 \\
-      --train videos/train.jsonl --output-dir tuned --batch-size 1 --bf16 --workers 4
+  bt-adapter finetune --model llava-hf/llava-1.5-7b-hf --bt-adapter my-adapter/adapter \\
+      --train videos/train.jsonl --output-dir tuned --batch-size 1 --workers 4
   ... --lora --load-in-4bit                       on a small card
   ... --cache-states states --cache-dtype fp8     decode and encode each video once, on the disk
 
@@ -44,7 +44,7 @@ def register(subparsers) -> None:
         "finetune",
         help="teach a chat model from conversations about videos",
         description="Instruction tuning: the branch and the projector learn, and with --lora the language model too. "
-        "Defaults are those of the released tuning.",
+        "Conversations about videos, about images and of words alone may be mixed. Defaults are those of the released tuning.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -19,13 +19,13 @@ from ._training_options import (
 EPILOG = """\
 example:
   bt-adapter pretrain --model openai/clip-vit-large-patch14 --train videos/train --validation videos/val.csv \\
-      --output-dir my-adapter --batch-size 52 --bf16 --workers 8 --eval-steps 500
+      --output-dir my-adapter --batch-size 52 --workers 8 --eval-steps 500
 
   videos/train is a folder of video files with a metadata.jsonl in it, one line per video:
       {"file_name": "clip1.mp4", "text": "a dog catches a frisbee"}
 
 The output folder gets the finished model and its processor (load it with AutoModel.from_pretrained, or use it with
-`bt-adapter search --model`), checkpoints to go on from with --resume, run_summary.json, losses.png, and
+`bt-adapter search --model`), the branch alone in the folder adapter (for bt-adapter finetune --bt-adapter), checkpoints to go on from with --resume, run_summary.json, losses.png, and
 broken_items.jsonl where something could not be used. Ctrl-C saves a checkpoint and stops.
 
 Tables with the bytes of the videos in them (.parquet, .tar) and remote ones are streamed through a bounded folder:
