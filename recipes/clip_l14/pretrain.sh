@@ -23,7 +23,7 @@ ${LAUNCH:-python} -m bt_adapter_hf.cli.main pretrain \
     --model "$model" --train "$train" --validation "$validation" --output-dir "$output" \
     --num-adapter-layers 4 --num-frames 8 --max-text-length 64 \
     --mask-ratio 0.7 --vtc-weight 1 --mbta-weight 0.1 --mbca-weight 0.1 --temperature 0.01 \
-    --crop-scale 0.08 1.0 --batch-size 52 --epochs 1 --learning-rate 2e-6 --bf16 --workers 8 \
+    --crop-scale 0.08 1.0 --batch-size 52 --epochs 1 --learning-rate 2e-6 --workers 8 \
     --set lr_scheduler_type=cosine_warmup_with_min_lr --set warmup_steps=0.5 \
     --set 'lr_scheduler_kwargs={"warmup_lr_rate": 0.05, "num_cycles": 0.05555555555555555, "min_lr_rate": 0.0}' \
     "$@"

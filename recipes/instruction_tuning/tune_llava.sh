@@ -21,7 +21,7 @@ shift 4
 # shellcheck disable=SC2086  # LAUNCH is a command with its options
 ${LAUNCH:-python} -m bt_adapter_hf.cli.main finetune \
     --model "$model" --train "$train" --media-root "$media_root" --output-dir "$output" \
-    --num-frames 100 --batch-size 1 --epochs 3 --learning-rate 2e-5 --bf16 --activation-checkpointing --workers 8 \
+    --num-frames 100 --batch-size 1 --epochs 3 --learning-rate 2e-5 --activation-checkpointing --workers 8 \
     --lr-multipliers '{"bt_adapter.fusion_gate": 0}' \
     --set lr_scheduler_type=cosine --set warmup_steps=0.03 --set weight_decay=0 --set max_grad_norm=1 \
     "$@"

@@ -44,7 +44,8 @@ def register(subparsers) -> None:
         "finetune",
         help="teach a chat model from conversations about videos",
         description="Instruction tuning: the branch and the projector learn, and with --lora the language model too. "
-        "Conversations about videos, about images and of words alone may be mixed. Defaults are those of the released tuning.",
+        "Conversations about videos, about images and of words alone may be mixed. Defaults are those of the released "
+        "tuning.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

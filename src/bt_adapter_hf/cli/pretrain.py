@@ -25,8 +25,9 @@ example:
       {"file_name": "clip1.mp4", "text": "a dog catches a frisbee"}
 
 The output folder gets the finished model and its processor (load it with AutoModel.from_pretrained, or use it with
-`bt-adapter search --model`), the branch alone in the folder adapter (for bt-adapter finetune --bt-adapter), checkpoints to go on from with --resume, run_summary.json, losses.png, and
-broken_items.jsonl where something could not be used. Ctrl-C saves a checkpoint and stops.
+`bt-adapter search --model`), the branch alone in the folder adapter (for `bt-adapter finetune --bt-adapter`),
+checkpoints to go on from with --resume, run_summary.json, losses.png, and broken_items.jsonl where something could not
+be used. Ctrl-C saves a checkpoint and stops.
 
 Tables with the bytes of the videos in them (.parquet, .tar) and remote ones are streamed through a bounded folder:
   bt-adapter pretrain --train 'hf://datasets/org/clips/train-*.tar' --max-disk 100GB ...
@@ -52,7 +53,12 @@ CONFIG_OPTIONS = (
     ("drop_path_rate", real_number(0, 1, below=True), "stochastic depth of the last branch layer (default: 0.1)"),
     ("time_embedding_init_std", real_number(0), "standard deviation of fresh time embeddings (default: 1)"),
     ("fusion_gate_scale", real_number(), "factor on the gate inside the branch (default: 100)"),
-    ("output_gate_scale", real_number(), "factor on the gate at the end (default: 10000)"),
+    (
+        "output_gate_scale",
+        real_number(),
+        "factor on the gate at the end (default: 10000; its gradient may fill the norm that is clipped at, and shrink "
+        "all others by what the log calls clipped_by)",
+    ),
     ("max_frames", whole_number(), "rows of the time embedding table; longer videos interpolate (default: 64)"),
 )
 

@@ -94,6 +94,9 @@ class BTAdapterTrainingArguments(ResumableArguments):
     every micro-batch is contrasted with itself alone, and their gradients are averaged. What does is a larger
     `per_device_train_batch_size`, and where its activations do not fit, `cached_gradient_batch_size`.
 
+    With the released gate scale (`output_gate_scale=1e4`) the gradient of the output gate alone can exceed the norm
+    that is clipped at: all other gradients are then divided by the same factor, which the log gives as `clipped_by`.
+
     Args:
         lr_multipliers (`dict[str, float]`, *optional*):
             As in `ResumableArguments`; the released factors by default.
