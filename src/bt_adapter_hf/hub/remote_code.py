@@ -88,7 +88,10 @@ def _name_model(config: dict[str, Any]) -> set[str]:
     if config.get("model_type") not in _MODELS:
         return set()
     configuration, auto, modeling, start, end = _MODELS[config["model_type"]]
-    config["auto_map"] = {"AutoConfig": f"{configuration}.{start}Config", auto: f"{modeling}.{start}{end}"}
+    autos = (auto, "AutoModelForMultimodalLM") if auto == "AutoModelForImageTextToText" else (auto,)
+    config["auto_map"] = {"AutoConfig": f"{configuration}.{start}Config"} | {
+        name: f"{modeling}.{start}{end}" for name in autos
+    }
     return {configuration, modeling}
 
 

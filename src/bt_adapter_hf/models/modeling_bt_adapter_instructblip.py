@@ -5,6 +5,7 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoModelForSeq2SeqLM,
     InstructBlipForConditionalGeneration,
     InstructBlipQFormerModel,
@@ -151,6 +152,5 @@ def _qformer_text(
     return {key: value for key, value in text.items() if value is not None}
 
 
-AutoModelForImageTextToText.register(
-    BTAdapterInstructBlipConfig, BTAdapterInstructBlipForConditionalGeneration, exist_ok=True
-)
+for _auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    _auto.register(BTAdapterInstructBlipConfig, BTAdapterInstructBlipForConditionalGeneration, exist_ok=True)

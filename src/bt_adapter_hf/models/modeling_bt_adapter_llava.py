@@ -2,7 +2,13 @@
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForImageTextToText, LlavaForConditionalGeneration, LlavaModel
+from transformers import (
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    LlavaForConditionalGeneration,
+    LlavaModel,
+)
 from transformers.models.llava.modeling_llava import (
     LlavaCausalLMOutputWithPast,
     LlavaModelOutputWithPast,
@@ -234,4 +240,5 @@ for _ours, _native in (("bt_adapter_llava", "llava"), ("BTAdapterLlavaModel", "L
     register_checkpoint_conversion_mapping(_ours, get_checkpoint_conversion_mapping(_native), overwrite=True)
 
 AutoModel.register(BTAdapterLlavaConfig, BTAdapterLlavaModel, exist_ok=True)
-AutoModelForImageTextToText.register(BTAdapterLlavaConfig, BTAdapterLlavaForConditionalGeneration, exist_ok=True)
+for _auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    _auto.register(BTAdapterLlavaConfig, BTAdapterLlavaForConditionalGeneration, exist_ok=True)

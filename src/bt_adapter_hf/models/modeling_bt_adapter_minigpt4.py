@@ -9,6 +9,7 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoTokenizer,
     Blip2Config,
     Blip2ForConditionalGeneration,
@@ -257,4 +258,5 @@ def _projection(path: str | os.PathLike, width: int, out_width: int) -> tuple[to
     return weight, bias
 
 
-AutoModelForImageTextToText.register(BTAdapterMiniGPT4Config, BTAdapterMiniGPT4ForConditionalGeneration, exist_ok=True)
+for _auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    _auto.register(BTAdapterMiniGPT4Config, BTAdapterMiniGPT4ForConditionalGeneration, exist_ok=True)
