@@ -35,7 +35,8 @@ _EXPORTS = {
     "hub.loading": ("load_bt_adapter",),
     "hub.push": ("push_to_hub", "save_with_code"),
     "models.video_errors": ("VideoError",),
-    "models.video_io": ("available_video_backends", "load_video"),
+    "models.video_backends": ("available_video_backends",),
+    "models.video_io": ("load_video",),
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 

@@ -94,7 +94,7 @@ def test_a_slow_server_is_cut_off_at_the_deadline(server, kind):
     ("kind", "error", "message"),
     [
         ("to_a_file", VideoDownloadError, "file:///etc/passwd' is not allowed"),
-        ("to_ftp", VideoDownloadError, "unknown url type: ftp"),
+        ("to_ftp", VideoDownloadError, "only http.s. is followed"),
         ("in_a_circle", VideoDownloadError, "infinite loop"),
         ("cut_in_a_chunk", VideoDownloadError, "IncompleteRead"),
         ("no_http", VideoDownloadError, "could not be downloaded"),

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from bt_adapter_hf.models.video_backends import available_video_backends
 from bt_adapter_hf.models.video_errors import (
     EmptyVideoError,
     NoVideoStreamError,
@@ -25,7 +26,7 @@ from bt_adapter_hf.models.video_errors import (
     VideoInputError,
     VideoNotFoundError,
 )
-from bt_adapter_hf.models.video_io import VIDEO_BACKENDS, available_video_backends, load_video, sample_frame_indices
+from bt_adapter_hf.models.video_io import VIDEO_BACKENDS, load_video, sample_frame_indices
 from tests.clip_tools import SIDE, numbered_picture, read_numbers, write_clip, write_gif
 
 

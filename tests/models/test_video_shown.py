@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps, features
 
+from bt_adapter_hf.models.video_backends import available_video_backends
 from bt_adapter_hf.models.video_errors import VideoBackendError, VideoDecodeError, VideoError, VideoInputError
-from bt_adapter_hf.models.video_io import available_video_backends, load_video, sample_frame_indices
+from bt_adapter_hf.models.video_io import load_video, sample_frame_indices
 from tests.clip_tools import numbered_picture, read_numbers, write_clip
 
 

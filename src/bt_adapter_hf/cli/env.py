@@ -225,7 +225,7 @@ def _devices() -> list[str]:
 def _decoders() -> tuple[dict[str, str | None], str | None]:
     """Each video backend with None, or what keeps it from being used; and why that cannot be told."""
     try:
-        from ..models.video_io import available_video_backends
+        from ..models.video_backends import available_video_backends
     except Exception as error:  # whatever a broken torchvision raises inside transformers
         return {}, _one_line(error)
     return available_video_backends(), None

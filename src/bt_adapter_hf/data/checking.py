@@ -115,7 +115,7 @@ class PairCheck:
             checked.tokens = [len(ids) for ids in self.tokenizer(record.texts)["input_ids"]]
         if checked.reason is None:
             try:
-                checked.videos[checked.name] = load_video(record.video, num_frames=self.num_frames)[1]
+                checked.videos[checked.name] = _decoded(record.video, self.num_frames)
             except VideoError as error:
                 checked.reason = str(error)
         if checked.reason is None and not record.texts:
@@ -181,13 +181,18 @@ class InstructionCheck:
     def _decode(self, video: str) -> BTAdapterVideoMetadata:
         if video not in self._decoded:
             try:
-                self._decoded[video] = load_video(self.table.read(video), num_frames=self.num_frames)[1]
+                self._decoded[video] = _decoded(self.table.read(video), self.num_frames)
             except VideoError as error:
                 self._decoded[video] = str(error)
         found = self._decoded[video]
         if isinstance(found, str):
             raise VideoError(found)
         return found
+
+
+def _decoded(video: str | bytes, num_frames: int) -> BTAdapterVideoMetadata:
+    """Metadata of a video of which all frames decode, wanted or not."""
+    return load_video(video, num_frames=num_frames, on_damage="check")[1]
 
 
 def blocks(rows: int, sample: int | None, seed: int) -> list[list[int]]:

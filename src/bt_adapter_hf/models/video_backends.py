@@ -3,12 +3,14 @@
 A part of the package that `trust_remote_code` does not bring along.
 """
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 
 from .video_decoding import (
+    VIDEO_BACKENDS,
     BTAdapterVideoMetadata,
     FrameCollector,
     Painter,
@@ -17,7 +19,6 @@ from .video_decoding import (
     damaged,
     decoded_frames,
     has_alpha,
-    import_backend,
     open_container,
     orientation,
     scan_packets,
@@ -25,9 +26,44 @@ from .video_decoding import (
 from .video_errors import EmptyVideoError, VideoBackendError, VideoDecodeError, VideoError, item_errors, sentence
 
 
+_MODULES = {"pyav": "av", "decord": "decord", "torchcodec": "torchcodec.decoders"}
+_FIXES = {
+    "decord": "Install it with `pip install decord` (it has no wheels for ARM and for newer macOS), or use "
+    "backend='pyav'.",
+    "torchcodec": "Install the torchcodec release that matches your torch and FFmpeg's shared libraries "
+    "(`apt-get install ffmpeg`), or use backend='pyav'.",
+}
+
+
+def available_video_backends() -> dict[str, str | None]:
+    """Each backend name with None where it can be used, else the reason (each one is really imported)."""
+    return {name: _problem(name) for name in VIDEO_BACKENDS}
+
+
+def _problem(name: str) -> str | None:
+    try:
+        importlib.import_module(_MODULES[name])
+    except Exception as error:  # a broken binary raises OSError, RuntimeError and others, not only ImportError
+        lines = str(error).strip().splitlines() or [""]
+        return f"{type(error).__name__}: {lines[0]}"
+    return None
+
+
+def loader(backend: str) -> Callable[..., tuple[np.ndarray, BTAdapterVideoMetadata]]:
+    """The function that reads a `Source` with decord or torchcodec.
+
+    Raises:
+        ImportError: it cannot be imported.
+    """
+    if problem := _problem(backend):
+        raise ImportError(f"The video backend {backend!r} cannot be used: {problem}. {_FIXES[backend]}")
+    return {"decord": load_decord, "torchcodec": load_torchcodec}[backend]
+
+
 def _scan_for(backend: str, source: Source) -> tuple[Scan, np.ndarray]:
     """Refuse what the backend is known to get wrong; what PyAV finds, and its first frame, are the reference."""
-    scan = scan_packets(source)
+    with open_container(source) as (container, stream):
+        scan = scan_packets(source, container, stream)
     if scan.damage:
         damaged(source.name, scan.damage, scan.frames, "raise")
     if scan.frames == 0:
@@ -64,7 +100,7 @@ def _check(backend: str, source: Source, count: int, scan: Scan, first: np.ndarr
 
 
 def load_decord(source: Source, choose: Callable[[int], np.ndarray]) -> tuple[np.ndarray, BTAdapterVideoMetadata]:
-    decord = import_backend("decord")
+    decord = importlib.import_module(_MODULES["decord"])
     scan, reference = _scan_for("decord", source)
     indices = choose(scan.frames)
     collector = FrameCollector(indices)
@@ -83,7 +119,7 @@ def load_decord(source: Source, choose: Callable[[int], np.ndarray]) -> tuple[np
 
 
 def load_torchcodec(source: Source, choose: Callable[[int], np.ndarray]) -> tuple[np.ndarray, BTAdapterVideoMetadata]:
-    video_decoder = import_backend("torchcodec").VideoDecoder
+    video_decoder = importlib.import_module(_MODULES["torchcodec"]).VideoDecoder
     scan, reference = _scan_for("torchcodec", source)
     indices = choose(scan.frames)
     collector = FrameCollector(indices)

@@ -13,6 +13,7 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -34,8 +35,6 @@ logger = logging.getLogger(__name__)
 
 VIDEO_BACKENDS = ("pyav", "decord", "torchcodec")
 
-_BACKEND_MODULES = {"pyav": "av", "decord": "decord", "torchcodec": "torchcodec.decoders"}
-
 
 @dataclass
 class BTAdapterVideoMetadata(VideoMetadata):
@@ -43,9 +42,12 @@ class BTAdapterVideoMetadata(VideoMetadata):
 
     `frame_timestamps` are seconds from the first frame of the video, as the file stores them, so they are right for
     variable frame rates, where index / fps is not. None where the source knows no time (arrays, lists of frames).
+    `decoding` is "seeking" where only what these frames need was decoded, and damage elsewhere would not be noticed;
+    "linear" where all frames were, as with `on_damage="check"`.
     """
 
     frame_timestamps: list[float] | None = None
+    decoding: str | None = None
 
     @property
     def timestamps(self) -> list[float]:
@@ -55,18 +57,24 @@ class BTAdapterVideoMetadata(VideoMetadata):
         return super().timestamps
 
 
-def import_backend(name: str) -> Any:
+def import_pyav() -> ModuleType:
     # not an import statement: `trust_remote_code` would demand every package that one of its files imports
-    return importlib.import_module(_BACKEND_MODULES[name])
-
-
-def backend_problem(name: str) -> str | None:
     try:
-        import_backend(name)
-    except Exception as error:  # a broken binary raises OSError, RuntimeError and others, not only ImportError
-        lines = str(error).strip().splitlines() or [""]
-        return f"{type(error).__name__}: {lines[0]}"
-    return None
+        return importlib.import_module("av")
+    except Exception as error:  # a broken binary raises OSError and others, not only ImportError
+        raise ImportError(
+            f"Videos are decoded by PyAV, which cannot be used: {sentence(error)} Run `pip install av`."
+        ) from error
+
+
+def package_part(name: str) -> ModuleType | None:
+    """A file beside this one that the package has, and a repository's own code goes without."""
+    try:
+        return importlib.import_module(f".{name}", __package__)
+    except ModuleNotFoundError as error:
+        if error.name != f"{__package__}.{name}":
+            raise
+        return None
 
 
 @dataclass
@@ -187,7 +195,13 @@ class FrameCollector:
         self.frames[self.indices == index] = picture
 
     def result(
-        self, total: int, times: Sequence[float], fps: float | None, backend: str, duration: float | None = None
+        self,
+        total: int,
+        times: Sequence[float],
+        fps: float | None,
+        backend: str,
+        duration: float | None = None,
+        decoding: str | None = "linear",
     ) -> tuple[np.ndarray, BTAdapterVideoMetadata]:
         """`times`: seconds of all frames of the video, the first one at 0."""
         if duration is None and fps is not None:
@@ -201,6 +215,7 @@ class FrameCollector:
             video_backend=backend,
             frames_indices=self.indices.tolist(),
             frame_timestamps=[times[index] for index in self.indices],
+            decoding=decoding,
         )
         return self.frames, metadata
 
@@ -228,7 +243,7 @@ class _Decoded:
 
 def damaged(name: str, reason: str, frames: int, on_damage: str) -> None:
     message = f"{name} is truncated or damaged: {reason}"
-    if on_damage == "raise" or frames == 0:
+    if on_damage != "salvage" or frames == 0:
         hint = "use on_damage='salvage' with backend='pyav' to sample among these" if frames else "nothing to salvage"
         raise TruncatedVideoError(f"{message}; {frames} frames are readable ({hint}).")
     logger.warning("%s; salvaged %d frames, sampling among these.", message, frames)
@@ -237,7 +252,7 @@ def damaged(name: str, reason: str, frames: int, on_damage: str) -> None:
 @contextmanager
 def open_container(source: Source) -> Iterator[tuple[Any, Any]]:
     """The PyAV container and its video stream; closed on every way out."""
-    av = import_backend("pyav")
+    av = import_pyav()
     with source.opened() as file:
         try:
             # Some real files carry tags that are not UTF-8; they must not stop the video. The file is handed over open
@@ -263,7 +278,7 @@ def _decoder(stream: Any, name: str) -> Any:
     context = stream.codec_context
     if stream.metadata.get("alpha_mode") != "1" or context.name not in ("vp8", "vp9"):
         return context
-    av = import_backend("pyav")
+    av = import_pyav()
     try:
         decoder = av.CodecContext.create({"vp8": "libvpx", "vp9": "libvpx-vp9"}[context.name], "r")
     except av.codec.codec.UnknownCodecError as error:
@@ -281,37 +296,41 @@ def decoded_frames(container: Any, stream: Any, name: str) -> Iterator[Any]:
         yield from decoder.decode(packet)
 
 
-def scan_packets(source: Source) -> Scan:
-    """Count the frames exactly: headers are 0 for mkv and webm, and too high where an edit list hides frames."""
-    av = import_backend("pyav")
+def scan_packets(source: Source, container: Any, stream: Any, visit: Callable[[Any], None] | None = None) -> Scan:
+    """Count the frames exactly: headers are 0 for mkv and webm, and too high where an edit list hides frames.
+
+    `visit` is called with each packet that has a frame.
+    """
+    av = import_pyav()
     hidden = packets = 0
     shown: list[int | None] = []  # presentation times, in units of the stream's time base
     error = None
     reached = 0.0  # seconds
-    with open_container(source) as (container, stream):
-        try:
-            for packet in container.demux():
-                if packet.dts is None and packet.size == 0:
-                    continue  # the flush packet that PyAV adds at the end
-                if packet.pts is not None:
-                    reached = max(reached, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-                if packet.stream_index != stream.index:
-                    continue
-                packets += 1
-                if packet.size > 0:
-                    if packet.is_discard:
-                        hidden += 1
-                    else:
-                        shown.append(packet.pts)
-        except av.error.FFmpegError as demux_error:
-            error = f"reading stops with '{demux_error.strerror}'"
-        formats = container.format.name
-        if error is None:
-            error = _missing_part(source, formats, stream.frames, packets, container, reached)
-        fps = _frame_rate(stream)
-        timed = formats != "avi" and None not in shown  # AVI stores none; what FFmpeg makes up is uneven
-        times = _packet_times(shown, float(stream.time_base)) if timed else _even_times(len(shown), fps)
-        return Scan(formats, stream.codec_context.name, len(shown), hidden, fps, times, timed, error)
+    try:
+        for packet in container.demux():
+            if packet.dts is None and packet.size == 0:
+                continue  # the flush packet that PyAV adds at the end
+            if packet.pts is not None:
+                reached = max(reached, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+            if packet.stream_index != stream.index:
+                continue
+            packets += 1
+            if packet.size > 0:
+                if visit is not None:
+                    visit(packet)
+                if packet.is_discard:
+                    hidden += 1
+                else:
+                    shown.append(packet.pts)
+    except av.error.FFmpegError as demux_error:
+        error = f"reading stops with '{demux_error.strerror}'"
+    formats = container.format.name
+    if error is None:
+        error = _missing_part(source, formats, stream.frames, packets, container, reached)
+    fps = _frame_rate(stream)
+    timed = formats != "avi" and None not in shown  # AVI stores none; what FFmpeg makes up is uneven
+    times = _packet_times(shown, float(stream.time_base)) if timed else _even_times(len(shown), fps)
+    return Scan(formats, stream.codec_context.name, len(shown), hidden, fps, times, timed, error)
 
 
 def _frame_rate(stream: Any) -> float | None:
@@ -344,7 +363,7 @@ def _missing_part(
         if missing > 0:
             return f"{packets} of {declared} declared frames are in the file, {missing} bytes are missing"
     if "matroska" in formats and container.duration is not None:
-        end = ((container.start_time or 0) + container.duration) / 1e6
+        end = container.duration / 1e6  # where the last frame ends, or how long after the first one
         if reached < end - max(0.5, 0.05 * end):
             return f"it ends at {reached:.2f} s of {end:.2f} s"
     return None
@@ -367,7 +386,14 @@ def _missing_from_last_box(source: Source) -> int:
 def load_pyav(
     source: Source, choose: Callable[[int], np.ndarray], on_damage: str, background: tuple[int, int, int]
 ) -> tuple[np.ndarray, BTAdapterVideoMetadata]:
-    scan = scan_packets(source)
+    seeking = package_part("video_seeking") if on_damage == "raise" else None
+    with open_container(source) as (container, stream):
+        seeker = seeking and seeking.Seeker(container, stream)
+        scan = scan_packets(source, container, stream, seeker and seeker.visit)
+        if seeker and scan.frames and not scan.damage:
+            found = seeker.decode(choose(scan.frames), Painter(stream, source.name, background), source.name)
+            if found is not None:
+                return found.result(scan.frames, scan.times, scan.fps, "pyav", decoding="seeking")
     if scan.frames == 0:
         if scan.damage:
             damaged(source.name, scan.damage, 0, on_damage)
@@ -389,7 +415,7 @@ def load_pyav(
 
 def _decode(source: Source, indices: np.ndarray, background: tuple[int, int, int]) -> _Decoded:
     """Decode from the first frame to the last, so that the count of frames and their order are certain."""
-    av = import_backend("pyav")
+    av = import_pyav()
     decoded = _Decoded(FrameCollector(indices))
     broken: list[int] = []
     first_time = None

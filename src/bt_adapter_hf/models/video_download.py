@@ -17,16 +17,16 @@ MAX_SECONDS = 120.0
 _CHUNK_BYTES = 1 << 16
 
 
-class _Connections(urllib.request.AbstractHTTPHandler):
+class _Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
     """Opens connections and cuts them when the time is up, whatever the server does.
 
     It may send a byte a second, headers too, and so never let a socket's own timeout pass.
     """
 
-    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+    handler_order = 400  # before what urllib has for other protocols, which no redirect leads to
 
     def __init__(self, seconds: float):
-        super().__init__()
+        urllib.request.HTTPSHandler.__init__(self)
         self.late, self._handles = False, list[socket.socket]()
         self._timer = threading.Timer(seconds, self._cut)
         self._timer.daemon = True
@@ -36,6 +36,11 @@ class _Connections(urllib.request.AbstractHTTPHandler):
 
     def https_open(self, request: urllib.request.Request) -> HTTPResponse:
         return self.do_open(partial(self._connection, HTTPSConnection), request)
+
+    def _refuse(self, request: urllib.request.Request) -> None:
+        raise urllib.error.URLError(f"it leads to {request.full_url}, and only http(s) is followed")
+
+    ftp_open = file_open = data_open = _refuse
 
     def _connection(self, kind: type[HTTPConnection], *args: Any, **kwargs: Any) -> HTTPConnection:
         connection = kind(*args, **kwargs)
@@ -65,21 +70,6 @@ class _Connections(urllib.request.AbstractHTTPHandler):
             handle.close()
 
 
-def _opener(connections: _Connections) -> urllib.request.OpenerDirector:
-    """Knows http(s) only: no redirect leads to a file or to another protocol."""
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        connections,
-        urllib.request.ProxyHandler(),
-        urllib.request.UnknownHandler(),
-        urllib.request.HTTPDefaultErrorHandler(),
-        urllib.request.HTTPRedirectHandler(),
-        urllib.request.HTTPErrorProcessor(),
-    ):
-        opener.add_handler(handler)
-    return opener
-
-
 def download(url: str, file: BinaryIO, max_bytes: int = MAX_BYTES, timeout: float = MAX_SECONDS) -> None:
     """Write what an http(s) URL answers to `file`: at most `max_bytes`, in at most `timeout` seconds in all.
 
@@ -92,7 +82,7 @@ def download(url: str, file: BinaryIO, max_bytes: int = MAX_BYTES, timeout: floa
     with _Connections(timeout) as connections:
         try:
             request = urllib.request.Request(url, headers={"User-Agent": "bt_adapter_hf"})
-            with _opener(connections).open(request, timeout=timeout) as answer:
+            with urllib.request.build_opener(connections).open(request, timeout=timeout) as answer:
                 declared = answer.headers.get("Content-Length")
                 expected = int(declared) if declared is not None and declared.isdigit() else None
                 if expected is not None and expected > max_bytes:

@@ -53,7 +53,7 @@ def item_errors(name: str) -> Iterator[None]:
     """Whatever a library or the operating system raises about one item becomes that item's error, with its name."""
     try:
         yield
-    except VideoError:
+    except (VideoError, ImportError):
         raise
     except Exception as error:
         raise VideoDecodeError(f"{name} cannot be read: {sentence(error)}") from error

@@ -1,25 +1,22 @@
 """Decode a video of any kind to exactly the frames a model asks for.
 
-[`load_video`] is the only entry: path, URL, bytes, file object, array, tensor or list of frames in, uint8 RGB frames
-and their metadata out. What it promises, whatever the backend:
+[`load_video`] is the only entry. What it promises, whatever the backend:
 
-- the frames are the ones the sampling rule names, or an error says why not: never silently others;
+- the frames are the ones the sampling rule names, as a player shows them, or an error says why not: never others;
 - exactly `num_frames` of them; a clip that is shorter repeats frames, as the released sampler does;
-- rotation metadata is applied, transparency is composited on an explicit background;
 - only the selected frames are converted to RGB and kept.
 
-PyAV, read from start to end, is the default because it is the only backend that returned the right frames on every
-intact file we have. GIFs always go through PIL. decord and torchcodec can be named instead; files on which they are
-known to return wrong frames raise [`VideoBackendError`]. There is no silent change of backend.
+PyAV is the default because it is the only backend that returned the right frames on every intact file we have. Image
+files always go through PIL. decord and torchcodec can be named instead; files on which they are known to return wrong
+frames raise [`VideoBackendError`]. There is no silent change of backend.
 """
 
-import importlib
+import functools
 import os
 import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -30,11 +27,11 @@ from .video_decoding import (
     VIDEO_BACKENDS,
     BTAdapterVideoMetadata,
     Source,
-    backend_problem,
     flatten_image,
     load_animation,
     load_picture_file,
     load_pyav,
+    package_part,
     picture_kind,
 )
 from .video_download import MAX_BYTES, MAX_SECONDS, download
@@ -50,15 +47,7 @@ from .video_errors import (
 
 
 SAMPLING_RULES = ("uniform", "jitter", "centers")
-DAMAGE_POLICIES = ("raise", "salvage")
-
-_BACKEND_FIXES = {
-    "pyav": "Install it with `pip install av`.",
-    "decord": "Install it with `pip install decord` (it has no wheels for ARM and for newer macOS), or use "
-    "backend='pyav'.",
-    "torchcodec": "Install the torchcodec release that matches your torch and FFmpeg's shared libraries "
-    "(`apt-get install ffmpeg`), or use backend='pyav'.",
-}
+DAMAGE_POLICIES = ("raise", "salvage", "check")
 
 VideoSource = str | os.PathLike | bytes | BinaryIO | np.ndarray | torch.Tensor | Image.Image | Sequence | Mapping
 
@@ -100,11 +89,6 @@ def sample_frame_indices(
         return (starts[:-1] + starts[1:]) // 2
     draw = np.random.randint if generator is None else generator.integers
     return np.array([draw(low, high + 1) for low, high in zip(starts[:-1], starts[1:], strict=True)], dtype=np.int64)
-
-
-def available_video_backends() -> dict[str, str | None]:
-    """Each backend name with None where it can be used, else the reason (each one is really imported)."""
-    return {name: backend_problem(name) for name in VIDEO_BACKENDS}
 
 
 def load_video(
@@ -152,10 +136,11 @@ def load_video(
     _check_sampling(num_frames, sampling)
     _check_choice("on_damage", on_damage, DAMAGE_POLICIES)
     _check_choice("backend", backend, VIDEO_BACKENDS)
-    if on_damage == "salvage" and backend != "pyav":
-        raise ValueError(f"on_damage='salvage' works with backend='pyav' only, got backend={backend!r}.")
+    if on_damage != "raise" and backend != "pyav":
+        raise ValueError(f"on_damage={on_damage!r} works with backend='pyav' only, got backend={backend!r}.")
     background = _check_background(background)
 
+    @functools.cache  # a second way to decode takes the same frames
     def choose(total: int) -> np.ndarray:
         return sample_frame_indices(total, num_frames, sampling, generator)
 
@@ -167,23 +152,18 @@ def load_video(
         name = getattr(video, "filename", None) or "The image"
         with item_errors(name):
             return load_animation(video, name, choose, on_damage, background)
-    if problem := backend_problem(backend):
-        raise ImportError(f"The video backend {backend!r} cannot be used: {problem}. {_BACKEND_FIXES[backend]}")
+    if backend != "pyav":
+        others = package_part("video_backends")
+        if others is None:
+            raise ImportError(f"The video backend {backend!r} needs the package bt_adapter_hf.")
+        decode = others.loader(backend)
     name = _name_of(video)
     with item_errors(name), _local_source(video, name, max_download_bytes, timeout) as source:
         if picture_kind(source):
             return load_picture_file(source, choose, on_damage, background)
         if backend == "pyav":
             return load_pyav(source, choose, on_damage, background)
-        return getattr(_backends(backend), f"load_{backend}")(source, choose)
-
-
-def _backends(needed: str) -> ModuleType:
-    """The other decoders, which a repository's own code goes without."""
-    try:
-        return importlib.import_module(".video_backends", __package__)
-    except ModuleNotFoundError as error:
-        raise ImportError(f"The video backend {needed!r} needs the package bt_adapter_hf.") from error
+        return decode(source, choose)
 
 
 # Options

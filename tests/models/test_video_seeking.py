@@ -1,0 +1,232 @@
+"""Decoding from key frames gives the pixels and times of decoding from the start, or leaves the file to that."""
+
+import av
+import numpy as np
+import pytest
+
+from bt_adapter_hf.models import video_io
+from bt_adapter_hf.models.video_backends import available_video_backends
+from bt_adapter_hf.models.video_errors import VideoDecodeError, VideoError
+from bt_adapter_hf.models.video_io import load_video
+from tests.clip_tools import numbered_picture, write_clip
+from tests.models.test_video_io import CLIPS
+
+
+def pictures(count=60):
+    """Numbered, and with a texture that moves, so that a frame made from wrong references shows it."""
+    texture = np.random.default_rng(0).integers(0, 120, (64, 64, 3), dtype=np.uint8)
+    return [numbered_picture(n) // 2 + np.roll(texture, (n, 2 * n), (0, 1)) for n in range(count)]
+
+
+def same_as_linear(path, tries=6, backend="pyav") -> set[str]:
+    """Compares many choices of frames; the ways that were taken."""
+    every, facts = load_video(path, num_frames=None, on_damage="check")
+    assert facts.decoding == "linear"
+    generator, ways = np.random.default_rng(0), set()
+    for attempt in range(tries):
+        # few and many, spread and at the end
+        count, rule = [(1, "jitter"), (2, "uniform"), (4, "jitter"), (9, "uniform"), (3, "centers")][attempt % 5]
+        frames, metadata = load_video(path, num_frames=count, sampling=rule, generator=generator)
+        assert np.array_equal(frames, every[metadata.frames_indices])
+        assert metadata.timestamps == pytest.approx([facts.timestamps[index] for index in metadata.frames_indices])
+        for name in ("total_num_frames", "fps", "width", "height", "video_backend"):
+            assert metadata[name] == facts[name]
+        assert metadata.duration == pytest.approx(facts.duration)
+        ways.add(metadata.decoding)
+    return ways
+
+
+def remuxed(source, path, change=None, **options):
+    """The packets of a file, one by one through `change`, which returns None for one to drop."""
+    with av.open(str(source)) as old, av.open(str(path), "w", **options) as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for number, packet in enumerate(packet for packet in old.demux(video=0) if packet.size):
+            packet = packet if change is None else change(number, packet)
+            if packet is not None:
+                packet.stream = stream
+                new.mux(packet)
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(CLIPS.glob("*.m*")), ids=lambda path: path.name)
+def test_files_of_the_wild(path):
+    try:
+        load_video(path, num_frames=None, on_damage="check")
+    except VideoError as error:
+        with pytest.raises(type(error)):
+            load_video(path)
+        return
+    assert same_as_linear(path) <= {"seeking", "linear"}
+
+
+X264 = "keyint=12:min-keyint=4:scenecut=0"
+X265 = "log-level=none:keyint=12:min-keyint=4:scenecut=0"
+
+
+@pytest.mark.parametrize(
+    ("file", "codec", "options"),
+    [
+        ("closed.mp4", "libx264", {"x264-params": f"{X264}:bframes=3"}),
+        ("closed.mkv", "libx264", {"x264-params": f"{X264}:bframes=3"}),
+        ("pyramid.mp4", "libx264", {"x264-params": f"{X264}:bframes=7:b-pyramid=normal:ref=4"}),
+        ("open.mp4", "libx264", {"x264-params": f"{X264}:bframes=3:open-gop=1"}),
+        ("open.mkv", "libx264", {"x264-params": f"{X264}:bframes=3:open-gop=1"}),
+        ("slices.mp4", "libx264", {"x264-params": f"{X264}:slices=4"}),
+        ("one_group.mp4", "libx264", {"x264-params": "keyint=infinite:bframes=3"}),
+        ("all_key.mp4", "libx264", {"x264-params": "keyint=1"}),
+        ("hevc_closed.mp4", "libx265", {"x265-params": f"{X265}:open-gop=0"}),
+        ("hevc_rasl.mp4", "libx265", {"x265-params": f"{X265}:open-gop=1:bframes=4"}),
+        ("hevc_rasl.mkv", "libx265", {"x265-params": f"{X265}:open-gop=1:bframes=4"}),
+        ("hevc_layers.mp4", "libx265", {"x265-params": f"{X265}:temporal-layers=3:bframes=4"}),
+        ("superframes.webm", "libvpx-vp9", {"auto-alt-ref": "1", "lag-in-frames": "16", "g": "15", "cpu-used": "8"}),
+        ("vp9.mp4", "libvpx-vp9", {"auto-alt-ref": "1", "lag-in-frames": "16", "g": "15", "cpu-used": "8"}),
+        ("av1.mkv", "libsvtav1", {"preset": "12", "g": "16"}),
+        ("av1.mp4", "libsvtav1", {"preset": "12", "g": "16"}),
+        ("fragmented.mp4", "libx264", {"x264-params": X264, "movflags": "frag_keyframe+empty_moov"}),
+    ],
+)
+def test_what_can_be_sought_in(tmp_path, file, codec, options):
+    container = {"movflags": options.pop("movflags")} if "movflags" in options else {}
+    path = write_clip(tmp_path / file, codec=codec, pictures=pictures(), options=options, container_options=container)
+    assert same_as_linear(path) == {"seeking"}
+
+
+@pytest.mark.parametrize(
+    ("file", "codec", "options"),
+    [
+        ("invisible.webm", "libvpx", {"auto-alt-ref": "1", "lag-in-frames": "16", "g": "15", "cpu-used": "8"}),
+        ("refresh.mp4", "libx264", {"x264-params": f"{X264}:intra-refresh=1"}),
+        ("mpeg4.avi", "mpeg4", {"bf": "2", "g": "12"}),
+        ("h264.avi", "libx264", {"x264-params": X264}),
+        ("mpeg4.mp4", "mpeg4", {"bf": "2", "g": "12"}),
+        ("mpeg2.mpg", "mpeg2video", {"bf": "2", "g": "12"}),
+        ("fields.ts", "mpeg2video", {"flags": "+ilme+ildct", "g": "12"}),
+        ("fields.mkv", "mpeg2video", {"flags": "+ilme+ildct", "alternate_scan": "1", "g": "12"}),
+        ("interlaced.mp4", "libx264", {"x264-params": f"{X264}:interlaced=1"}),
+        ("h264.ts", "libx264", {"x264-params": X264}),
+        ("raw.h264", "libx264", {"x264-params": X264}),
+    ],
+)
+def test_what_is_read_from_its_start(tmp_path, file, codec, options):
+    path = write_clip(tmp_path / file, codec=codec, pictures=pictures(), options=options)
+    ways = same_as_linear(path)
+    assert ways == {"linear"} or file in ("invisible.webm", "refresh.mp4", "interlaced.mp4")
+
+
+@pytest.mark.parametrize("file", ["vfr.mp4", "vfr.mkv"])
+def test_variable_frame_rate(tmp_path, file):
+    stamps = np.cumsum(np.random.default_rng(0).integers(1, 90, 60)).tolist()
+    options = {"x264-params": f"{X264}:bframes=3"}
+    path = write_clip(tmp_path / file, pictures=pictures(), options=options, stamps=stamps)
+    assert same_as_linear(path) == {"seeking"}
+
+
+@pytest.fixture(scope="module")
+def closed(tmp_path_factory):
+    path = tmp_path_factory.mktemp("closed") / "closed.mp4"
+    return write_clip(path, pictures=pictures(), options={"x264-params": f"{X264}:bframes=3"})
+
+
+@pytest.mark.parametrize("file", ["a.mp4", "a.mkv"])
+def test_times_that_begin_below_zero_or_late(closed, tmp_path, file):
+    for shift in (-5000, 100_000):
+
+        def moved(number, packet, shift=shift):
+            packet.pts, packet.dts = packet.pts + shift, packet.dts + shift
+            return packet
+
+        options = {"options": {"avoid_negative_ts": "disabled"}}
+        assert same_as_linear(remuxed(closed, tmp_path / file, moved, **options)) <= {"seeking", "linear"}
+
+
+@pytest.mark.parametrize("file", ["a.mp4", "a.mkv"])
+@pytest.mark.parametrize("what", ["all key", "no key", "every 5th key", "first missing", "one missing", "twice"])
+def test_indexes_that_lie(closed, tmp_path, file, what):
+    def change(number, packet):
+        if what in ("all key", "no key", "every 5th key"):
+            packet.is_keyframe = what == "all key" or (what == "every 5th key" and number % 5 == 0)
+        elif (what == "first missing" and number == 0) or (what == "one missing" and number == 30):
+            return None
+        elif what == "twice" and number == 31:
+            packet.pts = packet.dts
+        return packet
+
+    path = remuxed(closed, tmp_path / file, change)
+    try:
+        load_video(path, num_frames=None, on_damage="check")
+    except VideoDecodeError:
+        return  # damage: below
+    ways = same_as_linear(path)
+    if what == "all key" or (what, file) == ("no key", "a.mp4"):  # mp4 says of all frames that they are, or of some
+        assert ways == {"seeking"}  # only those that are key frames are used
+    elif what in ("no key", "first missing"):
+        assert ways == {"linear"}
+
+
+def test_two_streams_and_one_that_starts_late(tmp_path):
+    path = tmp_path / "two.mp4"
+    with av.open(str(path), "w") as container:
+        streams = [container.add_stream("libx264", rate=10, options={"x264-params": X264}) for _ in range(2)]
+        for stream in streams:
+            stream.width = stream.height = 64
+        streams[0].disposition, streams[1].disposition = av.stream.Disposition.dub, av.stream.Disposition.default
+        for number, picture in enumerate(pictures(40)):
+            for stream, shift in zip(streams, (0, 33), strict=True):
+                frame = av.VideoFrame.from_ndarray(np.roll(picture, shift, 0), format="rgb24")
+                frame.pts = number + shift
+                container.mux(stream.encode(frame))
+        for stream in streams:
+            container.mux(stream.encode(None))
+    assert same_as_linear(path) == {"seeking"}
+
+
+@pytest.mark.parametrize("place", [0.3, 0.6, 0.9])
+def test_damage_where_frames_are_wanted_is_reported_and_elsewhere_by_check(closed, tmp_path, place):
+    data = bytearray(closed.read_bytes())
+    start = int(len(data) * place)
+    data[start : start + 300] = np.random.default_rng(0).bytes(300)
+    path = tmp_path / "broken.mp4"
+    path.write_bytes(data)
+    try:
+        every = load_video(path, num_frames=None, on_damage="check")[0]
+    except VideoDecodeError:
+        every = None
+    for count in (1, 2, 20):
+        try:
+            frames, metadata = load_video(path, num_frames=count)
+        except VideoDecodeError:
+            assert every is None
+            continue
+        if every is not None:
+            assert np.array_equal(frames, every[metadata.frames_indices])
+        else:  # then none of what was needed is broken
+            intact = load_video(closed, num_frames=None)[0]
+            assert metadata.decoding == "seeking" and np.array_equal(frames, intact[metadata.frames_indices])
+
+
+def test_the_cost_follows_what_is_wanted(tmp_path, monkeypatch):
+    options = {"x264-params": f"{X264}:bframes=3"}
+    path = write_clip(tmp_path / "long.mp4", pictures=pictures() * 10, options=options)
+    decoded = []
+    decode = video_io.load_pyav.__globals__["package_part"]("video_seeking").Seeker._run
+
+    def counted(self, *args):
+        for frame in decode(self, *args):
+            decoded.append(frame)
+            yield frame
+
+    monkeypatch.setattr(video_io.load_pyav.__globals__["package_part"]("video_seeking").Seeker, "_run", counted)
+    frames, metadata = load_video(path, num_frames=4)
+    assert metadata.decoding == "seeking" and metadata.total_num_frames == 600
+    assert 4 <= len(decoded) <= 4 * 12  # a group each at most
+
+
+def test_a_repository_without_this_part_decodes_from_the_start(closed, monkeypatch):
+    expected, _ = load_video(closed)
+    monkeypatch.setitem(video_io.load_pyav.__globals__, "package_part", lambda name: None)
+    frames, metadata = load_video(closed)
+    assert metadata.decoding == "linear" and np.array_equal(frames, expected)
+    monkeypatch.setattr(video_io, "package_part", lambda name: None)
+    if available_video_backends()["decord"] is None:
+        with pytest.raises(ImportError, match="'decord' needs the package bt_adapter_hf"):
+            load_video(closed, backend="decord")
