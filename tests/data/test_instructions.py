@@ -6,6 +6,8 @@ import struct
 import tarfile
 import time
 import zipfile
+from base64 import b64encode
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from bt_adapter_hf.data.instructions import (
     longest_conversation,
     visuals_of,
 )
+from bt_adapter_hf.data.pairs import decoding_options
 from bt_adapter_hf.models import video_io
 from bt_adapter_hf.models.processing_bt_adapter_qformer import (
     BTAdapterInstructBlipProcessor,
@@ -32,6 +35,7 @@ from bt_adapter_hf.models.processing_bt_adapter_qformer import (
 from tests import clip_tools
 from tests.chat import tiny_hosts
 from tests.chat.tiny_hosts import PATCHES, QUERIES
+from tests.data.packed import file_server
 
 
 IMAGE, VIDEO, EOS, STOP = 18, 19, 2, 20
@@ -297,6 +301,8 @@ def test_fingerprint_tells_tables_apart(media):
     [
         ("a.csv", "", "is a .jsonl or a .json file"),
         ("gone.json", None, "No such file"),
+        ("latin.jsonl", b'{"q": "caf\xe9"}', "it is not UTF-8 .byte 0xe9 at 10.: save it as UTF-8"),
+        ("wide.jsonl", "{}".encode("utf-16"), "it is encoded in UTF-16: save it as UTF-8"),
         ("cut.json", "[{", "Cannot read the table"),
         ("map.json", "{}", "holds a dict, and no list"),
         ("empty.jsonl", "\n\n", "has no rows"),
@@ -305,9 +311,19 @@ def test_fingerprint_tells_tables_apart(media):
 )
 def test_tables_that_cannot_be_read(tmp_path, name, content, message):
     if content is not None:
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message):
         load_instructions(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json"])
+def test_a_byte_order_mark_costs_no_row(media, kind):
+    rows = [chat("what ?", "red"), chat("what happens ?", "left")]
+    path = media / f"marked.{kind}"
+    text = json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows))
+    path.write_text(text, encoding="utf-8-sig")
+    table = load_instructions(path)
+    assert [table.messages(row)[1]["content"][0]["text"] for row in range(len(table))] == ["red", "left"]
 
 
 @pytest.mark.parametrize(
@@ -325,6 +341,8 @@ def test_tables_that_cannot_be_read(tmp_path, name, content, message):
         (chat([{"type": "audio"}, text("what ?")], "red"), "has the part"),
         (chat([{"type": "video"}, text("what ?")], "red"), "needs a path or a url"),
         (chat(7, "red"), "content of a message is 7"),
+        ({"q": "what ?", "a": None, "video_id": "a"}, "its a is None; expected text"),
+        (chat([{"type": "image", "path": "a.png", "url": "b.png"}, text("?")], "red"), "needs a path or a url"),
     ],
 )
 def test_rows_that_are_no_conversation(media, row, message):
@@ -335,6 +353,46 @@ def test_rows_that_are_no_conversation(media, row, message):
     item = data[0]
     assert message in item["broken"][0]["reason"] and item["broken"][0]["index"] == 0
     assert torch.equal(item["input_ids"], data[1]["input_ids"])
+
+
+def test_forms_of_parts(media):
+    """As the card of other models, OpenAI's API and `datasets`, which fills keys with None, write them."""
+    parts = [
+        {"type": "video", "video": "a.mp4", "path": None, "text": None},
+        {"type": "video_url", "video_url": {"url": "a.mp4"}},
+        {"type": "video", "url": f"file://{media}/a.mp4"},
+        {"type": "video", "path": "a.mp4"},
+    ]
+    table = load_instructions(
+        write(media, *(chat([part, text("what ?")], "red") for part in parts), name="forms.jsonl")
+    )
+    assert [visuals_of(table.messages(row), "video") for row in range(4)] == [[str(media / "a.mp4")]] * 4
+
+
+def test_what_the_rows_of_others_may_name(media, tmp_path):
+    """Of a table from the Hub: what lies below the media root."""
+    (tmp_path / "secret.mp4").write_bytes((media / "a.mp4").read_bytes())
+    names = [
+        "../secret.mp4",
+        str(tmp_path / "secret.mp4"),
+        "hf://datasets/org/name/a.mp4",
+        f"file://{tmp_path}/secret.mp4",
+    ]
+    fine = ["a.mp4", str(media / "a.mp4"), "https://host/a.mp4"]
+    rows = [chat([video(name), text("what ?")], "red") for name in [*fine, *names]]
+    rows += [{"q": "what ?", "a": "red", "video_id": name} for name in ("../secret", "a")]
+    own = load_instructions(write(media, *rows, name="others.jsonl"))
+    table = replace(own, revision="0" * 40)
+    assert [visuals_of(table.messages(row), "video") for row in range(3)] == [
+        [str(media / "a.mp4")], [str(media / "a.mp4")], ["https://host/a.mp4"]
+    ]  # fmt: skip
+    for row in (3, 4, 5, 6, 7):
+        with pytest.raises(UnusableRow, match="lies outside of|neither a path nor"):
+            table.messages(row)
+    assert visuals_of(table.messages(8), "video") == [str(media / "a.mp4")]
+    assert visuals_of(own.messages(4), "video") == [str(tmp_path / "secret.mp4")]  # one's own table may
+    with pytest.raises(UnusableRow, match="is on the Hub; what conversations show is read from the disk"):
+        own.messages(5)
 
 
 # -------------------------------------------------------------------------------------------------------- broken items
@@ -348,6 +406,69 @@ def test_a_word_that_spells_a_placeholder_is_learned_as_a_word(host, media):
     assert (item["input_ids"] == processor.tokenizer.unk_token_id).sum() >= 6  # both words, in three pieces each
     answer = item["labels"][item["labels"] != -100].tolist()
     assert processor.tokenizer.convert_ids_to_tokens(answer)[:5] == ["the", "<unk>", "<unk>", "<unk>", "."]
+
+
+def image_row(path):
+    return chat([{"type": "image", "path": path}, text("what ?")], "red")
+
+
+def test_images_are_limited_and_counted_like_videos(media, tmp_path, monkeypatch):
+    """A server that sends byte by byte, an address without a server, a bomb, something else: each is a broken item."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    Image.new("RGB", (60, 60)).save(tmp_path / "bomb.png")
+    (tmp_path / "text.png").write_text("no picture")
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "fine.png")
+    content = (tmp_path / "fine.png").read_bytes()
+    with file_server(tmp_path) as (address, _, _):
+        drip, fine = f"{address}/drip/fine.png", f"{address}/fine.png"
+        bad = {
+            drip: "took longer than 2 s",
+            f"{address}/gone.png": "HTTP 404",
+            str(tmp_path / "bomb.png"): "DecompressionBomb",
+            str(tmp_path / "text.png"): "cannot be read",
+            str(tmp_path): "is not a file",
+        }
+        rows = [image_row(path) for path in [*bad, fine, "data:image/png;base64," + b64encode(content).decode()]]
+        data = dataset(media, llava_processor(), *rows, item_timeout=2.0)
+        for row, (path, reason) in enumerate(bad.items()):
+            broken = data[row]["broken"][0]
+            assert broken["index"] == row and broken["video"] == path and reason in broken["reason"], broken
+        assert data[5]["broken"] == data[6]["broken"] == []
+        assert torch.equal(data[5]["pixel_values"], data[6]["pixel_values"])
+        check = InstructionCheck(data.table)
+        found = {checked.row: checked for checked in check_rows(check, timeout=2.0)}
+    assert [row for row in found if found[row].reason is None] == [5, 6]
+    assert all(reason in found[row].reason for row, reason in enumerate(bad.values()))
+
+
+def test_check_data_and_training_agree(media, host):
+    """Every mix of text, images and videos, and everything that is wrong with one."""
+    _, processor = host
+    image = {"type": "image", "path": "a.png"}
+    rows = [
+        chat("what ?", "red"),
+        chat([image, text("what ?")], "red"),
+        chat([video(), text("what ?")], "red"),
+        chat([image, video(), text("what ?")], "red"),
+        chat([video(), text("what ?"), video("b.mp4")], "red"),
+        chat([video("broken.mp4"), text("what ?")], "red"),
+        chat([{"type": "image", "path": "broken.mp4"}, text("what ?")], "red"),
+        chat([image, text("what " * 200)], "red"),
+        chat([], "red"),
+        {"q": "what ?", "a": "red", "video_id": "a"},
+        {"q": "what ?", "a": "", "video_id": "a"},
+    ]
+    data = dataset(media, processor, *rows, item_timeout=None)
+    check = InstructionCheck(
+        data.table, dataset=data, max_length=192, decoding=decoding_options(processor.video_processor)
+    )
+    checked = {found.row: found.reason for found in check_rows(check, timeout=None)}
+    trained = {}
+    for row in range(len(rows)):
+        broken = data[row]["broken"]
+        trained[row] = broken[0]["reason"] if broken and broken[0]["index"] == row else None
+    assert {row for row in trained if trained[row] is None} == {0, 1, 2, 3, 4, 9}
+    assert checked == trained
 
 
 def test_broken_items_are_replaced_and_reported(host, media):

@@ -124,7 +124,7 @@ def load_encoder(args: argparse.Namespace):
 
 def print_skipped(skipped: list[dict[str, str]], file) -> None:
     """The first few files that could not be used, and why."""
-    from ..search.files import printable
+    from ..adapters.writing import printable
 
     for line in skipped[:SHOWN]:
         print(f"  {printable(line['path'])}: {printable(line['reason'])}", file=file)

@@ -45,6 +45,8 @@ def chat_processor(args: argparse.Namespace, **fields: Any):
     if model_type not in HOSTS:
         raise ValueError(f"'{args.model}' holds a model of type '{model_type}'; expected one of {', '.join(HOSTS)}.")
     cls = getattr(bt_adapter_hf, f"BTAdapter{HOSTS[model_type]}Processor")
+    if args.on_damage is not None:
+        fields["on_damage"] = args.on_damage
     return cls.from_pretrained(args.model, revision=args.revision, **fields), HOSTS[model_type]
 
 

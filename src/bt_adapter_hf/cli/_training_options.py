@@ -60,6 +60,15 @@ def add_table_options(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--dataset-revision", metavar="NAME", help="branch, tag or commit of a Hub dataset")
 
 
+def add_on_damage(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--on-damage",
+        choices=("raise", "salvage"),
+        help="leave out a video that is cut or damaged, or use the frames before the damage (default: as the model "
+        "says)",
+    )
+
+
 def add_training_options(
     parser: argparse.ArgumentParser, *, learning_rate: str, epochs: int, multipliers: str
 ) -> argparse._ArgumentGroup:

@@ -6,9 +6,10 @@ import os
 import sys
 from pathlib import Path
 
-from ._options import progress, quiet_transformers
+from ..adapters.writing import printable
+from ._options import SHOWN, name_options, progress, quiet_transformers
 from ._training import chat_processor, open_table, text_limit
-from ._training_options import add_item_timeout, add_table_options
+from ._training_options import add_item_timeout, add_on_damage, add_table_options
 
 
 EPILOG = """\
@@ -33,13 +34,14 @@ def register(subparsers) -> None:
     )
     parser.add_argument("table", metavar="TABLE", help="as for `bt-adapter pretrain` or `bt-adapter finetune`")
     add_table_options(parser)
+    add_on_damage(parser)
     parser.add_argument("--split", default="train", metavar="NAME", help="of a Hub dataset (default: train)")
     parser.add_argument("--model", metavar="ID_OR_PATH", help="count tokens as this model would (default: no counts)")
     parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
     parser.add_argument("--max-text-length", type=int, metavar="N", help="longest caption in tokens (default: 64)")
     parser.add_argument("--sample", type=int, metavar="N", help="check N random rows (default: all)")
     parser.add_argument(
-        "--num-frames", type=int, default=8, metavar="T", help="frames to decode of each video (default: 8)"
+        "--num-frames", type=int, metavar="T", help="frames to decode of each video (default: as the model, or 8)"
     )
     parser.add_argument("--workers", type=int, metavar="N", help="processes that decode (default: one per core)")
     add_item_timeout(parser)
@@ -56,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
     require_package("datasets", "train")
     quiet_transformers()
+    from ..data.broken import described
     from ..data.checking import DataReport, check_rows, holds_conversations
 
     workers = args.workers if args.workers is not None else os.cpu_count() or 1
@@ -74,13 +77,14 @@ def run(args: argparse.Namespace) -> int:
         interrupted = True
     if args.list:
         report.write_broken(Path(args.list))
+    first = [name_options(described(record), args, {}) for record in report.broken[:SHOWN]]
     found = {**report.to_dict(), "interrupted": interrupted}
     if args.json:
         print(json.dumps(found, indent=2))
     else:
-        print_report(found)
+        print_report(found, first)
         if args.list and report.broken:
-            print(f"listed in {args.list}")
+            print(f"  each is listed in {args.list}")
     if interrupted:
         return 130
     if report.share_broken > args.max_broken:
@@ -98,14 +102,30 @@ def pairs(args: argparse.Namespace):
     from transformers import AutoConfig, AutoTokenizer
 
     from ..data.checking import PairCheck
+    from ..data.pairs import decoding_options
+    from ..models.configuration_bt_adapter import BTAdapterConfig
+    from ..models.video_processing_bt_adapter import BTAdapterVideoProcessor
 
     tokenizer = limit = None
+    video_processor = BTAdapterVideoProcessor()
     if args.model is not None:
         tokenizer = AutoTokenizer.from_pretrained(args.model, revision=args.revision)
         config = AutoConfig.from_pretrained(args.model, revision=args.revision)
         limit = text_limit(args.max_text_length, tokenizer, config)
+        if isinstance(config, BTAdapterConfig):
+            video_processor = BTAdapterVideoProcessor.from_pretrained(args.model, revision=args.revision)
+    decoding = decoding_options(video_processor)
+    if args.on_damage is not None:
+        decoding["on_damage"] = args.on_damage
     table = open_table(args, args.table, args.split)
-    return PairCheck(table, num_frames=args.num_frames, tokenizer=tokenizer, item_timeout=args.item_timeout), limit
+    check = PairCheck(
+        table,
+        num_frames=args.num_frames or video_processor.num_frames,
+        tokenizer=tokenizer,
+        decoding=decoding,
+        item_timeout=args.item_timeout,
+    )
+    return check, limit
 
 
 def conversations(args: argparse.Namespace):
@@ -114,30 +134,47 @@ def conversations(args: argparse.Namespace):
 
     from ..data.checking import InstructionCheck
     from ..data.instructions import InstructionDataset, load_instructions, longest_conversation
+    from ..data.pairs import decoding_options
+    from ..models.video_processing_bt_adapter import BTAdapterVideoProcessor
 
     table = load_instructions(args.table, media_root=args.media_root, revision=args.dataset_revision)
     dataset = limit = None
+    video_processor = BTAdapterVideoProcessor(**({} if args.on_damage is None else {"on_damage": args.on_damage}))
     if args.model is not None:
         config = AutoConfig.from_pretrained(args.model, revision=args.revision)
         processor, _ = chat_processor(args)
+        video_processor = processor.video_processor
         limit = longest_conversation(config, processor)
-        dataset = InstructionDataset(table, processor, max_length=sys.maxsize, item_timeout=None)
-    return InstructionCheck(table, num_frames=args.num_frames, dataset=dataset, max_length=limit), limit
+        dataset = InstructionDataset(table, processor, max_length=limit, item_timeout=None)
+    check = InstructionCheck(
+        table,
+        num_frames=args.num_frames or video_processor.num_frames,
+        dataset=dataset,
+        max_length=limit,
+        decoding=decoding_options(video_processor),
+    )
+    return check, limit
 
 
-def print_report(found: dict) -> None:
-    print(f"{found['source']}: {found['rows']} rows, {found['checked']} checked", end="")
+def print_report(found: dict, first: list[str]) -> None:
+    print(f"{printable(found['source'])}: {found['rows']} rows, {found['checked']} checked", end="")
     print(", interrupted" if found["interrupted"] else "")
     print(f"  usable  {found['usable']}")
     print(f"  broken  {found['broken']}")
     for reason, count in found["reasons"].items():
-        print(f"    {count:>6}  {reason}")
+        print(f"    {count:>6}  {printable(reason)}")
+    for line in first:
+        print(f"  {line}")
+    if found["broken"] > len(first):
+        print(f"  and {found['broken'] - len(first)} more, see --list")
     videos = found["videos"]
     if videos["count"]:
         print(f"  {videos['count']} videos                min     median        max")
         for name in ("seconds", "frames", "fps", "width", "height"):
             if videos[name] is not None:
                 print("    {:<12}{:>11.5g}{:>11.5g}{:>11.5g}".format(name, *videos[name]))
+    if found["images"]:
+        print(f"  {found['images']} images")
     texts, tokens = found["texts"], found["tokens"]
     if texts is not None:
         repeated, without = texts["repeated"], texts["rows_without"]

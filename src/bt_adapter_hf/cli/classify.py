@@ -81,7 +81,7 @@ def read_labels(listed: str | None, file: str | None) -> list[str]:
 
 
 def _print_results(results: list[dict], skipped: list[dict]) -> None:
-    from ..search.files import printable
+    from ..adapters.writing import printable
 
     for video in results:
         print(printable(video["path"]))

@@ -6,7 +6,7 @@ from typing import Any
 
 from ._options import progress, real_number, whole_number
 from ._training import begin, chat_processor, end, run_training
-from ._training_options import TRAINING_OPTIONS, add_item_timeout, add_run_options, add_training_options
+from ._training_options import TRAINING_OPTIONS, add_item_timeout, add_on_damage, add_run_options, add_training_options
 
 
 EPILOG = """\
@@ -80,6 +80,7 @@ def register(subparsers) -> None:
         "--max-broken", type=real_number(0, 1), metavar="SHARE", help="broken items that stop the run (default: 0.1)"
     )
     add_item_timeout(data)
+    add_on_damage(data)
     data.add_argument(
         "--cache-states",
         metavar="DIR",

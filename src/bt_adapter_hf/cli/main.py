@@ -63,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text; stderr does so already
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("datasets").propagate = False  # it prints its lines itself
     try:
         return args.run(args)
     except KeyboardInterrupt:

@@ -10,6 +10,7 @@ from ._training_options import (
     TRAINING_OPTIONS,
     add_data_limits,
     add_item_timeout,
+    add_on_damage,
     add_run_options,
     add_table_options,
     add_training_options,
@@ -104,6 +105,7 @@ def register(subparsers) -> None:
     )
     add_data_limits(data)
     add_item_timeout(data)
+    add_on_damage(data)
 
     adapter = parser.add_argument_group("branch and losses")
     layers = adapter.add_mutually_exclusive_group()
@@ -147,6 +149,8 @@ def run(args: argparse.Namespace) -> int:
     from ..training.trainer import BTAdapterTrainer
 
     model, processor = load_model(args)
+    if args.on_damage is not None:
+        processor.video_processor.on_damage = args.on_damage
     max_text_length = text_limit(args.max_text_length, processor.tokenizer, model.config)
     tables = {"train": open_table(args, args.train, args.train_split)}
     validation = None

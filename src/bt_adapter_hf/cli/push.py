@@ -53,8 +53,8 @@ def run(args: argparse.Namespace) -> int:
     quiet_transformers()
     import dataclasses
 
+    from ..adapters.writing import printable
     from ..hub.push import push_to_hub
-    from ..search.files import printable
 
     pushed = push_to_hub(
         args.folder,

@@ -32,9 +32,9 @@ def register(subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     quiet_transformers()
+    from ..adapters.writing import printable
     from ..search.contact_sheet import check_sheet_path, write_contact_sheet
     from ..search.encoding import VideoEncoder
-    from ..search.files import printable
     from ..search.index import VideoIndex
 
     if args.sheet:

@@ -8,9 +8,10 @@ import zipfile
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
+from ..adapters.writing import printable
 from ..models.video_download import MAX_BYTES
 from ..models.video_errors import VideoAccessError, VideoNotFoundError, sentence
-from .files import PEEK_BYTES, file_size, open_file, printable
+from .files import PEEK_BYTES, file_size, open_file
 
 
 logger = logging.getLogger(__name__)

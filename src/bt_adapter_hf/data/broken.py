@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TypedDict
 
+from ..adapters.writing import printable
+
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +25,12 @@ class BrokenItem(TypedDict):
     index: int
     video: str
     reason: str
+
+
+def broken_item(source: str, index: int, video: str, reason: str) -> BrokenItem:
+    """With the reason as a sentence, so that another may follow."""
+    reason = " ".join(reason.split()) or "It cannot be used"
+    return BrokenItem(source=source, index=index, video=video, reason=reason.rstrip(".") + ".")
 
 
 class BrokenItemsError(ValueError):
@@ -73,14 +81,14 @@ class BrokenItemsLog:
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps({"part": self.part, **record}) + "\n" for record in fresh.values())
         for record in fresh.values():
-            logger.warning("Skipped %s (row %d): %s", record["video"], record["index"], record["reason"])
+            logger.warning("Skipped %s", described(record))
         sample = min(max(self.seen, SMALLEST_SAMPLE), self.items)
         if len(self.broken) > self.max_broken * sample:
             last = list(fresh.values())[-1]
             raise BrokenItemsError(
                 f"{len(self.broken)} of {min(self.seen, self.items)} items seen of {last['source']} are broken, more "
                 f"than the allowed share of {self.max_broken:.0%}. They are listed with their reasons in {self.path}; "
-                f"the last is {last['video']}: {last['reason']} Repair the table, or allow more with max_broken."
+                f"the last is {described(last)} Repair the table, or allow more with max_broken."
             )
 
 
@@ -91,6 +99,19 @@ def read_broken(output_dir: Path) -> dict[str, list[BrokenItem]]:
         for record in _records(path):
             found.setdefault(record.pop("part"), {})[record["source"], record["index"]] = record
     return {part: list(records.values()) for part, records in found.items()}
+
+
+def none_usable(source: str, broken: list[BrokenItem]) -> BrokenItemsError:
+    """The error when neither an item nor what could replace it can be used."""
+    return BrokenItemsError(
+        f"None of {len(broken)} items tried in a row of {source} can be used. The first: {described(broken[0])}"
+    )
+
+
+def described(record: BrokenItem) -> str:
+    """One line for people."""
+    name, row = record["video"], f"row {record['index']}"
+    return printable(f"{row}: {record['reason']}" if name == row else f"{name} ({row}): {record['reason']}")
 
 
 def count_reasons(records: Iterable[BrokenItem]) -> dict[str, int]:

@@ -4,7 +4,7 @@ import json
 import signal
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from glob import has_magic
 from itertools import islice
@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..models.image_io import load_image
 from ..models.video_decoding import BTAdapterVideoMetadata
 from ..models.video_errors import VideoError
 from ..models.video_io import load_video
-from .broken import BrokenItem, count_reasons
+from .broken import BrokenItem, broken_item, count_reasons
+from .conversations import InstructionTable, UnusableRow, name_of, open_image, visuals_of
 from .decoding_process import DecodingProcess
 from .files import PEEK_BYTES, is_remote, open_file, split_hub_path
-from .instructions import InstructionDataset, InstructionTable, UnusableRow, visuals_of
-from .sources import BrokenRowError, PairTable, Record
+from .instructions import InstructionDataset, check_length
+from .sources import PairTable, Record, usable
 
 
 # Of a table whose rows have to be fetched, a sample takes this many from each shard that it opens.
@@ -41,6 +41,7 @@ class CheckedRow:
         name: of its video, for messages.
         reason: why it cannot be used; None where it can.
         videos: metadata of the videos that decode, by name.
+        images: names of the images of a conversation that decode.
         texts: captions; None for a conversation.
         tokens: number of tokens of each caption, or of the whole conversation with its visual tokens.
     """
@@ -49,6 +50,7 @@ class CheckedRow:
     name: str
     reason: str | None = None
     videos: dict[str, BTAdapterVideoMetadata] = field(default_factory=dict)
+    images: list[str] = field(default_factory=list)
     texts: list[str] | None = None
     tokens: list[int] = field(default_factory=list)
 
@@ -59,6 +61,7 @@ class PairCheck:
     Args:
         num_frames: frames that are decoded of each video, spread over it.
         tokenizer: for token counts; none without it.
+        decoding: further arguments of `load_video`, see `decoding_options`.
         item_timeout: seconds that fetching one video may take.
     """
 
@@ -68,10 +71,11 @@ class PairCheck:
         *,
         num_frames: int = 8,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        decoding: Mapping[str, Any] | None = None,
         item_timeout: float | None = 60.0,
     ):
         self.table, self.num_frames, self.tokenizer = table, num_frames, tokenizer
-        self.item_timeout = item_timeout
+        self.decoding, self.item_timeout = decoding or {}, item_timeout
 
     def parts(self, sample: int | None, seed: int) -> list[Any]:
         """What `rows` takes, for all rows or `sample` of them: blocks of row numbers, or (shard, rows of it).
@@ -109,24 +113,16 @@ class PairCheck:
             yield from ((first + index, lost) for index in missing[: wanted - came])
 
     def check(self, row: int, record: Record | None) -> CheckedRow:
-        record = record or self._read(row)
-        checked = CheckedRow(row, record.name or f"row {row}", record.problem, texts=record.texts)
+        record = record or self.table.record(row)
+        checked = CheckedRow(row, record.name or f"row {row}", texts=record.texts)
         if self.tokenizer is not None and record.texts:
             checked.tokens = [len(ids) for ids in self.tokenizer(record.texts)["input_ids"]]
-        if checked.reason is None:
-            try:
-                checked.videos[checked.name] = _decoded(record.video, self.num_frames)
-            except VideoError as error:
-                checked.reason = str(error)
-        if checked.reason is None and not record.texts:
-            checked.reason = "it has no text"
-        return checked
-
-    def _read(self, row: int) -> Record:
         try:
-            return Record(*self.table.pair(row))
-        except BrokenRowError as error:
-            return Record(None, error.name, [], str(error))
+            video = usable(record, row).video
+            checked.videos[checked.name] = _decoded(video, self.num_frames, self.decoding)
+        except VideoError as error:
+            checked.reason = str(error)
+        return checked
 
 
 class InstructionCheck:
@@ -134,9 +130,10 @@ class InstructionCheck:
 
     Args:
         num_frames: frames that are decoded of each video, spread over it.
-        dataset: over the table, with the longest possible `max_length`; its processor counts tokens, visual ones
-            included. None without counts.
+        dataset: over the table, without `item_timeout`; its processor counts tokens, visual ones included. None
+            without counts.
         max_length: tokens that the model takes; a longer conversation is unusable.
+        decoding: further arguments of `load_video`, see `decoding_options`.
     """
 
     def __init__(
@@ -146,8 +143,10 @@ class InstructionCheck:
         num_frames: int = 8,
         dataset: InstructionDataset | None = None,
         max_length: int | None = None,
+        decoding: Mapping[str, Any] | None = None,
     ):
         self.table, self.num_frames, self.dataset, self.max_length = table, num_frames, dataset, max_length
+        self.decoding = decoding or {}
         self._decoded: dict[str, BTAdapterVideoMetadata | str] = {}  # or why it cannot be used
 
     def parts(self, sample: int | None, seed: int) -> list[Any]:
@@ -160,20 +159,16 @@ class InstructionCheck:
         checked = CheckedRow(row, f"row {row}")
         try:
             messages = self.table.messages(row)
-            videos, images = (visuals_of(messages, kind) for kind in ("video", "image"))
-            checked.name = ", ".join(videos + images) or checked.name
-            if self.dataset is not None:
+            checked.name = name_of(messages, row)
+            if self.dataset is not None:  # which opens the images
                 checked.tokens = [len(self.dataset.tokenize(messages)["input_ids"])]
-                if checked.tokens[0] > self.max_length:
-                    raise UnusableRow(
-                        f"the conversation has {checked.tokens[0]} tokens, visual ones included, and the model takes "
-                        f"{self.max_length}."
-                    )
+                check_length(checked.tokens[0], self.max_length)
             else:
-                for image in images:
-                    load_image(self.table.read(image), f"The image {image}")
-            for video in videos:
+                for image in visuals_of(messages, "image"):
+                    open_image(self.table, image)
+            for video in visuals_of(messages, "video"):
                 checked.videos[video] = self._decode(video)
+            checked.images = visuals_of(messages, "image")
         except (UnusableRow, VideoError) as error:
             checked.reason = str(error)
         return checked
@@ -181,7 +176,7 @@ class InstructionCheck:
     def _decode(self, video: str) -> BTAdapterVideoMetadata:
         if video not in self._decoded:
             try:
-                self._decoded[video] = _decoded(self.table.read(video), self.num_frames)
+                self._decoded[video] = _decoded(self.table.read(video), self.num_frames, self.decoding)
             except VideoError as error:
                 self._decoded[video] = str(error)
         found = self._decoded[video]
@@ -190,9 +185,12 @@ class InstructionCheck:
         return found
 
 
-def _decoded(video: str | bytes, num_frames: int) -> BTAdapterVideoMetadata:
-    """Metadata of a video of which all frames decode, wanted or not."""
-    return load_video(video, num_frames=num_frames, on_damage="check")[1]
+def _decoded(video: str | bytes, num_frames: int, decoding: Mapping[str, Any]) -> BTAdapterVideoMetadata:
+    """Metadata of a video. All its frames are decoded, wanted or not, where training would not use a damaged one."""
+    options = {"on_damage": "raise", "backend": "pyav", **decoding}
+    if options["on_damage"] == "raise" and options["backend"] == "pyav":
+        options["on_damage"] = "check"
+    return load_video(video, num_frames=num_frames, **options)[1]
 
 
 def blocks(rows: int, sample: int | None, seed: int) -> list[list[int]]:
@@ -223,10 +221,7 @@ class _CheckedRows(torch.utils.data.IterableDataset):
     def _name(self, row: int) -> str:
         if isinstance(self.check, InstructionCheck):
             return f"row {row}"
-        try:
-            return self.check.table.pair(row)[1]
-        except BrokenRowError as error:
-            return error.name
+        return self.check.table.name(row)
 
 
 def check_rows(
@@ -279,14 +274,13 @@ class DataReport:
         self._texts, self._rows_without_text = Counter[int](), 0  # by hash
         self._tokens = array("l")
         self._names = set[str]()  # of videos
+        self._images = set[str]()
         self._videos = {name: array("d") for name in ("seconds", "frames", "fps", "width", "height")}
 
     def add(self, checked: CheckedRow) -> None:
         self.checked += 1
         if checked.reason is not None:
-            self.broken.append(
-                BrokenItem(source=self.source, index=checked.row, video=checked.name, reason=checked.reason)
-            )
+            self.broken.append(broken_item(self.source, checked.row, checked.name, checked.reason))
         for name, video in checked.videos.items():
             if name in self._names:
                 continue
@@ -295,6 +289,7 @@ class DataReport:
             for measured, value in zip(self._videos.values(), values, strict=True):
                 if value is not None:
                     measured.append(value)
+        self._images.update(checked.images)
         if checked.texts is not None:
             self._texts.update(map(hash, checked.texts))
             self._rows_without_text += not checked.texts
@@ -306,9 +301,9 @@ class DataReport:
 
     def to_dict(self) -> dict[str, Any]:
         """`source`, `rows`, `checked`, `usable`, `broken`, `reasons`; under `videos` the `count` and [min, median,
-        max] of seconds, frames, fps, width and height; `texts` (None for conversations) with their `count`, how many
-        are `repeated` (an earlier row has them too), and `rows_without`; `tokens` (None without counts) with the
-        `length` as [min, median, max], the `limit`, and how many are `over_limit`.
+        max] of seconds, frames, fps, width and height; `images`, how many; `texts` (None for conversations) with
+        their `count`, how many are `repeated` (an earlier row has them too), and `rows_without`; `tokens` (None
+        without counts) with the `length` as [min, median, max], the `limit`, and how many are `over_limit`.
         """
         texts = tokens = None
         if self._texts or self._rows_without_text:
@@ -332,6 +327,7 @@ class DataReport:
                 "count": len(self._videos["frames"]),
                 **{name: spread(values) for name, values in self._videos.items()},
             },
+            "images": len(self._images),
             "texts": texts,
             "tokens": tokens,
         }

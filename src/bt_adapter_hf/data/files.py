@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from ..hub.access import retried
 from ..import_utils import require_package
@@ -43,11 +45,11 @@ def check_encoding(head: bytes) -> None:
             raise ValueError(f"it is encoded in UTF-{'32' if len(mark) == 4 else '16'}: save it as UTF-8")
 
 
-def printable(name: str) -> str:
-    """A name on one line, in characters that every terminal and file takes: others, such as bytes that are no UTF-8
-    and line breaks, as escapes.
-    """
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in name)
+def unicode_reason(error: BaseException) -> str | None:
+    """What to say where a text file is not UTF-8; None for other errors."""
+    if not isinstance(error, UnicodeDecodeError):
+        return None
+    return f"it is not UTF-8 (byte {error.object[error.start]:#04x} at {error.start}): save it as UTF-8"
 
 
 def file_size(file: BinaryIO) -> int:
@@ -69,6 +71,8 @@ def join(root: str | None, path: str, within: Sequence[str] | None = None) -> st
     """
     if path.startswith(("http://", "https://")):
         return path
+    if path.startswith("file://"):
+        path = url2pathname(urlsplit(path).path)
     if "::" in path or (is_remote(path) and not path.startswith("hf://")):
         raise VideoAccessError(f"{path} is neither a path nor an address that begins with http(s):// or hf://.")
     if root is None or is_remote(path) or os.path.isabs(path):

@@ -10,14 +10,15 @@ from torch.utils.data import default_collate
 
 from ..models.video_errors import VideoError
 from ..models.video_io import load_video
-from .broken import BrokenItem, BrokenItemsError
+from .broken import BrokenItem, broken_item, none_usable
 from .chunk_store import ChunkStore
 from .decoding_process import DecodingProcess
-from .sources import PairTable, load_table
+from .sources import PairTable, load_table, usable
 
 
 if TYPE_CHECKING:
     from ..models.processing_bt_adapter import BTAdapterProcessor
+    from ..models.video_processing_bt_adapter import BTAdapterVideoProcessor
 
 
 __all__ = ["PairCollator", "PairDataset", "PairTable", "load_table", "random_crop_box"]
@@ -43,6 +44,15 @@ def random_crop_box(
             return int(top), int(left), int(box_height), int(box_width)
     side = min(height, width)
     return (height - side) // 2, (width - side) // 2, side, side
+
+
+def decoding_options(video_processor: "BTAdapterVideoProcessor") -> dict[str, Any]:
+    """What of a video processor decides whether `load_video` can use a video."""
+    return {
+        "backend": video_processor.video_backend,
+        "on_damage": video_processor.on_damage,
+        "background": video_processor.background,
+    }
 
 
 class PairDataset(torch.utils.data.Dataset):
@@ -136,8 +146,7 @@ class PairDataset(torch.utils.data.Dataset):
             try:
                 pixel_values, text, texts = self._attempt(self.table.store, candidate, key)
             except VideoError as error:
-                video, reason = self.table.name(candidate), str(error) or repr(error)
-                broken.append(BrokenItem(source=self.table.source, index=candidate, video=video, reason=reason))
+                broken.append(broken_item(self.table.source, candidate, self.table.name(candidate), str(error)))
                 continue
             pair_id = candidate if self._first_row_of is None else self._first_row_of[texts[0]]
             return {
@@ -146,10 +155,7 @@ class PairDataset(torch.utils.data.Dataset):
                 "pair_id": -1 if broken else pair_id,
                 "broken": broken,
             }
-        raise BrokenItemsError(
-            f"None of {len(broken)} items tried in a row of {self.table.source} can be used. The first: "
-            f"{broken[0]['video']}: {broken[0]['reason']}"
-        )
+        raise none_usable(self.table.source, broken)
 
     def _candidates(self, epoch: int, row: int) -> Iterator[int]:
         """The item itself, then replacements: every other item of its shard, in a walk, and then those of others."""
@@ -168,21 +174,18 @@ class PairDataset(torch.utils.data.Dataset):
         """
         self.table.store = store
         generator = np.random.default_rng(key)
-        video, _, texts = self.table.pair(row)
-        if not texts:
-            raise UnusableTextError("it has no text")
+        record = usable(self.table.record(row), row)
+        texts = record.texts
         text = texts[generator.integers(len(texts))] if self.training else texts[0]
-        return self._load(video, generator).numpy(), text, texts
+        return self._load(record.video, generator).numpy(), text, texts
 
     def _load(self, video: str | bytes, generator: np.random.Generator) -> torch.Tensor:
         frames, _ = load_video(
             video,
             num_frames=self.num_frames,
             sampling="jitter" if self.training else self.video_processor.sampling,
-            backend=self.video_processor.video_backend,
             generator=generator,
-            on_damage=self.video_processor.on_damage,
-            background=self.video_processor.background,
+            **decoding_options(self.video_processor),
         )
         frames = torch.from_numpy(frames).movedim(-1, 1)  # (T, H, W, 3) -> (T, 3, H, W)
         if self.crop_scale is not None:
@@ -196,10 +199,6 @@ class PairDataset(torch.utils.data.Dataset):
             )
         batch = self.video_processor(videos=[frames], do_sample_frames=False, return_tensors="pt")
         return batch["pixel_values_videos"][0]
-
-
-class UnusableTextError(VideoError):
-    """The row of the video has no text."""
 
 
 class PairCollator:

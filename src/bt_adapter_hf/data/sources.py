@@ -10,7 +10,7 @@ import numpy as np
 from ..hub.access import explain, http_cause
 from ..import_utils import require_package
 from ..models.video_errors import VideoError
-from .files import find_files, repository
+from .files import find_files, repository, unicode_reason
 from .media import open_media
 from .parquet_shards import ParquetShards
 from .path_rows import READERS, table_of_paths
@@ -34,6 +34,18 @@ class BrokenRowError(VideoError):
 
     def __reduce__(self):
         return type(self), (str(self), self.name)
+
+
+def usable(record: Record, row: int) -> Record:
+    """The record, where it can be used in training as far as can be told before its video is decoded.
+
+    Raises:
+        BrokenRowError: it has no video, or no text.
+    """
+    problem = record.problem or (None if record.texts else "It has no text.")
+    if problem is not None:
+        raise BrokenRowError(problem, record.name or f"row {row}")
+    return record
 
 
 class PairTable:
@@ -81,13 +93,16 @@ class PairTable:
             RuntimeError: a table that needs a store, before `use_store`.
             ChunkStoreError: the rows could not be fetched.
         """
-        shard, index = self.place(row)
-        reader = self._reader if isinstance(self._reader, RowReader) else self._open_store()
-        record = reader.read(shard, index)
+        record = self.record(row)
         name = record.name or f"row {row}"
         if record.problem is not None:
             raise BrokenRowError(record.problem, name)
         return record.video, name, record.texts
+
+    def record(self, row: int) -> Record:
+        """All of one row, the problem that it may have included; else as `pair`."""
+        reader = self._reader if isinstance(self._reader, RowReader) else self._open_store()
+        return reader.read(*self.place(row))
 
     def name(self, row: int) -> str:
         """The name of a row's video, without reading the video from where it lies."""
@@ -207,9 +222,8 @@ def load_table(
             raise ValueError(f"The table {source} has no rows.") from error
         # `datasets` hides what happened in the cause; our own errors say it themselves
         cause = isinstance(error, datasets.exceptions.DatasetsError) and error.__cause__ or error
-        reason = explain(error, repository(source), revision) if http_cause(error) else str(cause) or repr(cause)
-        if isinstance(cause, UnicodeDecodeError):
-            reason = f"it is not UTF-8 (byte {cause.object[cause.start]:#04x} at {cause.start}): save it as UTF-8"
+        said = explain(error, repository(source), revision) if http_cause(error) else str(cause) or repr(cause)
+        reason = unicode_reason(cause) or said
         raise ValueError(f"Cannot read the table {source}: {reason}") from error
     if sum(reader.shard_rows) == 0:
         raise ValueError(f"The table {source} has no rows.")

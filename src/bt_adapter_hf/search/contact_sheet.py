@@ -8,10 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..adapters.writing import written_whole
+from ..adapters.writing import printable, written_whole
 from ..models.video_errors import VideoError
 from ..models.video_io import load_video
-from .files import printable
 from .index import Hit, VideoIndex
 
 

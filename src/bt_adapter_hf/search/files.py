@@ -2,9 +2,10 @@
 
 import logging
 import os
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+
+from ..adapters.writing import printable
 
 
 logger = logging.getLogger(__name__)
@@ -67,19 +68,6 @@ def file_identity(path: str) -> tuple[int, int] | str:
 def roots(inputs: Sequence[str | os.PathLike]) -> list[str]:
     """The folders and files where [`find_videos`] looks: of a pattern its part without wildcards."""
     return [_root(_absolute(os.fspath(item))) for item in inputs]
-
-
-def printable(text: str) -> str:
-    """A name as a terminal, a table and a picture can show it: on one line, with what is no text escaped."""
-    return "".join(_escaped(character) for character in text)
-
-
-def _escaped(character: str) -> str:
-    if 0xDC80 <= ord(character) <= 0xDCFF:  # how Python carries a byte of a name that is not UTF-8
-        return f"\\x{ord(character) - 0xDC00:02x}"
-    if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp"):
-        return character.encode("unicode_escape").decode()
-    return character
 
 
 def _absolute(item: str) -> str:

@@ -26,8 +26,8 @@ from ..adapters.fingerprint import WARN_DISTANCE, backbone_fingerprint, distance
 from ..adapters.host_modules import execution_device, find_tower
 from ..adapters.writing import PARTIAL, written_whole
 from ..data.archives import MediaArchives
+from ..data.conversations import read_media
 from ..data.decoding_process import DecodingProcess
-from ..data.instructions import read_media
 from ..models.video_errors import VideoError, VideoNotFoundError
 
 

@@ -1,0 +1,300 @@
+"""Tables of conversations about videos and images: rows, what they show, and where that lies."""
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from glob import has_magic
+from pathlib import Path
+from typing import Any, ClassVar
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HTTPError
+from PIL import Image
+
+from ..hub.access import explain, http_cause, retried
+from ..models.image_io import load_image
+from ..models.video_errors import VideoError, VideoNotFoundError
+from .archives import ARCHIVE_SUFFIXES, MediaArchives
+from .files import check_encoding, find_files, is_remote, join, repository, split_hub_path, unicode_reason
+
+
+# Where a VideoChatGPT row names a video without its ending.
+VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi")
+
+Messages = list[dict[str, Any]]
+
+
+class UnusableRow(ValueError):
+    """The row is no conversation that can be learned."""
+
+
+@dataclass
+class InstructionTable:
+    """Rows of conversations, nothing decoded.
+
+    Attributes:
+        source: the file.
+        rows: one JSON text per row, not parsed yet.
+        media: folder that relative paths start from, or the archives that hold them.
+        fingerprint: of the file's content.
+        revision: commit of a file on the Hub, else None.
+        needs_store: all is on the local disk; see `PairTable`.
+    """
+
+    needs_store: ClassVar[bool] = False
+
+    source: str
+    rows: list[str]
+    media: Path | MediaArchives
+    fingerprint: str
+    revision: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def shard_rows(self) -> list[int]:
+        return [len(self.rows)]
+
+    def messages(self, row: int) -> Messages:
+        """The conversation of a row, ending with an answer.
+
+        What it shows is under "path", for `read`: a path from the root of the file system, a URL, or the name in the
+        archives.
+
+        Of a table on the Hub the paths lie below the folder of the media, whatever the table says.
+
+        Raises:
+            UnusableRow: if it is none, in words.
+        """
+        try:
+            content = json.loads(self.rows[row])
+        except ValueError as error:
+            raise UnusableRow(f"it is no JSON: {error}") from error
+        if not isinstance(content, dict):
+            raise UnusableRow(f"it is a {type(content).__name__}, and no object with fields.")
+        if "messages" in content:
+            messages = content["messages"]
+        elif {"q", "a", "video_id"} <= content.keys():
+            messages = self._video_chatgpt(content, row)
+        else:
+            raise UnusableRow(
+                f"it has the fields {', '.join(content) or 'none'}; expected messages, or q, a and video_id."
+            )
+        return self._checked(messages)
+
+    def videos(self) -> Iterator[str]:
+        """Paths and URLs of the videos of all usable rows, each once."""
+        seen = set()
+        for row in range(len(self)):
+            try:
+                messages = self.messages(row)
+            except UnusableRow:
+                continue  # reported when it is its turn
+            for video in visuals_of(messages, "video"):
+                if video not in seen:
+                    seen.add(video)
+                    yield video
+
+    @property
+    def archives(self) -> MediaArchives | None:
+        """The archives that hold the videos, if any do."""
+        return self.media if isinstance(self.media, MediaArchives) else None
+
+    def read(self, path: str) -> str | bytes:
+        """What `load_video` takes for a path of `messages`; see `read_media`."""
+        return read_media(path, self.archives)
+
+    def _place(self, path: str) -> str:
+        if path.startswith("data:") or (self.archives is not None and not is_remote(path)):
+            return path  # the content itself, or a name in the archives
+        folder = str(self.media) if isinstance(self.media, Path) else None
+        within = None if self.revision is None else [folder] if folder else []
+        try:
+            found = join(folder, path, within)
+        except VideoError as error:
+            raise UnusableRow(str(error)) from error
+        if found.startswith("hf://"):
+            raise UnusableRow(f"{path} is on the Hub; what conversations show is read from the disk: download it.")
+        return found
+
+    def _video_chatgpt(self, content: Mapping[str, Any], row: int) -> Messages:
+        """As released, the video stands behind the question in even rows and before it in odd ones."""
+        path = self._place(str(content["video_id"]))
+        if self.archives is None:
+            # without a file: the usual name, for the report
+            names = [path + suffix for suffix in VIDEO_SUFFIXES]
+            path = next((name for name in names if Path(name).is_file()), names[0])
+        video = {"type": "video", "path": path}
+        for field in ("q", "a"):
+            if not isinstance(content[field], (str, int, float)):
+                raise UnusableRow(f"its {field} is {content[field]!r}; expected text.")
+        question = {"type": "text", "text": str(content["q"])}
+        return [
+            {"role": "user", "content": [question, video] if row % 2 == 0 else [video, question]},
+            {"role": "assistant", "content": str(content["a"])},
+        ]
+
+    def _checked(self, messages: Any) -> Messages:
+        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+            raise UnusableRow("messages is no list of objects with role and content.")
+        roles = [message.get("role") for message in messages]
+        turns = roles[1:] if roles[:1] == ["system"] else roles
+        if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
+            raise UnusableRow(
+                f"its roles are {', '.join(map(str, roles)) or 'none'}; expected user and assistant by turns, from a "
+                "user to an assistant, after at most one system message."
+            )
+        return [{"role": m["role"], "content": self._parts(m["role"], m.get("content"))} for m in messages]
+
+    def _parts(self, role: str, content: Any) -> list[dict[str, str]]:
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if not isinstance(parts, list):
+            raise UnusableRow(f"the content of a message is {content!r}; expected text, or a list of parts.")
+        checked = []
+        for part in parts:
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind in ("image_url", "video_url"):  # as OpenAI writes them
+                url = part.get(kind)
+                part = {"url": url.get("url") if isinstance(url, dict) else url}
+                kind = kind.removesuffix("_url")
+            if kind == "text" and isinstance(part.get("text"), str):
+                checked.append({"type": "text", "text": part["text"]})
+            elif kind in ("image", "video") and role == "user":
+                keys = (kind, "path", "url")  # a data set fills those that a part lacks with None
+                where = [part[key] for key in keys if isinstance(part.get(key), str) and part[key]]
+                if len(where) != 1:
+                    raise UnusableRow(f"a part of type {kind} needs a path or a url, and has {', '.join(part)}.")
+                checked.append({"type": kind, "path": self._place(where[0])})
+            else:
+                raise UnusableRow(
+                    f"a message of the {role} has the part {json.dumps(part)}; expected text, and of the user images "
+                    "and videos."
+                )
+        if not "".join(part.get("text", "") for part in checked).strip():
+            raise UnusableRow(f"a message of the {role} has no text.")
+        return checked
+
+
+def read_media(path: str, archives: MediaArchives | None = None) -> str | bytes:
+    """The bytes of a member of archives; paths of files and URLs as they are.
+
+    Raises:
+        VideoError: if no archive holds it, also with one of the usual endings of videos, or it cannot be read.
+    """
+    if archives is None or is_remote(path):
+        return path
+    for name in (path, *(path + suffix for suffix in VIDEO_SUFFIXES)):
+        with contextlib.suppress(VideoNotFoundError):
+            return archives.read(name)
+    raise VideoNotFoundError(f"{path} is not in {', '.join(archives.paths)}.")
+
+
+def load_instructions(
+    source: str | Path, *, media_root: str | Path | None = None, revision: str | None = None
+) -> InstructionTable:
+    """Open a table of conversations; rows are parsed when they are asked for.
+
+    Two kinds of rows, in a `.jsonl` file (one per line) or a `.json` file (a list of them):
+
+    - `{"messages": [{"role": "user", "content": [{"type": "video", "path": "clip.mp4"}, {"type": "text", "text":
+      "What happens?"}]}, {"role": "assistant", "content": "A dog jumps."}]}`: any number of turns, images too, with or
+      without a system message; `"url"`, `"video"` or `"image"` in place of `"path"`;
+    - `{"q": ..., "a": ..., "video_id": ...}`, VideoChatGPT-100K's: the video is `<media_root>/<video_id>` with one of
+      the endings .mp4, .webm, .mkv, .avi.
+
+    Args:
+        source: the file: a path, or `hf://datasets/owner/name[@revision]/path`, which is downloaded.
+        media_root: where relative paths start: a folder on the disk, or a `.zip` or `.tar` with the videos (or a
+            pattern that fits several), which are read where they are. The folder of the file by default.
+        revision: branch, tag or commit of a file on the Hub.
+
+    Raises:
+        ValueError: for a file of another kind, one that cannot be read, or one without rows; for a `media_root` that
+            is not there.
+    """
+    source, commit = str(source), None
+    if not source.endswith((".json", ".jsonl")):
+        raise ValueError(f"Cannot read the table {source}: a table of conversations is a .jsonl or a .json file.")
+    try:
+        path = Path(source).expanduser()
+        if is_remote(source):
+            path, commit = _download(source, revision)
+        media = _open_media(path.parent if media_root is None and commit is None else media_root)
+        content = path.read_bytes()
+        check_encoding(content[:4])
+        text = content.decode("utf-8-sig")
+        if path.suffix == ".jsonl":
+            rows = [line for line in text.split("\n") if line.strip()]
+        else:
+            rows = json.loads(text)
+            if not isinstance(rows, list):
+                raise ValueError(f"it holds a {type(rows).__name__}, and no list of rows")
+            rows = [json.dumps(row) for row in rows]
+    except (OSError, ValueError, HTTPError) as error:
+        reason = explain(error, repository(source), revision) if http_cause(error) else unicode_reason(error) or error
+        raise ValueError(f"Cannot read the table {source}: {reason}") from error
+    if not rows:
+        raise ValueError(f"The table {source} has no rows.")
+    return InstructionTable(
+        source=source,
+        rows=rows,
+        media=media,
+        fingerprint=hashlib.sha256(text.encode()).hexdigest(),
+        revision=commit,
+    )
+
+
+def _download(source: str, revision: str | None) -> tuple[Path, str]:
+    """A table on the Hub: the local copy, and its commit."""
+    repo, written, path = split_hub_path(source)
+    if not path:
+        raise ValueError(f"it is a repository; name a file in it, hf://datasets/{repo}/path")
+    file = retried(
+        lambda: hf_hub_download(repo, path, repo_type="dataset", revision=written or revision), f"Downloading {source}"
+    )
+    return Path(file), re.search(r"snapshots[/\\]([0-9a-f]{40})[/\\]", file)[1]
+
+
+def _open_media(root: str | Path | None) -> Path | MediaArchives:
+    if root is None:
+        raise ValueError("it is on the Hub: name the folder or the archives of its videos on the disk with media_root")
+    if is_remote(str(root)):
+        raise ValueError(
+            f"the videos of conversations are read from the disk, again and again: download {root}, and name the "
+            "folder or the archives with media_root"
+        )
+    folder = Path(root).expanduser()
+    if not folder.is_dir() and (folder.suffix in ARCHIVE_SUFFIXES or has_magic(str(root))):
+        return MediaArchives(find_files(str(root), ARCHIVE_SUFFIXES, "", None, None).paths)
+    if not folder.is_dir():
+        raise ValueError(f"media_root {root} is neither a folder nor a .zip or .tar file")
+    return folder.resolve()
+
+
+def visuals_of(messages: Messages, *kinds: str) -> list[str]:
+    """Paths and URLs of the images ("image") or videos ("video") of a conversation, in order."""
+    return [part["path"] for message in messages for part in message["content"] if part["type"] in kinds]
+
+
+def name_of(messages: Messages, row: int) -> str:
+    """What a conversation shows, for messages."""
+    seen = visuals_of(messages, "image", "video")
+    return ", ".join(map(short, seen)) or f"row {row}"
+
+
+def short(path: str) -> str:
+    """A path as it is, a `data:` URL by its beginning."""
+    return path if len(path) <= 200 else f"{path[:40]}..."
+
+
+def open_image(table: InstructionTable, path: str) -> Image.Image:
+    """An image of a conversation, decoded.
+
+    Raises:
+        VideoError: it cannot be had or decoded.
+    """
+    return load_image(table.read(path), f"The image {short(path)}")
