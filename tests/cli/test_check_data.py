@@ -1,3 +1,4 @@
+import argparse
 import json
 import os
 import signal
@@ -6,12 +7,14 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
+from bt_adapter_hf.cli._options import as_typed
 from bt_adapter_hf.cli.main import main
 from bt_adapter_hf.data.checking import DataReport, PairCheck, check_rows, holds_conversations
 from bt_adapter_hf.data.instructions import InstructionDataset, load_instructions
-from bt_adapter_hf.data.pairs import load_table
+from bt_adapter_hf.data.pairs import PairDataset, load_table
 from tests import tiny_instructions, tiny_pairs
 
 
@@ -68,6 +71,8 @@ def test_what_is_accepted_and_the_readable_report(table, capsys):
     assert main(["check-data", str(table.parent), "--max-broken", "0.3"]) == 0
     out = capsys.readouterr().out
     assert "10 rows, 10 checked" in out and "usable  7" in out and "<path> does not exist." in out
+    for line in ("clip1.mp4 (row 1): ", "clip2.mp4 (row 2): ", "clip3.mp4 (row 3): it has no text."):
+        assert f"\n  {line}" in out
     assert "7 videos" in out and "9 texts, 1 repeat an earlier one, 1 rows without" in out and "tokens" not in out
     assert main(["check-data", str(table), "--max-broken", "0.29"]) == 1
     assert "30.0% of the checked rows cannot be used" in capsys.readouterr().err
@@ -76,6 +81,95 @@ def test_what_is_accepted_and_the_readable_report(table, capsys):
 def test_a_sample_is_random_and_repeatable(table, capsys):
     first, again = (check(capsys, table, "--sample", 4, "--max-broken", 1)[1] for _ in range(2))
     assert first["checked"] == 4 and first == again
+
+
+def test_the_first_three_are_named_and_the_options_are_those_of_the_command(tmp_path, capsys):
+    path = tiny_pairs.write_table(tmp_path / "videos", rows=6)
+    for row in range(5):
+        clip = path.parent / f"clip{row}.mp4"
+        if row == 1:
+            data = clip.read_bytes()
+            clip.write_bytes(data[: len(data) * 3 // 4])
+        elif row != 2:
+            clip.unlink()
+    assert main(["check-data", str(path), "--workers", "1"]) == 1
+    out = capsys.readouterr().out
+    assert out.count("(row ") == 3 and "and 1 more, see --list" in out, out
+    assert "on_damage" not in out and "=" not in out.split("(row 1): ")[1].splitlines()[0]
+
+
+def test_every_video_is_decoded_as_in_training(tmp_path, capsys):
+    """`--on-damage salvage` makes of a cut video one that can be used, here as there."""
+    path = tiny_pairs.write_table(tmp_path / "videos", rows=2)
+    tiny_pairs.write_clip(tmp_path / "whole.mkv", (200, 0, 0), 2, frames=60)
+    data = (tmp_path / "whole.mkv").read_bytes()
+    (path.parent / "clip0.mp4").write_bytes(data[: len(data) * 2 // 3])  # what it is shows in its content
+    for options, usable in (([], 1), (["--on-damage", "salvage"], 2)):
+        _, found = check(capsys, path, "--max-broken", 1, *options)
+        assert found["usable"] == usable, found["reasons"]
+        processor = tiny_pairs.processor()
+        processor.video_processor.on_damage = options[1] if options else "raise"
+        dataset = PairDataset(load_table(path), processor, training=False, item_timeout=None)
+        assert len(dataset[0]["broken"]) == 2 - usable
+
+
+BROKEN_TABLES = {
+    "empty.jsonl": b"",
+    "blank.jsonl": b"\n\n\n",
+    "null.jsonl": b"null\n",
+    "list.jsonl": b"[1, 2]\n",
+    "word.jsonl": b"hello\n",
+    "open.jsonl": b'{"video": "a.mp4", "te',
+    "mixed.jsonl": b'{"video": "a.mp4", "text": "x"}\n{"video": 7, "text": ["x"]}\n',
+    "nested.jsonl": b'{"video": {"path": "a.mp4"}, "text": {"en": "x"}}\n',
+    "nul.jsonl": b'{"video": "a\\u0000.mp4", "text": "x"}\n',
+    "surrogate.jsonl": b'{"video": "caf\\udce9.mp4", "text": "x"}\n',
+    "folder.jsonl": b'{"video": ".", "text": "x"}\n',
+    "binary.jsonl": bytes(range(256)) * 20,
+    "wide.jsonl": '{"video": "a.mp4", "text": "x"}'.encode("utf-16"),
+    "empty.json": b"",
+    "word.json": b'"hello"',
+    "deep.json": b"[" * 5000,
+    "empty.csv": b"",
+    "one.csv": b"video,text\n",
+    "ragged.csv": b"video,text\na.mp4\nb.mp4,x,y,z\n",
+    "quote.csv": b'video,text\n"a.mp4,x\n',
+    "line.csv": b'video,text\n"two\nlines.mp4",x\n',
+    "latin.csv": b"video,text\ncaf\xe9.mp4,x\n",
+    "empty.parquet": b"",
+    "cut.parquet": b"PAR1abcPAR1",
+    "empty.tar": b"",
+    "zeros.tar": bytes(10240),
+    "binary.tar": bytes(range(256)) * 40,
+    "list.messages.jsonl": b'{"messages": 3}\n{"messages": [3]}\n{"messages": [{"role": "user", "content": [7]}]}\n',
+    "q.jsonl": b'{"q": null, "a": [], "video_id": {}}\n',
+    "half.jsonl": b'{"messages": []}\n\xff\n',
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_TABLES)
+def test_no_table_ends_in_a_traceback(name, tmp_path, capfd):
+    (tmp_path / name).write_bytes(BROKEN_TABLES[name])
+    assert main(["check-data", str(tmp_path / name), "--workers", "1", "--num-frames", "2"]) == 1
+    out, err = capfd.readouterr()
+    assert "Traceback" not in out + err and "did not foresee" not in err
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("bt-adapter check-data: error: ")
+    assert name in last or "cannot be used, more than --max-broken" in last
+
+
+def test_options_in_the_words_of_the_command():
+    args = argparse.Namespace(text_column=None, max_disk=1, on_damage=None, table="x", num_frames=2)
+    for said, typed in [
+        ("Name it with text_column.", "Name it with --text-column."),
+        ("max_disk=0 must be a number", "--max-disk 0 must be a number"),
+        ("use on_damage='salvage' with", "use --on-damage salvage with"),
+        ('`on_damage="salvage"` keeps', "`--on-damage salvage` keeps"),
+        ("num_frames=2.", "--num-frames 2."),
+        ("/a/text_column/b.csv and my_text_column", "/a/text_column/b.csv and my_text_column"),
+        ("the table text_column.csv", "the table text_column.csv"),
+    ]:
+        assert as_typed(said, args) == typed
 
 
 def shards(folder: Path, rows: int, per_shard: int) -> Path:
@@ -129,15 +223,19 @@ def test_an_interruption_reports_what_was_done(table, tmp_path):
         "check-data",
         str(table.parent / "long.jsonl"),
         "--json",
+        "--workers",
+        "2",
     ]
     command += ["--list", str(tmp_path / "broken.jsonl")]
     environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None and not children.read_text().strip():
+    command = psutil.Process(process.pid)
+    deadline = time.monotonic() + 120
+    # the loader workers have started processes that decode
+    while time.monotonic() < deadline and len(command.children(recursive=True)) < 2 + len(command.children()):
+        assert process.poll() is None
         time.sleep(0.05)
-    time.sleep(1)
+    time.sleep(2)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     found = json.loads(out)
@@ -221,7 +319,7 @@ def test_a_shard_that_breaks_off_loses_its_rows_only(tmp_path, capsys):
         report.add(checked)
     broken = {record["index"]: record["reason"] for record in report.broken}
     assert report.checked == 10 and list(broken) == [1, 5, 6, 7]
-    assert broken[5] == "The shard cannot be read: the connection is gone"
+    assert broken[5] == "The shard cannot be read: the connection is gone."
 
 
 class Hanging(PairCheck):

@@ -2,7 +2,8 @@ import os
 
 import pytest
 
-from bt_adapter_hf.search.files import find_videos, printable
+from bt_adapter_hf.adapters.writing import printable
+from bt_adapter_hf.search.files import find_videos
 
 
 def names(paths, folder):

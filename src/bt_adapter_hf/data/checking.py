@@ -118,8 +118,9 @@ class PairCheck:
         if self.tokenizer is not None and record.texts:
             checked.tokens = [len(ids) for ids in self.tokenizer(record.texts)["input_ids"]]
         try:
-            video = usable(record, row).video
-            checked.videos[checked.name] = _decoded(video, self.num_frames, self.decoding)
+            if record.video is not None:
+                checked.videos[checked.name] = _decoded(record.video, self.num_frames, self.decoding)
+            usable(record, row)
         except VideoError as error:
             checked.reason = str(error)
         return checked

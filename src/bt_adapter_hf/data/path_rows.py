@@ -1,5 +1,6 @@
 """Tables that name their videos: csv, jsonl and parquet files of paths and addresses."""
 
+import codecs
 import csv
 import io
 import logging
@@ -21,6 +22,7 @@ from .readers import (
     ShardReader,
     clean_texts,
     digest,
+    in_threads,
     is_text,
     pick_column,
     slices,
@@ -50,12 +52,17 @@ def table_of_paths(
 
     reader, options = READERS[files.suffix]
     if reader != "parquet":
-        with open_file(files.paths[0], PEEK_BYTES) as file:
-            check_encoding(file.read(4))
+        for _ in in_threads(_check_beginning, files.paths):
+            pass
     if reader == "csv":
         options = {**options, "features": _all_strings(files.paths[0], options.get("sep", ","))}
-    with _quiet(logging.getLogger("datasets.packaged_modules")):  # it is in the error that they raise
-        rows = datasets.load_dataset(reader, data_files=files.paths, split="train", **options)
+    try:
+        with _quiet(logging.getLogger("datasets.packaged_modules")):  # it is in the error that they raise
+            rows = datasets.load_dataset(reader, data_files=files.paths, split="train", **options)
+    except StopIteration:  # how its reader of json meets a file without rows
+        raise ValueError("it has no rows") from None
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"it is no table of rows with the same fields ({type(error).__name__}: {error})") from error
     if len(rows) == 0:
         raise ValueError("it has no rows")
     columns = rows.column_names
@@ -75,6 +82,16 @@ def table_of_paths(
     if media.is_local("") and not pc.any(pc.match_substring(paths.cast("large_string"), "://")).as_py():
         return reader
     return FetchedRows(reader)
+
+
+def _check_beginning(path: str) -> None:
+    with open_file(path, PEEK_BYTES) as file:
+        head = file.read(PEEK_BYTES)
+    check_encoding(head)
+    # Of a file that begins with `null` the reader of Arrow crashes.
+    first = head.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+    if path.endswith((".json", ".jsonl")) and first not in (b"{", b"[", b""):
+        raise ValueError(f"{path} begins with {first!r} and not with an object of fields in braces")
 
 
 @contextmanager

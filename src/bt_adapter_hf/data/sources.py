@@ -42,7 +42,7 @@ def usable(record: Record, row: int) -> Record:
     Raises:
         BrokenRowError: it has no video, or no text.
     """
-    problem = record.problem or (None if record.texts else "It has no text.")
+    problem = record.problem or (None if record.texts else "it has no text")
     if problem is not None:
         raise BrokenRowError(problem, record.name or f"row {row}")
     return record
