@@ -1,4 +1,3 @@
-import argparse
 import json
 import os
 import signal
@@ -10,7 +9,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bt_adapter_hf.cli._options import as_typed
 from bt_adapter_hf.cli.main import main
 from bt_adapter_hf.data.checking import DataReport, PairCheck, check_rows, holds_conversations
 from bt_adapter_hf.data.instructions import InstructionDataset, load_instructions
@@ -156,20 +154,6 @@ def test_no_table_ends_in_a_traceback(name, tmp_path, capfd):
     last = err.strip().splitlines()[-1]
     assert last.startswith("bt-adapter check-data: error: ")
     assert name in last or "cannot be used, more than --max-broken" in last
-
-
-def test_options_in_the_words_of_the_command():
-    args = argparse.Namespace(text_column=None, max_disk=1, on_damage=None, table="x", num_frames=2)
-    for said, typed in [
-        ("Name it with text_column.", "Name it with --text-column."),
-        ("max_disk=0 must be a number", "--max-disk 0 must be a number"),
-        ("use on_damage='salvage' with", "use --on-damage salvage with"),
-        ('`on_damage="salvage"` keeps', "`--on-damage salvage` keeps"),
-        ("num_frames=2.", "--num-frames 2."),
-        ("/a/text_column/b.csv and my_text_column", "/a/text_column/b.csv and my_text_column"),
-        ("the table text_column.csv", "the table text_column.csv"),
-    ]:
-        assert as_typed(said, args) == typed
 
 
 def shards(folder: Path, rows: int, per_shard: int) -> Path:
