@@ -1,5 +1,6 @@
 """Tables of conversations, and labels token by token for the three hosts."""
 
+import copy
 import json
 import socket
 import struct
@@ -469,6 +470,19 @@ def test_check_data_and_training_agree(media, host):
         trained[row] = broken[0]["reason"] if broken and broken[0]["index"] == row else None
     assert {row for row in trained if trained[row] is None} == {0, 1, 2, 3, 4, 9}
     assert checked == trained
+
+
+def test_a_template_that_ends_no_answer_is_warned_of(host, media, caplog):
+    _, processor = host
+    dataset(media, processor, TWO_TURNS)
+    assert "where to stop" not in caplog.text
+    endless = copy.copy(processor)
+    endless.chat_template = {
+        "default": "{% for m in messages %}{{ m['role'] }}: {% generation %}{{ m['content'][0]['text'] + ' ' }}"
+        "{% endgeneration %}{% endfor %}"
+    }
+    dataset(media, endless, TWO_TURNS)
+    assert f"where to stop. Train with {type(processor).__name__}.default_chat_template" in caplog.text
 
 
 def test_broken_items_are_replaced_and_reported(host, media):

@@ -1,5 +1,6 @@
 """The data set that makes ids, labels and pixels of conversations. `load_instructions` opens tables of them."""
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -37,6 +38,8 @@ __all__ = [
     "longest_conversation",
     "visuals_of",
 ]
+
+logger = logging.getLogger(__name__)
 
 # Attempts to replace a broken item before a table is declared unusable.
 REPLACEMENTS = 100
@@ -108,10 +111,20 @@ class InstructionDataset(torch.utils.data.Dataset):
         self.table, self.processor, self.states = table, processor, states
         self.max_length, self.seed = max_length, seed
         self._decode = self._arrays if item_timeout is None else DecodingProcess(self._arrays, item_timeout)
-        if not re.search(r"\{%-?\s*generation\s*-?%\}", processor.chat_template):
+        template = (
+            processor.chat_template if isinstance(processor.chat_template, str) else processor.chat_template["default"]
+        )
+        if not re.search(r"\{%-?\s*generation\s*-?%\}", template):
             raise ValueError(
                 "The chat template of the processor does not mark the answers: put {% generation %} before and "
                 "{% endgeneration %} behind what the model is to say."
+            )
+        said = [{"role": role, "content": [{"type": "text", "text": "word"}]} for role in ("user", "assistant")]
+        if processor.apply_chat_template(said).rstrip().endswith("word"):
+            logger.warning(
+                "The chat template of the processor writes nothing after an answer, so that a model cannot learn "
+                "where to stop. Train with %s.default_chat_template, or with one that ends answers.",
+                type(processor).__name__,
             )
 
     def __len__(self) -> int:
