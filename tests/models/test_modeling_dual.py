@@ -1,7 +1,10 @@
 """The dual encoder: features and loss, every loading route, strictness, code that travels with a checkpoint."""
 
+import copy
+import inspect
 import logging
 import os
+import pickle
 import subprocess
 import sys
 
@@ -89,6 +92,22 @@ def test_everything_learns_when_asked(dual_folder):
     without = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
     assert without == set()
     assert not any(p.requires_grad for p in model.vision_model.vision_model.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cls", [BTAdapterModel, BTAdapterForPreTraining])
+def test_pickle_and_deepcopy_after_a_forward_pass(cls, dual_folder):
+    model = cls.from_pretrained(dual_folder)
+    expected = model(pixel_values_videos=videos(), **texts()).video_embeds
+    model.get_text_features(**texts(), output_hidden_states=True)
+    for copied in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model), model):
+        assert torch.equal(copied(pixel_values_videos=videos(), **texts()).video_embeds, expected)
+        assert len(copied.get_text_features(**texts(), output_hidden_states=True).hidden_states) == 4
+
+
+def test_the_main_input_is_an_argument():
+    for cls in (BTAdapterModel, BTAdapterForPreTraining, BTAdapterVisionModel):
+        assert cls.main_input_name in inspect.signature(cls.forward).parameters
 
 
 # -------------------------------------------------------------------------------------------------- loading routes

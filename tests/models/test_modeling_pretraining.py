@@ -26,13 +26,12 @@ def model(seed: int = 0, **overrides):
 
 
 def test_tube_masks_drop_the_floor_of_the_share_drawn_per_video():
-    torch.manual_seed(0)
-    mask = random_tube_mask(64, 256, 0.7)
+    mask = random_tube_mask(torch.arange(64), 256, 0.7)
     assert mask.shape == (64, 256) and (mask.sum(1) == 179).all()  # int(0.7 * 256)
     assert len({tuple(row.tolist()) for row in mask}) == 64
-    assert (random_tube_mask(3, 196, 0.7).sum(1) == 137).all()
+    assert (random_tube_mask(torch.arange(3), 196, 0.7).sum(1) == 137).all()
     # every patch is dropped about equally often
-    assert ((random_tube_mask(4000, 16, 0.5).float().mean(0) - 0.5).abs() < 0.05).all()
+    assert ((random_tube_mask(torch.arange(4000), 16, 0.5).float().mean(0) - 0.5).abs() < 0.05).all()
 
 
 def naive_contrast(x, y, temperature):

@@ -1,5 +1,10 @@
 """The tower: native images, the branch against a naive reference, unequal videos, hidden states, gradients."""
 
+import copy
+import inspect
+import math
+import pickle
+
 import pytest
 import torch
 from transformers import (
@@ -12,8 +17,10 @@ from transformers import (
     SiglipVisionConfig,
     SiglipVisionModel,
 )
+from transformers.utils import logging
 
 from bt_adapter_hf import BTAdapterVisionConfig, BTAdapterVisionModel
+from bt_adapter_hf.models.modeling_bt_adapter_branch import hashed
 
 
 SIZES = {
@@ -317,6 +324,47 @@ def test_attentions_are_the_backbones_per_frame():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("of_backbone", [False, True])
+def test_the_config_asks_for_attentions_and_hidden_states(of_backbone):
+    model = tower()
+    model.set_attn_implementation("eager")
+    images = videos()[:, 0]
+    plain, video = model(images), model(videos())
+    assert plain.attentions is plain.hidden_states is video.attentions is video.hidden_states is None
+    config = model.config.backbone if of_backbone else model.config
+    config.output_attentions = config.output_hidden_states = True
+    for pixels, rows in ((images, 2), (videos(), 8)):
+        output = model(pixels)
+        assert len(output.attentions) == 5 and output.attentions[0].shape == (rows, 3, 17, 17)
+        assert len(output.hidden_states) == 6 and output.hidden_states[5].shape == (2, 17, 24)
+        off = model(pixels, output_attentions=False, output_hidden_states=False)
+        assert off.attentions is off.hidden_states is None
+    assert torch.equal(model(images).pooler_output, plain.pooler_output)
+    theirs = model.vision_model(images, output_attentions=True).attentions
+    assert all(torch.equal(a, b) for a, b in zip(model(images).attentions, theirs, strict=True))
+    states = model.encode_frames(videos())
+    assert model(backbone_states=states, output_hidden_states=False).attentions is None  # there are none to give
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_hidden_states_of_other_image_sizes(family):
+    model = tower(family)
+    video = torch.randn(1, 2, 3, 48, 48)
+    output = model(video, interpolate_pos_encoding=True, output_hidden_states=True)
+    tokens = 36 + model.family.num_cls
+    assert [tuple(x.shape) for x in output.hidden_states] == [(1, tokens, 24)] * 6
+    one = model(video, interpolate_pos_encoding=True, output_hidden_states=[-1, 1])
+    assert [n for n, x in enumerate(one.hidden_states) if x is not None] == [1, 5]
+    for n in (1, 5):
+        torch.testing.assert_close(one.hidden_states[n], output.hidden_states[n], atol=0, rtol=0)
+    native = model.vision_model(video[0], interpolate_pos_encoding=True, output_hidden_states=True)
+    torch.testing.assert_close(output.hidden_states[1], native.hidden_states[1].mean(0, keepdim=True))
+    image = model(video[0], interpolate_pos_encoding=True)
+    assert torch.equal(image.last_hidden_state, native.last_hidden_state)
+
+
+@torch.no_grad()
 def test_return_dict_false_gives_a_tuple():
     last_hidden_state, pooled = tower()(videos(), return_dict=False)
     assert last_hidden_state.shape == (2, 17, 24) and pooled.shape == (2, 24)
@@ -412,10 +460,14 @@ def test_drop_path_rates_grow_over_the_layers_and_act_in_training_only():
     rates = [layer.spatial.drop_path.rate for layer in model.bt_adapter.layers]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
     drop = model.bt_adapter.layers[-1].temporal.drop_path
-    x = torch.ones(4000, 2, 3)
-    assert torch.equal(drop.eval()(x), x)
-    dropped = drop.train()(x)
+    x, row_seeds = torch.ones(4000, 2, 3), torch.arange(40)
+    assert torch.equal(drop.eval()(x, None), x)
+    dropped = drop.train()(x, row_seeds)
     rows = dropped[:, 0, 0]
+    assert torch.equal(drop(x[100:200], row_seeds[1:2]), dropped[100:200])
+    other = model.bt_adapter.layers[-1].spatial.drop_path.train()(x, row_seeds)
+    for a, b in ((rows, other[:, 0, 0]), (rows[:100], rows[100:200]), (rows[:99], rows[1:100])):
+        assert 0.3 < ((a == 0) == (b == 0)).float().mean() < 0.75  # 0.52 where the two have nothing to do with another
     assert (dropped == rows[:, None, None]).all()
     assert sorted(set(rows.tolist())) == pytest.approx([0.0, 1 / 0.6])
     assert abs((rows == 0).float().mean().item() - 0.4) < 0.04
@@ -543,3 +595,115 @@ def test_from_backbone_refuses_other_models():
         BTAdapterVisionModel.from_backbone(clip)
     with pytest.raises(ValueError, match="between 1 and 5"):
         BTAdapterVisionModel.from_backbone(backbone(), num_adapter_layers=6)
+
+
+# ------------------------------------------------------------------------------------------------- time embeddings
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("T", [1, 2, 3, 4, 5, 9])
+def test_other_lengths_interpolate_between_the_trained_rows(T):
+    """Four of ten rows are trained; what stands in the others does not matter."""
+    model = tower(max_frames=10, num_trained_frames=4)
+    table = model.bt_adapter.time_embedding.weight
+    expected = []
+    for t in range(T):
+        place = 3 * t / (T - 1) if T > 1 else 0.0
+        low, high = math.floor(place), math.ceil(place)
+        expected.append(table[low] + (place - low) * (table[high] - table[low]))
+    found = model.bt_adapter._time_embeddings(T, table.device)
+    torch.testing.assert_close(found, torch.stack(expected), atol=1e-5, rtol=0)
+    pooled = model(videos(2, T)).pooler_output
+    table[4:] = torch.nan
+    assert torch.equal(model(videos(2, T)).pooler_output, pooled)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("number", [0, None])
+def test_the_table_as_released(number):
+    model = tower(max_frames=4, num_trained_frames=number)
+    table = model.bt_adapter.time_embedding.weight
+    for T in (1, 3, 4):
+        assert torch.equal(model.bt_adapter._time_embeddings(T, table.device), table[:T])
+    longer = model.bt_adapter._time_embeddings(7, table.device)
+    torch.testing.assert_close(longer[::2], table, atol=1e-6, rtol=0)
+    torch.testing.assert_close(longer[1], (table[0] + table[1]) / 2, atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_a_number_of_frames_far_from_the_trained_is_said(caplog):
+    logging.get_logger("bt_adapter_hf").propagate = True
+    logging.get_logger("bt_adapter_hf").warning_once.__func__.cache_clear()
+    model = tower(num_trained_frames=4)
+    for T in (2, 4, 8):
+        model(videos(1, T))
+    tower(num_trained_frames=0)(videos(1, 9))
+    assert not caplog.records
+    model(videos(1, 9))
+    model(videos(2, 9))
+    assert caplog.text.count("were trained for 4 frames per video and are interpolated to 9") == 1
+    model(videos(1, 1))
+    assert "interpolated to 1: the order of events is told best with num_frames=4" in caplog.text
+
+
+# ------------------------------------------------------------------------------------------------------ row seeds
+
+
+def test_what_is_dropped_from_a_video_follows_from_its_seed_alone():
+    model = tower(drop_path_rate=0.6).train()
+    seeds = torch.tensor([5, 2**32 - 1])
+    torch.manual_seed(1)
+    both = model(videos(), row_seeds=seeds).pooler_output
+    torch.manual_seed(2)
+    for row in range(2):
+        alone = model(videos()[row : row + 1], row_seeds=seeds[row : row + 1]).pooler_output
+        torch.testing.assert_close(alone[0], both[row], atol=2e-6, rtol=0)
+    assert not torch.allclose(model(videos(), row_seeds=seeds + 1).pooler_output, both, atol=1e-3)
+    drawn = model(videos()).pooler_output
+    assert not torch.allclose(drawn, model(videos()).pooler_output, atol=1e-3)
+    torch.manual_seed(2)
+    assert torch.equal(model(videos()).pooler_output, drawn)
+    model.eval()
+    assert torch.equal(model(videos(), row_seeds=seeds).pooler_output, model(videos()).pooler_output)
+
+
+def test_unequal_videos_keep_their_seeds():
+    model = tower(drop_path_rate=0.6).train()
+    frame_mask, seeds = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]), torch.tensor([3, 8])
+    both = model(videos(), frame_mask=frame_mask, row_seeds=seeds).pooler_output
+    alone = model(videos()[:1, :2], row_seeds=seeds[:1]).pooler_output
+    torch.testing.assert_close(both[:1], alone, atol=2e-6, rtol=0)
+
+
+def test_hashed_bits_are_even_and_independent():
+    bits = hashed(torch.arange(300)[:, None], 7, torch.arange(300))
+    assert bits.min() >= 0 and bits.max() < 2**32 and len(bits.unique()) > 89_900  # two of 90,000 may well agree
+    ones = torch.stack([(bits >> n) & 1 for n in range(32)]).double()
+    assert (ones.mean((1, 2)) - 0.5).abs().max() < 0.01  # 6 standard deviations of 90,000 draws
+    flat = (bits.double() / 2**32 - 0.5).flatten()
+    for shift in (1, 2, 300):
+        assert (flat[:-shift] * flat[shift:]).mean().abs() * 12 < 0.02
+    assert int(hashed(1, 2)) != int(hashed(2, 1)) and int(hashed(-1)) == int(hashed(2**32 - 1))
+
+
+# --------------------------------------------------------------------------------------------- copies and replicas
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pickle_and_deepcopy_after_a_forward_pass(family):
+    model = tower(family)
+    expected = model(videos(), output_hidden_states=True)
+    for copied in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model), model):
+        output = copied(videos(), output_hidden_states=True)
+        assert torch.equal(output.pooler_output, expected.pooler_output)
+        assert all(torch.equal(a, b) for a, b in zip(output.hidden_states, expected.hidden_states, strict=True))
+    layers = copied.vision_model.encoder.layers
+    assert len(layers[0]._forward_hooks) == 1  # none was installed twice
+
+
+def test_data_parallel_is_refused():
+    with pytest.raises(RuntimeError, match="does not run under nn.DataParallel.*torchrun or accelerate"):
+        tower()._replicate_for_data_parallel()
+    # what nn.DataParallel calls of each module
+    assert "module._replicate_for_data_parallel()" in inspect.getsource(torch.nn.parallel.replicate)

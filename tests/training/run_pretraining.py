@@ -45,8 +45,7 @@ def run(clips: Path, output: Path, batch: int, resume: bool = False, **options) 
     tiny_pairs.shard_on_the_cpu()
     table = load_table(clips)
     trainer = BTAdapterTrainer(
-        # neither mask nor stochastic depth, which processes draw on their own
-        model=tiny_pairs.model(mask_ratio=0.0, vision={"drop_path_rate": 0.0}),
+        model=tiny_pairs.model(mask_ratio=0.5, vision={"drop_path_rate": 0.4}),
         args=args,
         train_dataset=PairDataset(table, processor, training=True),
         eval_dataset=PairDataset(table, processor, training=False),

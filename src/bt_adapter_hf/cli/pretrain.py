@@ -87,7 +87,13 @@ def register(subparsers) -> None:
     add_table_options(data)
     data.add_argument("--train-split", default="train", metavar="NAME", help="of a Hub dataset (default: train)")
     data.add_argument("--validation-split", default="validation", metavar="NAME", help="(default: validation)")
-    data.add_argument("--num-frames", type=whole_number(), metavar="T", help="frames per clip (default: 8)")
+    data.add_argument(
+        "--num-frames",
+        type=whole_number(),
+        nargs="+",
+        metavar="T",
+        help="frames per clip (default: 8); of several numbers one is drawn for every step",
+    )
     data.add_argument(
         "--max-text-length", type=whole_number(), metavar="N", help="longest caption in tokens (default: 64)"
     )
@@ -138,9 +144,11 @@ def run(args: argparse.Namespace) -> int:
     from ..training.arguments import BTAdapterTrainingArguments
 
     options = {**TRAINING_OPTIONS, "cached_gradient_batch_size": "cached_gradient_batch_size"}
-    controls = {"eval_controls": args.eval_controls} if args.eval_controls else {}
+    lists = {"eval_controls": args.eval_controls} if args.eval_controls else {}
+    if args.num_frames is not None and len(args.num_frames) > 1:
+        lists["frame_counts"] = args.num_frames
     packages = ("accelerate", "datasets", "matplotlib")
-    training_args, checkpoint = begin(args, BTAdapterTrainingArguments, packages, options, **controls)
+    training_args, checkpoint = begin(args, BTAdapterTrainingArguments, packages, options, **lists)
     if args.eval_controls == []:
         training_args.eval_controls = []
 
@@ -192,6 +200,7 @@ def run(args: argparse.Namespace) -> int:
         },
         data={
             "num_frames": processor.video_processor.num_frames,
+            "frame_counts": training_args.frame_counts,
             "max_text_length": max_text_length,
             "crop_scale": args.crop_scale,
             "group_by_caption": args.group_by_caption,
@@ -219,7 +228,7 @@ def load_model(args: argparse.Namespace):
         return load_starting_point(
             args.model,
             revision=args.revision,
-            num_frames=args.num_frames,
+            num_frames=max(args.num_frames) if args.num_frames else None,
             num_adapter_layers=args.num_adapter_layers,
             **fields,
         )

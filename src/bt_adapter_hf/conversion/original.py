@@ -396,6 +396,7 @@ def _tower_config(
         fields = _gate_fields(found, state, fields, len(keep), notes)
     if _BRANCH + "time_embedding.weight" in state:
         fields["max_frames"] = len(state[_BRANCH + "time_embedding.weight"])
+    fields.setdefault("num_trained_frames", None)  # the table is read as released
     return BTAdapterVisionConfig(backbone=backbone, adapter_layers=keep, drop_path_rate=rate, **fields)
 
 

@@ -127,6 +127,11 @@ class InstructionDataset(torch.utils.data.Dataset):
                 type(processor).__name__,
             )
 
+    @property
+    def num_frames(self) -> int:
+        """Frames of a clip."""
+        return self.processor.video_processor.num_frames
+
     def __len__(self) -> int:
         return len(self.table)
 

@@ -20,7 +20,7 @@ from ..adapters.host_modules import find_tower, offloaded_value, path_of
 from ..adapters.quantization import check_kept_out, language_model_only
 from ..adapters.strictness import check_loading
 from ..adapters.verbs import attach_adapter
-from ..models.configuration_bt_adapter_chat import TOWER_FIELDS
+from ..models.configuration_bt_adapter import TOWER_FIELDS
 from ..models.modeling_bt_adapter_vision import BTAdapterVisionModel
 from .source import base_of, find_adapter, from_hub, naming_base, pinned, resolve_adapter
 

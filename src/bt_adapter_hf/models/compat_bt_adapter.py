@@ -15,7 +15,12 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.hub import resolve_revision
 
 
+# Where the hooks are defined that transformers leaves in a model whose hidden states were asked for.
+CAPTURING_HOOKS = "transformers.utils.output_capturing"
+
+
 __all__ = [
+    "CAPTURING_HOOKS",
     "BaseModelOutputWithPooling",
     "SubConfigSpec",
     "WeightRenaming",

@@ -29,6 +29,13 @@ def _as_tower_config(vision_config: Any, outer_type: str | None = None) -> Any:
     return vision_config
 
 
+def _of_backbone(name: str, *default: Any) -> property:
+    """A size of the tower, which is its backbone's."""
+    return property(
+        lambda self: getattr(self.backbone, name, *default), lambda self, value: setattr(self.backbone, name, value)
+    )
+
+
 @strict
 class BTAdapterVisionConfig(PreTrainedConfig):
     r"""
@@ -45,8 +52,13 @@ class BTAdapterVisionConfig(PreTrainedConfig):
             Backbone layers whose *outputs* feed the branch, one per branch layer, counted from 0, ascending. The last
             K layers are as released; `[L-K-1, ..., L-2]` is the pairing of paper Eq. 3 and 4.
         max_frames (`int`, *optional*, defaults to 64):
-            Rows of the time embedding table. A video of more frames is embedded by linear interpolation between the
-            rows, its first frame on the first row and its last frame on the last.
+            Rows of the time embedding table.
+        num_trained_frames (`int`, *optional*, defaults to 0):
+            How many rows of that table were trained, from the first: the frames per video of the training, which
+            records them here. A video of another number of frames is embedded by linear interpolation between these
+            rows, its first frame on the first and its last frame on the last. 0: not recorded yet; the rows are read
+            as released, the first T of the table and beyond it an interpolation of all. None: as released for good,
+            which is what converted weights get, and what training leaves alone.
         time_embedding_init_std (`float`, *optional*, defaults to 1.0):
             Standard deviation of fresh time embeddings (1.0 as released).
         fusion (`"gate"` or `"sum"`, *optional*, defaults to `"gate"`):
@@ -102,6 +114,7 @@ class BTAdapterVisionConfig(PreTrainedConfig):
     backbone: dict | PreTrainedConfig | None = None
     adapter_layers: list[int] | None = None
     max_frames: int = 64
+    num_trained_frames: int | None = 0
     time_embedding_init_std: float = 1.0
     fusion: Literal["gate", "sum"] = "gate"
     fusion_gate_scale: float | int = 100.0
@@ -147,6 +160,11 @@ class BTAdapterVisionConfig(PreTrainedConfig):
         for name in ("max_frames", "frames_per_chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if not 0 <= (self.num_trained_frames or 0) <= self.max_frames:
+            raise ValueError(
+                f"num_trained_frames={self.num_trained_frames} must be between 0 and max_frames={self.max_frames}, or "
+                "None."
+            )
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate={self.drop_path_rate} must be in [0, 1).")
         if self.token_fusion == "gate" and self.output_fusion != "gate":
@@ -156,39 +174,15 @@ class BTAdapterVisionConfig(PreTrainedConfig):
     def num_adapter_layers(self) -> int:
         return len(self.adapter_layers)
 
-    # Hosts and processors read the sizes of the tower from here.
-    @property
-    def hidden_size(self) -> int:
-        return self.backbone.hidden_size
-
-    @property
-    def intermediate_size(self) -> int:
-        return self.backbone.intermediate_size
-
-    @property
-    def num_hidden_layers(self) -> int:
-        return self.backbone.num_hidden_layers
-
-    @property
-    def num_attention_heads(self) -> int:
-        return self.backbone.num_attention_heads
-
-    @property
-    def num_channels(self) -> int:
-        # The EVA towers of InstructBLIP and BLIP-2 have no such field: they take RGB images only.
-        return getattr(self.backbone, "num_channels", 3)
-
-    @property
-    def image_size(self) -> int:
-        return self.backbone.image_size
-
-    @property
-    def patch_size(self) -> int:
-        return self.backbone.patch_size
-
-    @property
-    def layer_norm_eps(self) -> float:
-        return self.backbone.layer_norm_eps
+    # Hosts and processors read the sizes of the tower here, and they can be set.
+    hidden_size = _of_backbone("hidden_size")
+    intermediate_size = _of_backbone("intermediate_size")
+    num_hidden_layers = _of_backbone("num_hidden_layers")
+    num_attention_heads = _of_backbone("num_attention_heads")
+    num_channels = _of_backbone("num_channels", 3)  # the EVA towers have no such field: they take RGB images only
+    image_size = _of_backbone("image_size")
+    patch_size = _of_backbone("patch_size")
+    layer_norm_eps = _of_backbone("layer_norm_eps")
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -200,6 +194,42 @@ class BTAdapterVisionConfig(PreTrainedConfig):
         elif config.get("model_type") in BACKBONE_TYPES:
             config = {**_as_tower_config(config), "model_type": cls.model_type}
         return config, kwargs
+
+
+_COMMON_FIELDS = PreTrainedConfig.__dataclass_fields__.keys()
+TOWER_FIELDS = BTAdapterVisionConfig.__dataclass_fields__.keys() - _COMMON_FIELDS - {"backbone"}
+
+
+def with_fields(cls: type[PreTrainedConfig], config_dict: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Takes the fields of a config, and of its tower, out of `kwargs` and puts them into the dict of the config.
+
+    A dict for a sub-config changes the fields that it names and no others. One for `vision_config` may name fields of
+    the tower and of its backbone.
+    """
+    config_dict = dict(config_dict)
+    tower = {name: kwargs.pop(name) for name in TOWER_FIELDS & kwargs.keys()}
+    for name in cls.__dataclass_fields__.keys() & kwargs.keys() - _COMMON_FIELDS:
+        value = kwargs.pop(name)
+        if name == "vision_config" and isinstance(value, dict):
+            tower = {**value, **tower}
+        elif name in cls.sub_configs_defaults and isinstance(value, dict):
+            config_dict[name] = {**_as_dict(config_dict.get(name)), **value}
+        else:
+            config_dict[name] = value
+    if tower:
+        old = _as_dict(config_dict.get("vision_config"))
+        old = old if "backbone" in old or not old else {"backbone": old}
+        backbone = {**_as_dict(old.get("backbone")), **_as_dict(tower.pop("backbone", None))}
+        for name in tower.keys() - TOWER_FIELDS:
+            value = tower.pop(name)
+            if value != BTAdapterVisionConfig.model_type:
+                backbone[name] = value
+        config_dict["vision_config"] = {**old, **({"backbone": backbone} if backbone else {}), **tower}
+    return config_dict
+
+
+def _as_dict(config: dict | PreTrainedConfig | None) -> dict[str, Any]:
+    return config.to_dict() if isinstance(config, PreTrainedConfig) else dict(config or {})
 
 
 @strict
@@ -291,19 +321,8 @@ class BTAdapterConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """As in transformers; keyword arguments that are fields of the tower's config are passed on to it, so that
         `from_pretrained(clip, adapter_layers=[20, 21, 22, 23], mask_ratio=0.5)` says all in one call."""
-        own = {name: kwargs.pop(name) for name in cls.__dataclass_fields__.keys() & kwargs.keys() - _COMMON_FIELDS}
-        tower_fields = BTAdapterVisionConfig.__dataclass_fields__.keys() - _COMMON_FIELDS
-        tower = {name: kwargs.pop(name) for name in tower_fields & kwargs.keys()}
-        config_dict = {**config_dict, **own}
-        if tower:
-            vision_config = config_dict.get("vision_config") or {}
-            if isinstance(vision_config, PreTrainedConfig):
-                vision_config = vision_config.to_dict()
-            config_dict["vision_config"] = {**_as_tower_config(vision_config), **tower}
-        return super().from_dict(config_dict, **kwargs)
+        return super().from_dict(with_fields(cls, config_dict, kwargs), **kwargs)
 
-
-_COMMON_FIELDS = PreTrainedConfig.__dataclass_fields__.keys()
 
 AutoConfig.register(BTAdapterVisionConfig.model_type, BTAdapterVisionConfig, exist_ok=True)
 AutoConfig.register(BTAdapterConfig.model_type, BTAdapterConfig, exist_ok=True)

@@ -12,11 +12,7 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from transformers import AutoConfig, Blip2Config, InstructBlipConfig, LlavaConfig, PreTrainedConfig
 
 from .compat_bt_adapter import SubConfigSpec
-from .configuration_bt_adapter import BTAdapterVisionConfig
-
-
-_COMMON_FIELDS = PreTrainedConfig.__dataclass_fields__.keys()
-TOWER_FIELDS = BTAdapterVisionConfig.__dataclass_fields__.keys() - _COMMON_FIELDS - {"backbone"}
+from .configuration_bt_adapter import BTAdapterVisionConfig, with_fields
 
 
 def next_token_id(source: str | os.PathLike, hub: Mapping[str, Any]) -> int | None:
@@ -128,17 +124,7 @@ class BTAdapterHostConfigMixin:
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """As in transformers; keyword arguments that are fields of the tower's config are passed on to it."""
-        own = {name: kwargs.pop(name) for name in cls.__dataclass_fields__.keys() & kwargs.keys() - _COMMON_FIELDS}
-        tower = {name: kwargs.pop(name) for name in TOWER_FIELDS & kwargs.keys()}
-        config_dict = {**config_dict, **own}
-        if tower:
-            vision_config = config_dict.get("vision_config") or {}
-            if isinstance(vision_config, PreTrainedConfig):
-                vision_config = vision_config.to_dict()
-            if "backbone" not in vision_config:
-                vision_config = {"backbone": vision_config}
-            config_dict["vision_config"] = {**vision_config, **tower}
-        return super().from_dict(config_dict, **kwargs)
+        return super().from_dict(with_fields(cls, config_dict, kwargs), **kwargs)
 
 
 @strict

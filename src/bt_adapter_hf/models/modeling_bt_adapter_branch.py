@@ -14,8 +14,12 @@ from transformers.models.blip_2.modeling_blip_2 import Blip2EncoderLayer, Blip2V
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.instructblip.modeling_instructblip import InstructBlipEncoderLayer, InstructBlipVisionModel
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
+from transformers.utils import logging
 
 from .configuration_bt_adapter import BTAdapterVisionConfig
+
+
+logger = logging.get_logger(__name__)
 
 
 class BackboneFamily(NamedTuple):
@@ -35,18 +39,41 @@ BACKBONES = {
 }
 
 
+def hashed(*keys: torch.Tensor | int) -> torch.LongTensor:
+    """32 random bits that are a function of the keys alone (integers, broadcast), the same on every device.
+
+    What is drawn at random in training is drawn so, from a seed per video: it does not depend on the other videos of a
+    batch, on how a batch is spread over processes, or on how many times a layer is run.
+    """
+    x = torch.zeros((), dtype=torch.long)
+    for key in keys:
+        # https://github.com/skeeto/hash-prospector; 32 bits in 64, and no factor above 31, so that nothing overflows
+        x = ((x + 0x9E3779B9) & 0xFFFFFFFF) ^ (key & 0xFFFFFFFF)
+        x = (x ^ (x >> 16)) * 0x21F0AAAD & 0xFFFFFFFF
+        x = (x ^ (x >> 15)) * 0x735A2D97 & 0xFFFFFFFF
+        x = x ^ (x >> 15)
+    return x
+
+
+def draw(row_seeds: torch.LongTensor, what: int, count: int) -> torch.Tensor:
+    """(B,) -> (B, count) float32, uniform in [0, 1). `what` tells the draws of one video apart."""
+    number = torch.arange(count, device=row_seeds.device)
+    return (hashed(row_seeds[:, None], what, number) >> 8) / 2**24
+
+
 class BTAdapterDropPath(nn.Module):
     """Stochastic depth: zeroes whole rows (dim 0) in training and scales the kept ones."""
 
-    def __init__(self, rate: float):
+    def __init__(self, rate: float, what: int):
         super().__init__()
-        self.rate = rate
+        self.rate, self.what = rate, what
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, row_seeds: torch.LongTensor | None) -> torch.Tensor:
+        """(B*n, ...), and (B,) or None in evaluation -> (B*n, ...)"""
         if self.rate == 0.0 or not self.training:
             return hidden_states
-        shape = (hidden_states.shape[0],) + (1,) * (hidden_states.ndim - 1)
-        keep = hidden_states.new_empty(shape).bernoulli_(1 - self.rate)
+        keep = draw(row_seeds, self.what, len(hidden_states) // len(row_seeds)) >= self.rate
+        keep = keep.to(hidden_states.dtype).view(-1, *(1,) * (hidden_states.ndim - 1))
         return hidden_states * keep / (1 - self.rate)
 
     def extra_repr(self) -> str:
@@ -63,18 +90,18 @@ class BTAdapterZeroLinear(nn.Linear):
 class BTAdapterTemporalBlock(nn.Module):
     """Self-attention of each patch over the frames, behind a zero-initialised projection (paper Eq. 2)."""
 
-    def __init__(self, config: BTAdapterVisionConfig, layer: nn.Module, drop_path_rate: float):
+    def __init__(self, config: BTAdapterVisionConfig, layer: nn.Module, drop_path: BTAdapterDropPath):
         super().__init__()
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.temporal_layer_norm_eps)
         self.attn = layer.self_attn
-        self.drop_path = BTAdapterDropPath(drop_path_rate)
+        self.drop_path = drop_path
         self.proj = BTAdapterZeroLinear(config.hidden_size, config.hidden_size)
 
-    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+    def forward(self, patches: torch.Tensor, row_seeds: torch.LongTensor | None = None) -> torch.Tensor:
         """(B, T, N, D) -> (B, T, N, D)"""
         B, T, N, D = patches.shape
         x = self.norm(patches.transpose(1, 2).reshape(B * N, T, D))
-        x = self.proj(self.drop_path(self.attn(hidden_states=x)[0]))
+        x = self.proj(self.drop_path(self.attn(hidden_states=x)[0], row_seeds))
         return patches + x.view(B, N, T, D).transpose(1, 2)
 
 
@@ -84,23 +111,23 @@ class BTAdapterSpatialBlock(nn.Module):
     Every frame attends together with a copy of the video CLS; the updates of the copies are averaged over the frames.
     """
 
-    def __init__(self, config: BTAdapterVisionConfig, layer: nn.Module, drop_path_rate: float):
+    def __init__(self, config: BTAdapterVisionConfig, layer: nn.Module, drop_path: BTAdapterDropPath):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.spatial_layer_norm_eps)
         self.attn = layer.self_attn
-        self.drop_path = BTAdapterDropPath(drop_path_rate)
+        self.drop_path = drop_path
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.spatial_layer_norm_eps)
         self.mlp = layer.mlp
 
     def forward(
-        self, patches: torch.Tensor, video_cls: torch.Tensor | None
+        self, patches: torch.Tensor, video_cls: torch.Tensor | None, row_seeds: torch.LongTensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, T, N, D), (B, 1, D) or None -> the same shapes"""
         B, T, N, D = patches.shape
         x = self.norm1(patches)
         if video_cls is not None:
             x = torch.cat([self.norm1(video_cls)[:, None].expand(B, T, 1, D), x], dim=2)  # (B, T, 1+N, D)
-        x = self.drop_path(self.attn(hidden_states=x.flatten(0, 1))[0]).view(B, T, -1, D)
+        x = self.drop_path(self.attn(hidden_states=x.flatten(0, 1))[0], row_seeds).view(B, T, -1, D)
         patches = patches + x[:, :, -N:]
         patches = patches + self.mlp(self.norm2(patches))
         if video_cls is not None:
@@ -112,19 +139,22 @@ class BTAdapterSpatialBlock(nn.Module):
 class BTAdapterLayer(GradientCheckpointingLayer):
     """One branch layer: divided space-time attention, time first."""
 
-    def __init__(self, config: BTAdapterVisionConfig, drop_path_rate: float):
+    def __init__(self, config: BTAdapterVisionConfig, j: int):
         super().__init__()
+        rate = config.drop_path_rate * j / max(config.num_adapter_layers - 1, 1)
         layer_class = BACKBONES[config.backbone.model_type].layer_class
         # Two native layers lend their parts. The layer class itself must not appear in the branch: transformers
         # records hidden states by hooks on every instance of it.
-        self.temporal = BTAdapterTemporalBlock(config, layer_class(config.backbone), drop_path_rate)
-        self.spatial = BTAdapterSpatialBlock(config, layer_class(config.backbone), drop_path_rate)
+        self.temporal = BTAdapterTemporalBlock(
+            config, layer_class(config.backbone), BTAdapterDropPath(rate, 2 * j + 1)
+        )
+        self.spatial = BTAdapterSpatialBlock(config, layer_class(config.backbone), BTAdapterDropPath(rate, 2 * j + 2))
 
     def forward(
-        self, patches: torch.Tensor, video_cls: torch.Tensor | None
+        self, patches: torch.Tensor, video_cls: torch.Tensor | None, row_seeds: torch.LongTensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, T, N, D), (B, 1, D) or None -> the same shapes"""
-        return self.spatial(self.temporal(patches), video_cls)
+        return self.spatial(self.temporal(patches, row_seeds), video_cls, row_seeds)
 
 
 class BTAdapterBranch(nn.Module):
@@ -141,8 +171,7 @@ class BTAdapterBranch(nn.Module):
         # A gate exists only where it is used: a parameter without gradient is an error under DDP.
         self.fusion_gate = nn.Parameter(torch.zeros(D)) if config.fusion == "gate" and K > 1 else None
         self.output_gate = nn.Parameter(torch.zeros(D)) if config.output_fusion == "gate" else None
-        rates = [config.drop_path_rate * j / max(K - 1, 1) for j in range(K)]
-        self.layers = nn.ModuleList([BTAdapterLayer(config, rate) for rate in rates])
+        self.layers = nn.ModuleList([BTAdapterLayer(config, j) for j in range(K)])
 
     def forward(
         self,
@@ -152,6 +181,7 @@ class BTAdapterBranch(nn.Module):
         bool_masked_pos: torch.Tensor | None = None,
         to_fuse: dict[int, tuple[torch.Tensor, int]] | None = None,
         kept_patches: int | None = None,
+        row_seeds: torch.LongTensor | None = None,
     ) -> "BTAdapterBranchOutput":
         """
         Args:
@@ -161,7 +191,7 @@ class BTAdapterBranch(nn.Module):
             position: (C+N, D), the spatial position embeddings of the backbone.
             bool_masked_pos: bool (B, N) or (B, T*N), True = dropped; see [`BTAdapterVisionModel.forward`].
             to_fuse: {key: (backbone state (B, T, C+N, D), branch layer)}, the states to fuse with branch outputs.
-            kept_patches: see [`BTAdapterVisionModel.forward`].
+            kept_patches, row_seeds: see [`BTAdapterVisionModel.forward`]; training needs seeds.
         """
         config = self.config
         # The branch may be kept in another precision than a frozen backbone in half precision.
@@ -189,7 +219,7 @@ class BTAdapterBranch(nn.Module):
                 if self.num_cls and config.video_cls == "average":
                     frame_cls = x[:, :, 0].mean(dim=1, keepdim=True)
                     video_cls = self._join(self.fusion_gate, config.fusion_gate_scale, frame_cls, video_cls)
-            patches, video_cls = layer(patches, video_cls)
+            patches, video_cls = layer(patches, video_cls, row_seeds)
             outputs.append((patches, video_cls))
 
         # Paper Eq. 5: the video CLS (B, 1, D) joins the CLS of each frame (B, T, D). Without a CLS patches are joined.
@@ -277,10 +307,19 @@ class BTAdapterBranch(nn.Module):
         return patches + position[index % len(position)] + time[index // len(position)]
 
     def _time_embeddings(self, T: int, device: torch.device) -> torch.Tensor:
-        """(T, D). Longer videos than the table: linear interpolation, first on first and last on last row."""
-        rows = self.time_embedding(torch.arange(min(T, self.config.max_frames), device=device))
-        if T <= self.config.max_frames:
+        """(T, D), the rows that were trained, or for another T a linear interpolation: first on first, last on last.
+
+        As released, where it is not recorded which were: the first T rows, and an interpolation of all beyond.
+        """
+        trained = self.config.num_trained_frames
+        rows = self.time_embedding(torch.arange(trained or min(T, self.config.max_frames), device=device))
+        if T == len(rows):
             return rows
+        if trained and not trained / 2 <= T <= 2 * trained and not self.training and not torch.compiler.is_compiling():
+            logger.warning_once(
+                f"The time embeddings were trained for {trained} frames per video and are interpolated to {T}: the "
+                f"order of events is told best with num_frames={trained} of the processor, or nearby."
+            )
         return nn.functional.interpolate(rows.t()[None], size=T, mode="linear", align_corners=True)[0].t()
 
     def _first_cls(self, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor | None:

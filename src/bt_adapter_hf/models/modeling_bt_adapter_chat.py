@@ -22,6 +22,7 @@ class BTAdapterChatMixin:
     """A native image chat model with a BT-Adapter tower in it."""
 
     _new_modules = ("bt_adapter",)
+    __getstate__ = BTAdapterPreTrainedModel.__getstate__
     freeze_backbone = BTAdapterPreTrainedModel.freeze_backbone
 
     @classmethod

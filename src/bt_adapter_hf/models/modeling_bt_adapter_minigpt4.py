@@ -23,7 +23,8 @@ from transformers.models.blip_2.modeling_blip_2 import Blip2ForConditionalGenera
 
 from .chat_templates_bt_adapter import MINIGPT4_STOP
 from .compat_bt_adapter import BaseModelOutputWithPooling, can_return_tuple
-from .configuration_bt_adapter_chat import TOWER_FIELDS, BTAdapterMiniGPT4Config
+from .configuration_bt_adapter import TOWER_FIELDS
+from .configuration_bt_adapter_chat import BTAdapterMiniGPT4Config
 from .modeling_bt_adapter_chat import NEEDS_PACKAGE
 from .modeling_bt_adapter_qformer import BTAdapterQFormerChatMixin
 from .modeling_bt_adapter_vision import BTAdapterVisionModel, package_loading

@@ -10,7 +10,7 @@ from transformers.utils import ModelOutput
 from .compat_bt_adapter import can_return_tuple
 from .configuration_bt_adapter import BTAdapterConfig
 from .modeling_bt_adapter import BTAdapterModel
-from .modeling_bt_adapter_branch import true_first
+from .modeling_bt_adapter_branch import draw, true_first
 from .modeling_bt_adapter_vision import BTAdapterVisionOutput
 
 
@@ -97,6 +97,7 @@ class BTAdapterForPreTraining(BTAdapterModel):
         attention_mask: torch.Tensor | None = None,
         bool_masked_pos: torch.BoolTensor | None = None,
         kept_patches: int | None = None,
+        row_seeds: torch.LongTensor | None = None,
         return_loss: bool = True,
         **kwargs,
     ) -> BTAdapterForPreTrainingOutput | BTAdapterPreTrainingFeatures:
@@ -108,6 +109,8 @@ class BTAdapterForPreTraining(BTAdapterModel):
             bool_masked_pos: bool (B, N) or (B, T*N), True = dropped from the branch. Drawn per video with
                 `config.mask_ratio` when absent in training mode; nothing is dropped in evaluation mode.
             kept_patches: as [`BTAdapterVisionModel.forward`] takes it.
+            row_seeds: (B,), an integer per video that says what is masked and which paths are dropped in training,
+                whatever else is in the batch; drawn from torch's generator when absent.
             return_loss: False for the features that [`~BTAdapterForPreTraining.losses`] takes.
 
         Raises:
@@ -118,8 +121,10 @@ class BTAdapterForPreTraining(BTAdapterModel):
             raise ValueError(
                 f"Pretraining pairs text i with video i; found {B} texts, {len(pixel_values_videos)} videos."
             )
+        if self.training and row_seeds is None:
+            row_seeds = torch.randint(2**32, (B,), device=pixel_values_videos.device)
         if bool_masked_pos is None:
-            bool_masked_pos, kept_patches = self.draw_mask(pixel_values_videos)
+            bool_masked_pos, kept_patches = self.draw_mask(pixel_values_videos, row_seeds)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.text_learns()):
             text = self.get_text_features(input_ids, attention_mask=attention_mask).pooler_output
         states = self.get_video_features(
@@ -127,6 +132,7 @@ class BTAdapterForPreTraining(BTAdapterModel):
             bool_masked_pos=bool_masked_pos,
             kept_patches=kept_patches,
             output_branch_states=True,
+            row_seeds=row_seeds,
             **kwargs,
         )
         features = BTAdapterPreTrainingFeatures(text=text, video=states.pooler_output)
@@ -137,18 +143,16 @@ class BTAdapterForPreTraining(BTAdapterModel):
             features.token_loss = self._token_alignment_loss(states, bool_masked_pos)
         return self.losses(features) if return_loss else features
 
-    def draw_mask(self, pixel_values_videos: torch.Tensor) -> tuple[torch.BoolTensor | None, int | None]:
+    def draw_mask(
+        self, pixel_values_videos: torch.Tensor, row_seeds: torch.LongTensor | None
+    ) -> tuple[torch.BoolTensor | None, int | None]:
         """A mask (B, N) as `config.mask_ratio` says and the patches it keeps per video; None in evaluation mode."""
-        ratio = self.config.mask_ratio
+        ratio, size = self.config.mask_ratio, self.config.vision_config.patch_size
         if not self.training or ratio == 0:
             return None, None
-        B, (H, W), size = (
-            len(pixel_values_videos),
-            pixel_values_videos.shape[-2:],
-            self.config.vision_config.patch_size,
-        )
+        H, W = pixel_values_videos.shape[-2:]
         N = (H // size) * (W // size)
-        return random_tube_mask(B, N, ratio), N - int(ratio * N)
+        return random_tube_mask(row_seeds, N, ratio), N - int(ratio * N)
 
     def losses(self, features: BTAdapterPreTrainingFeatures) -> BTAdapterForPreTrainingOutput:
         """The losses of a batch; in training on several processes, the contrastive ones over the batches of all.
@@ -259,10 +263,8 @@ def contrastive_loss(x: torch.Tensor, y: torch.Tensor, temperature: float) -> to
     return nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.t(), target)
 
 
-def random_tube_mask(batch_size: int, num_patches: int, ratio: float) -> torch.BoolTensor:
-    """(B, N), True = dropped: `int(ratio * N)` patches, drawn anew for each video, dropped from all its frames.
-
-    Drawn on the CPU from torch's global generator, which Trainer saves and restores with its checkpoints.
-    """
-    dropped = torch.rand(batch_size, num_patches).argsort(dim=1)[:, : int(ratio * num_patches)]
-    return torch.zeros(batch_size, num_patches, dtype=torch.bool).scatter_(1, dropped, True)
+def random_tube_mask(row_seeds: torch.LongTensor, num_patches: int, ratio: float) -> torch.BoolTensor:
+    """(B,) -> (B, N), True = dropped: `int(ratio * N)` patches, by the seed of each video, dropped from all frames."""
+    dropped = draw(row_seeds, 0, num_patches).argsort(dim=1, stable=True)[:, : int(ratio * num_patches)]
+    masked = torch.zeros(len(row_seeds), num_patches, dtype=torch.bool, device=row_seeds.device)
+    return masked.scatter_(1, dropped, True)

@@ -16,6 +16,7 @@ from transformers import AutoModel, PreTrainedModel, initialization as init
 from transformers.utils import ModelOutput, logging
 
 from .compat_bt_adapter import (
+    CAPTURING_HOOKS,
     BaseModelOutputWithPooling,
     WeightRenaming,
     can_return_tuple,
@@ -73,18 +74,10 @@ class BTAdapterPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _no_split_modules = [
-        "BTAdapterLayer",
-        "CLIPEncoderLayer",
-        "SiglipEncoderLayer",
-        "InstructBlipEncoderLayer",
-        "Blip2EncoderLayer",
-        "CLIPVisionEmbeddings",
-        "CLIPTextEmbeddings",
-        "SiglipVisionEmbeddings",
-        "InstructBlipVisionEmbeddings",
-        "Blip2VisionEmbeddings",
-        "SiglipMultiheadAttentionPoolingHead",
-    ]
+        "BTAdapterLayer", "CLIPEncoderLayer", "SiglipEncoderLayer", "InstructBlipEncoderLayer", "Blip2EncoderLayer",
+        "CLIPVisionEmbeddings", "CLIPTextEmbeddings", "SiglipVisionEmbeddings", "InstructBlipVisionEmbeddings",
+        "Blip2VisionEmbeddings", "SiglipMultiheadAttentionPoolingHead",
+    ]  # fmt: skip
     # Modules that a checkpoint of a bare backbone lacks; they are new then, each as a whole.
     _new_modules: tuple[str, ...] = ("bt_adapter",)
 
@@ -150,6 +143,15 @@ class BTAdapterPreTrainedModel(PreTrainedModel):
             if isinstance(module, BTAdapterVisionModel):
                 module.vision_model.requires_grad_(False)
 
+    def __getstate__(self) -> dict:
+        """For pickle: without transformers' hooks that record hidden states, which it installs anew when needed."""
+        for module in self.modules():
+            for key, hook in list(module._forward_hooks.items()):
+                if getattr(hook, "__module__", None) == CAPTURING_HOOKS:
+                    del module._forward_hooks[key]
+            vars(module).pop("_output_capturing_hooks_installed", None)
+        return self.__dict__
+
 
 class BTAdapterVisionModel(BTAdapterPreTrainedModel):
     """The tower: a native image model, untouched and frozen, with the branch beside it.
@@ -163,12 +165,7 @@ class BTAdapterVisionModel(BTAdapterPreTrainedModel):
     _input_embed_layer = "patch_embedding"
     _can_record_outputs = {}  # hidden states are fused by hand; recording would return those of single frames
     _keys_to_ignore_on_load_unexpected = [
-        r"^text_model\.",
-        r"^text_projection\.",
-        r"^visual_projection\.",
-        r"^mbta_head\.",
-        r"^logit_(scale|bias)$",
-        r"position_ids$",
+        r"^(text_model|text_projection|visual_projection|mbta_head)\.|^logit_(scale|bias)$|position_ids$"
     ]
 
     def __init__(self, config: BTAdapterVisionConfig, backbone: PreTrainedModel | None = None):
@@ -212,6 +209,11 @@ class BTAdapterVisionModel(BTAdapterPreTrainedModel):
         model.bt_adapter.to(device=backbone.device, dtype=backbone.dtype)
         return model.train(backbone.training)
 
+    def _replicate_for_data_parallel(self):
+        raise RuntimeError(
+            "A BT-Adapter does not run under nn.DataParallel: start one process per GPU, with torchrun or accelerate."
+        )
+
     def get_input_embeddings(self) -> nn.Module:
         return self.vision_model.get_input_embeddings()
 
@@ -236,6 +238,7 @@ class BTAdapterVisionModel(BTAdapterPreTrainedModel):
         output_branch_states: bool = False,
         kept_patches: int | None = None,
         backbone_states: dict[int, torch.Tensor] | None = None,
+        row_seeds: torch.LongTensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
         r"""
@@ -248,13 +251,15 @@ class BTAdapterVisionModel(BTAdapterPreTrainedModel):
             output_hidden_states: all (`True`), or those of some indices into the tuple of L+1 entries; the others are
                 `None`. For videos, entry l is the mean over the frames of the backbone's, fused with the branch from
                 the first adapter layer on.
-            output_attentions: return the backbone's attentions, per frame.
+            output_attentions: return the backbone's attentions, per frame; needs `attn_implementation="eager"`.
             interpolate_pos_encoding: as in the native model, for images of another size.
             output_branch_states: return [`BTAdapterVisionOutput`] with the states of the branch.
             kept_patches: how many patches each row of a mask (B, N) keeps, from a caller who knows: the mask is then
                 neither checked nor read back from the device, and the forward pass compiles into one graph.
             backbone_states: in place of pixel_values, what [`encode_frames`] gave for the videos, (B, T, C+N, D)
                 each: only the branch runs. Unequal videos are padded with any values, see frame_mask.
+            row_seeds: (B,), an integer per video that says which paths are dropped from it in training; drawn from
+                torch's generator when absent.
 
         Returns:
             `last_hidden_state` (B, C+N, D) and `pooler_output` (B, D); for images the native model's output. Both are
@@ -263,8 +268,11 @@ class BTAdapterVisionModel(BTAdapterPreTrainedModel):
         Raises:
             ValueError: if shapes do not fit each other or the backbone.
         """
+        configs = (self.config, self.vision_model.config)
         if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
+            output_hidden_states = any(config.output_hidden_states for config in configs)
+        if output_attentions is None and backbone_states is None:
+            output_attentions = any(config.output_attentions for config in configs)
         selected = self._select(output_hidden_states)
         if backbone_states is not None:
             if pixel_values is not None or output_attentions or interpolate_pos_encoding:
@@ -305,12 +313,15 @@ class BTAdapterVisionModel(BTAdapterPreTrainedModel):
             raise ValueError(f"bool_masked_pos needs videos of one length; frame_mask gives {sorted(set(lengths))}.")
         if output_branch_states and len(groups) > 1:
             raise ValueError("output_branch_states needs videos of one length; run unequal videos in groups.")
+        if self.training and row_seeds is None:
+            row_seeds = torch.randint(2**32, (B,), device=seen.device)
         position = self._position_embeddings(pixel_values, interpolate_pos_encoding)
         results = []
         for rows in groups:
             chosen = slice(None) if len(rows) == B else rows
             masked = None if bool_masked_pos is None else bool_masked_pos[chosen]
             real = None if frame_mask is None else frame_mask[chosen]
+            seeds = None if row_seeds is None else row_seeds.to(seen.device)[chosen]
             if backbone_states is not None:
                 states = {n: _frames(x[chosen], real).to(self.dtype) for n, x in backbone_states.items()}
                 attentions = None
@@ -322,7 +333,7 @@ class BTAdapterVisionModel(BTAdapterPreTrainedModel):
                     interpolate_pos_encoding=interpolate_pos_encoding,
                 )
             states = {n: x.unflatten(0, (len(rows), -1)) for n, x in states.items()}
-            output = self._run_branch(states, position, masked, selected, output_branch_states, kept_patches)
+            output = self._run_branch(states, position, masked, selected, output_branch_states, kept_patches, seeds)
             output.attentions = attentions
             results.append(output)
         return results[0] if len(results) == 1 else self._regroup(results, groups, lengths)
@@ -441,6 +452,7 @@ class BTAdapterVisionModel(BTAdapterPreTrainedModel):
         selected: set[int],
         output_branch_states: bool,
         kept_patches: int | None = None,
+        row_seeds: torch.LongTensor | None = None,
     ) -> BaseModelOutputWithPooling:
         """Videos of one length. `states` are {index: (B, T, C+N, D)}."""
         L, layers = self.config.num_hidden_layers, self.config.adapter_layers
@@ -451,7 +463,7 @@ class BTAdapterVisionModel(BTAdapterPreTrainedModel):
             fed_by = {n: sum(layer < n for layer in layers) - 1 for n in wanted}
             to_fuse = {n: (states[n], j) for n, j in fed_by.items() if j >= 0}
         inputs = [states[i + 1] for i in layers]
-        branch = self.bt_adapter(inputs, states.get(L), position, bool_masked_pos, to_fuse, kept_patches)
+        branch = self.bt_adapter(inputs, states.get(L), position, bool_masked_pos, to_fuse, kept_patches, row_seeds)
 
         last_hidden_state = hidden_states = None
         if bool_masked_pos is None:

@@ -109,6 +109,10 @@ class BTAdapterTrainingArguments(ResumableArguments):
             Clips per forward pass with a graph: activations of so many clips are in memory, and the gradient is that
             of the whole `per_device_train_batch_size` at the cost of a second forward pass. None to run the batch as
             it is.
+        frame_counts (`list[int]`, *optional*):
+            Numbers of frames per clip that the model is to serve: one of them is drawn for every step, and the clips
+            of that step keep so many of their frames. The data set gives clips of the largest. None to take the clips
+            as they come.
     """
 
     learning_rate: float = field(default=2e-6, metadata={"help": "Base learning rate; see lr_multipliers."})
@@ -138,6 +142,9 @@ class BTAdapterTrainingArguments(ResumableArguments):
     cached_gradient_batch_size: int | None = field(
         default=None, metadata={"help": "Clips per forward pass with a graph, to fit a large contrastive batch."}
     )
+    frame_counts: list[int] | None = field(
+        default=None, metadata={"help": "Numbers of frames, one of which is drawn for every step."}
+    )
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Whether DDP looks for parameters without a gradient; there are none."}
     )
@@ -149,6 +156,8 @@ class BTAdapterTrainingArguments(ResumableArguments):
         check_controls(self.eval_controls)
         if self.eval_shuffle_draws < 1:
             raise ValueError(f"eval_shuffle_draws={self.eval_shuffle_draws} must be at least 1.")
+        if self.frame_counts is not None and (not self.frame_counts or min(self.frame_counts) < 1):
+            raise ValueError(f"frame_counts={self.frame_counts} must be numbers of at least 1, or None.")
         if self.cached_gradient_batch_size is not None:
             if self.cached_gradient_batch_size < 1:
                 raise ValueError(

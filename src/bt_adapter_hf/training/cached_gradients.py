@@ -2,7 +2,7 @@
 
 The losses need one small row per clip, not the clip's activations. So the rows of all clips are computed without a
 graph, a few clips at a time; the losses of all rows give the gradient of each row; and each few clips are run again,
-with a graph, with the same mask and the same dropped paths, to carry their rows' gradient to the parameters. That is
+with a graph, with the same masks and all else that is drawn, to carry their rows' gradient to the parameters. That is
 the gradient of the whole batch, for the activations of a few clips and one forward pass more.
 """
 
@@ -54,15 +54,13 @@ def cached_gradient_step(
         raise ValueError(f"cached gradients need at least 1 clip at a time, not {clips}.")
     bare = model if bare is None else bare
     inputs = dict(inputs)
-    if inputs.get("bool_masked_pos") is None:
-        inputs["bool_masked_pos"], inputs["kept_patches"] = bare.draw_mask(inputs["pixel_values_videos"])
-    B = len(inputs["input_ids"])
+    B, device = len(inputs["input_ids"]), inputs["pixel_values_videos"].device
+    if inputs.get("row_seeds") is None:  # of masks and dropped paths
+        inputs["row_seeds"] = torch.randint(2**32, (B,), device=device)
     parts = [
         {name: x[start : start + clips] if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
         for start in range(0, B, clips)
     ]
-    device = inputs["pixel_values_videos"].device
-
     states, rows = [], []
     with torch.no_grad():
         for part in parts:

@@ -10,11 +10,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import Trainer, TrainerCallback, set_seed
+from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging as transformers_logging
@@ -25,6 +24,7 @@ from ..adapters.verbs import describe_adapter
 from ..data.broken import BrokenItemsLog
 from ..data.chunk_store import discard
 from ..data.order import EpochOrder, OrderSampler
+from ..models.modeling_bt_adapter_branch import hashed
 from .arguments import ResumableArguments
 from .checkpoint import (
     DataState,
@@ -38,6 +38,7 @@ from .checkpoint import (
 from .hub_push import HubPushMixin
 from .observability import ObservabilityMixin
 from .sharding import check_optimizer_state, check_sharding, save_sharded_optimizer, whole, whole_state
+from .trained_frames import record_trained_frames
 
 
 logger = logging.getLogger(__name__)
@@ -83,8 +84,12 @@ class ResumableTrainer(ObservabilityMixin, HubPushMixin, Trainer):
     **Resume.** A checkpoint holds only what is trained, and the position in that order. A resumed run goes on at that
     position with the same losses as an uninterrupted one, and reads nothing before it. The number of processes and the
     batch size may change: the order stays, and the number of steps to come is computed anew, over which the schedule
-    goes on from the step it was at. With another number of processes, masks and stochastic depth are drawn from a seed
-    of their own. `save_model()` writes the full model and the processor.
+    goes on from the step it was at. `save_model()` writes the full model and the processor.
+
+    **Chance** in a step (dropout, stochastic depth) is a function of `args.seed` and of the position of the batch in
+    that order: it differs between processes, and a resumed run draws what an uninterrupted one does.
+
+    **Time embeddings.** Where the tower's config does not say yet which rows of the table are trained, it does now.
 
     **Broken items** are counted, listed in `output_dir/broken_items.jsonl` (`broken_items-rank1.jsonl`, ... of further
     processes) and stop the run at `args.max_broken`: a subclass calls `take_broken` in `compute_loss`.
@@ -94,10 +99,11 @@ class ResumableTrainer(ObservabilityMixin, HubPushMixin, Trainer):
     **The log** says more, see `ObservabilityMixin`.
 
     The training data set is map-style: `dataset[epoch, row]` is an item, a function of that pair and of `dataset.seed`
-    alone; `dataset.table` is its `PairTable`, and `dataset.item_timeout` the seconds that fetching one video may take.
+    alone; `dataset.table` is its `PairTable`, `dataset.num_frames` the frames per video, `dataset.item_timeout` the
+    seconds that fetching one video may take.
 
     Raises:
-        ValueError: for arguments that ask for another order.
+        ValueError: for arguments that ask for another order, and for one process on several GPUs.
     """
 
     args: ResumableArguments
@@ -127,6 +133,7 @@ class ResumableTrainer(ObservabilityMixin, HubPushMixin, Trainer):
         self._epoch = 0  # of the table, as told to callbacks
         self._epoch_ended_at = -1  # the step after which they were last told of an end
         self._evaluated = 0  # batches of this evaluation
+        self._batches = (-1, 0)  # the step that is being taken, and how many of its accumulated batches have begun
         self._broken_logs: dict[str, BrokenItemsLog] = {}
         self._adapter_config: AdapterConfig | None = None
         # First of all callbacks, so that the others see the epoch.
@@ -163,6 +170,7 @@ class ResumableTrainer(ObservabilityMixin, HubPushMixin, Trainer):
         # Trainer.train writes the special tokens of its processing_class over those of the text config. A CLIP text
         # tower pools by `eos_token_id`, where 2 stands for its original rule: the saved model would pool otherwise.
         processing_class, self.processing_class = self.processing_class, None
+        record_trained_frames(self.model, self.train_dataset.num_frames)
         if self._adapter_modules() is not None:
             self._adapter_config = describe_adapter(self.model)  # while all weights are here, whole
         start = self._start.consumed
@@ -318,21 +326,22 @@ class ResumableTrainer(ObservabilityMixin, HubPushMixin, Trainer):
             self._epoch = self.consumed // len(self.train_dataset)
             self.control = self.callback_handler.on_epoch_begin(self.args, self.state, self.control)
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        rank, processes = self.args.process_index, self.args.world_size
-        name = "rng_state.pth" if processes == 1 else f"rng_state_{rank}.pth"
-        if self._start.processes == processes and (Path(checkpoint) / name).is_file():
-            super()._load_rng_state(checkpoint)
-            return
-        seed = int(np.random.SeedSequence([self.args.seed, self._start.steps, rank]).generate_state(1)[0])
-        logger.warning(
-            "%s has no random state for process %d of %d (it was written by %d): seeded with %d. The order of the "
-            "data is the same; masks and stochastic depth differ from those of an uninterrupted run.",
-            checkpoint, rank, processes, self._start.processes, seed,
-        )  # fmt: skip
-        set_seed(seed)
+    # Chance
+
+    def training_step(self, *args, **kwargs):
+        self.begin_batch()
+        return super().training_step(*args, **kwargs)
+
+    def begin_batch(self) -> None:
+        """Counts the batches of a step, and seeds torch for the next one."""
+        step, begun = self._batches
+        self._batches = (self.state.global_step, begun + 1 if step == self.state.global_step else 1)
+        torch.manual_seed(int(hashed(self.args.seed, self.positions(1)[0])))
+
+    def positions(self, rows: int) -> torch.LongTensor:
+        """Where the rows of the present batch of this process stand in the order of the data: (rows,)."""
+        batch = (self._batches[1] - 1) * self.args.world_size + self.args.process_index
+        return self.consumed + batch * self.args.per_device_train_batch_size + torch.arange(rows)
 
     # Checkpoints
 

@@ -11,11 +11,13 @@ from transformers.trainer_utils import EvalPrediction
 
 from ..evaluation.controls import control_features, control_metrics
 from ..evaluation.retrieval import retrieval_metrics
+from ..models.modeling_bt_adapter_branch import hashed
 from ..models.modeling_bt_adapter_pretraining import BTAdapterForPreTrainingOutput
 from .arguments import BTAdapterTrainingArguments
 from .cached_gradients import cached_gradient_step
 from .resumable import ResumableTrainer
 from .sharding import unsharded
+from .trained_frames import vary_frames
 
 
 # Of the output folder, with the branch alone
@@ -33,6 +35,9 @@ class BTAdapterTrainer(ResumableTrainer):
       processes, and again under the temporal controls (`eval_shuffled_t2v_R1`, `eval_reversed_t2v_R1`, ...).
       `eval_loss` is the loss of the unmasked model, over evaluation batches;
     - `save_model()` writes the branch alone, too, as an adapter for chat models, into the folder `adapter`;
+    - draws what is masked, and which paths are dropped, by `args.seed` and the position of the row in the order of the
+      data: the same on one process as on several;
+    - with `args.frame_counts`, trains on one of several numbers of frames in each step;
     - with `args.cached_gradient_batch_size`, takes the gradient of a large batch a few clips at a time.
 
     Runs on one process or several, with DDP, FSDP2 or DeepSpeed's ZeRO-2 (`torchrun`, `accelerate launch`). Pass the
@@ -56,6 +61,12 @@ class BTAdapterTrainer(ResumableTrainer):
         self.model_accepts_loss_kwargs = False
         if self.compute_metrics is None:
             self.compute_metrics = self._compute_recall
+        counts = self.args.frame_counts
+        if counts is not None and self.train_dataset is not None and max(counts) > self.train_dataset.num_frames:
+            raise ValueError(
+                f"frame_counts={counts} asks for more frames than the {self.train_dataset.num_frames} per clip that "
+                "the data set gives: set its num_frames to the largest."
+            )
         self._loss_sums: dict[str, torch.Tensor] = {}
         self._loss_batches = 0
         self._shuffling = torch.Generator()
@@ -65,6 +76,7 @@ class BTAdapterTrainer(ResumableTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self.args.cached_gradient_batch_size is None:
             return super().training_step(model, inputs, num_items_in_batch)
+        self.begin_batch()
         model.train()
         inputs = self._model_inputs(self._prepare_inputs(inputs), "train")
         # Both are divided by the accumulated batches here already; DeepSpeed would do it once more.
@@ -97,9 +109,16 @@ class BTAdapterTrainer(ResumableTrainer):
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def _model_inputs(self, inputs: dict[str, Any], part: str) -> dict[str, Any]:
-        """What of a batch the model takes; its broken items are noted."""
+        """What of a batch the model takes, with the seeds of a training batch; its broken items are noted."""
         inputs = {name: value for name, value in inputs.items() if name != "pair_ids"}
-        self.take_broken(inputs, len(inputs["input_ids"]), part)
+        rows = len(inputs["input_ids"])
+        self.take_broken(inputs, rows, part)
+        if part == "train":
+            videos = inputs["pixel_values_videos"]
+            inputs["row_seeds"] = hashed(self.args.seed, self.positions(rows)).to(videos.device)
+            if self.args.frame_counts is not None:
+                videos = vary_frames(videos, self.args.frame_counts, self.args.seed, self.state.global_step)
+                inputs["pixel_values_videos"] = videos
         return inputs
 
     def _note_losses(self, outputs: BTAdapterForPreTrainingOutput) -> None:
