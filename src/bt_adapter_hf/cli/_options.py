@@ -84,8 +84,9 @@ def add_encoder_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--on-damage",
-        choices=("raise", "salvage"),
-        help="skip a file that is cut, or use the frames before the damage (default: as the model says)",
+        choices=("raise", "salvage", "check"),
+        help="skip a file that is cut, use the frames before the damage, or skip files with damage anywhere, which "
+        "means to decode all of each (default: as the model says)",
     )
     parser.add_argument(
         "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="default: as saved"

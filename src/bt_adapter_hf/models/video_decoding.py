@@ -386,7 +386,7 @@ def _missing_from_last_box(source: Source) -> int:
 def load_pyav(
     source: Source, choose: Callable[[int], np.ndarray], on_damage: str, background: tuple[int, int, int]
 ) -> tuple[np.ndarray, BTAdapterVideoMetadata]:
-    seeking = package_part("video_seeking") if on_damage == "raise" else None
+    seeking = package_part("video_seeking") if on_damage != "check" else None
     with open_container(source) as (container, stream):
         seeker = seeking and seeking.Seeker(container, stream)
         scan = scan_packets(source, container, stream, seeker and seeker.visit)

@@ -116,8 +116,8 @@ def load_video(
         sampling: `"uniform"`, `"jitter"` or `"centers"`, see [`sample_frame_indices`].
         backend: `"pyav"`, `"decord"` or `"torchcodec"` for files, URLs and bytes. Image files are read by PIL always.
         generator: random source of `"jitter"`.
-        on_damage: `"raise"`, or `"salvage"` to sample among the frames that decode before the damage, with a warning
-            logged (`"pyav"` and animated images only).
+        on_damage: `"raise"`; `"salvage"` to sample among the frames that decode before the damage, with a warning
+            logged; `"check"` to raise for damage in frames that nobody asked for too (both `"pyav"` and images only).
         background: RGB colour 0..255 put behind transparent pixels.
         max_download_bytes: a URL with more than this raises instead of filling the disk.
         timeout: seconds that a download may take in all.

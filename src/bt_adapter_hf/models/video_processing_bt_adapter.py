@@ -33,7 +33,8 @@ class BTAdapterVideoProcessorKwargs(VideosKwargs, total=False):
     video_backend (`str`, *optional*):
         Decoder of video files: `"pyav"`, `"decord"` or `"torchcodec"`.
     on_damage (`str`, *optional*):
-        `"raise"` for truncated and damaged videos, or `"salvage"` to use the frames before the damage.
+        `"raise"` for truncated and damaged videos, `"salvage"` to use the frames before the damage, or `"check"` to
+        raise for damage in frames that are not used too.
     background (`list[int]`, *optional*):
         RGB colour put behind transparent pixels.
     seed (`int`, *optional*):

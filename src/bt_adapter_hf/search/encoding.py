@@ -67,7 +67,8 @@ class VideoEncoder:
                 moving-digits model inside the package.
             revision: branch, tag or commit on the Hub.
             num_frames: frames to sample per video instead of what the saved processor says.
-            on_damage: "raise" or "salvage", what is done with damaged files, instead of what the saved processor says.
+            on_damage: "raise", "salvage" or "check", what is done with damaged files, instead of what the saved
+                processor says.
             device: "cpu", "cuda", "cuda:1", "mps"; by default an accelerator where there is one.
             dtype: "auto" (as saved), "float32", "bfloat16" or "float16".
 

@@ -1,0 +1,127 @@
+"""What a few frames of a video cost: `load_video` beside plain decord and plain torchcodec.
+
+    python benchmarks/decode.py                                  # H.264, 720p; 10 s, 5 and 60 minutes; 8 and 64 frames
+    python benchmarks/decode.py --minutes 5 --codec libx265 --group 50 --frames 8
+
+The clips are made for it: 20 s are encoded, and their packets repeated to the length. One thread each; every number is
+the median of `--repeat` runs, which alternate, in seconds of processor time of this process, so that it hardly depends
+on what else the machine does. "linear" is `load_video` with `on_damage="check"`, which decodes every frame; "scan" is
+the part of `load_video` that reads the packets. The frames of all are compared with those of "linear"; a column says
+how many differ.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import numpy as np
+
+from bt_adapter_hf.models.video_backends import available_video_backends
+from bt_adapter_hf.models.video_decoding import Source, open_container, scan_packets
+from bt_adapter_hf.models.video_io import load_video, sample_frame_indices
+
+
+SECONDS, RATE = 20, 25  # of what is encoded
+
+
+def make_clip(path: Path, seconds: int, codec: str, group: int, size: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    width, height = size
+    picture = np.kron(rng.integers(0, 255, (height // 8, width // 4, 3), np.uint8), np.ones((8, 8, 1), np.uint8))
+    options = {"g": str(group), "crf": "23"}
+    if codec == "libx264":
+        options |= {"preset": "veryfast", "bf": "3", "x264-params": "scenecut=0"}
+    elif codec == "libx265":
+        options = {"preset": "ultrafast", "x265-params": f"log-level=none:keyint={group}:scenecut=0:bframes=3"}
+    elif codec == "libvpx-vp9":
+        options = {"g": str(group), "deadline": "realtime", "cpu-used": "8", "b": "2000000"}
+    packets = []
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=RATE, options=options)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for t in range(min(seconds, SECONDS) * RATE):
+            frame = picture[:height, 2 * t % width : 2 * t % width + width].astype(np.int16)
+            frame = frame + rng.integers(-6, 6, (height, width, 1), np.int16)
+            frame = av.VideoFrame.from_ndarray(np.clip(frame, 0, 255).astype(np.uint8), format="rgb24")
+            packets += stream.encode(frame)
+        packets += stream.encode(None)
+        stamps = [(packet.pts, packet.dts, packet.time_base) for packet in packets]
+        for turn in range(max(1, seconds // SECONDS)):
+            for packet, (pts, dts, base) in zip(packets, stamps, strict=True):
+                copy = av.Packet(bytes(packet))
+                copy.stream, copy.time_base, copy.is_keyframe = stream, base, packet.is_keyframe
+                shift = round(turn * SECONDS / base)
+                copy.pts, copy.dts = pts + shift, dts + shift
+                container.mux(copy)
+
+
+def readers(path: str, count: int) -> dict[str, Callable[[], np.ndarray]]:
+    def scan() -> None:
+        source = Source(path, path)
+        with open_container(source) as (container, stream):
+            scan_packets(source, container, stream)
+
+    def plain_decord() -> np.ndarray:
+        import decord
+
+        reader = decord.VideoReader(path, num_threads=1)
+        return reader.get_batch(sample_frame_indices(len(reader), count)).asnumpy()
+
+    def plain_torchcodec() -> np.ndarray:
+        from torchcodec.decoders import VideoDecoder
+
+        decoder = VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=1)
+        return decoder.get_frames_at(sample_frame_indices(len(decoder), count).tolist()).data.numpy()
+
+    found = {
+        "load_video": lambda: load_video(path, num_frames=count)[0],
+        "scan": scan,
+        "linear": lambda: load_video(path, num_frames=count, on_damage="check")[0],
+    }
+    usable = available_video_backends()
+    for name, plain in (("decord", plain_decord), ("torchcodec", plain_torchcodec)):
+        if usable[name] is None:
+            found[f"load_video {name}"] = lambda name=name: load_video(path, num_frames=count, backend=name)[0]
+            found[f"plain {name}"] = plain
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, nargs="+", default=[1 / 6, 5, 60])
+    parser.add_argument("--frames", type=int, nargs="+", default=[8, 64])
+    parser.add_argument("--codec", default="libx264", help="libx264, libx265 or libvpx-vp9")
+    parser.add_argument("--group", type=int, default=250, help="frames from one key frame to the next")
+    parser.add_argument("--size", type=int, nargs=2, default=(1280, 720))
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--skip", nargs="*", default=[], help="columns to leave out, such as 'linear'")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        for minutes in args.minutes:
+            path = Path(folder) / ("clip.webm" if args.codec == "libvpx-vp9" else "clip.mp4")
+            make_clip(path, round(60 * minutes), args.codec, args.group, tuple(args.size))
+            for count in args.frames:
+                columns = {name: run for name, run in readers(str(path), count).items() if name not in args.skip}
+                seconds, frames = {name: [] for name in columns}, {}
+                for _ in range(args.repeat):
+                    for name, run in columns.items():
+                        start = time.process_time()
+                        frames[name] = run()
+                        seconds[name].append(time.process_time() - start)
+                right = frames.get("linear", frames["load_video"])
+                size = "x".join(map(str, args.size))
+                print(f"{args.codec} {size}, {minutes:.3g} min, group {args.group}, {count} frames:")
+                for name in columns:
+                    wrong = ""
+                    if frames[name] is not None:
+                        count_wrong = sum(not np.array_equal(a, b) for a, b in zip(frames[name], right, strict=True))
+                        wrong = f"  {count_wrong} differ"
+                    print(f"  {name:22} {statistics.median(seconds[name]):8.2f} s{wrong}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
