@@ -48,6 +48,16 @@ def usable(record: Record, row: int) -> Record:
     return record
 
 
+class NothingToFetch:
+    """In the place of a `ChunkStore` for a table whose rows are read where they are."""
+
+    def advance(self, position: int) -> None:
+        pass
+
+    def close(self, keep: bool = False) -> None:
+        pass
+
+
 class PairTable:
     """Rows of (video, text) in shards, nothing decoded. `load_table` makes it.
 
@@ -149,8 +159,13 @@ class PairTable:
         stop: int | None = None,
         local_main_process: bool = True,
         item_timeout: float | None = 60.0,
-    ) -> "ChunkStore":
-        """Fetch the rows to a bounded folder, in the order in which they will be read; see `ChunkStore`."""
+    ) -> "ChunkStore | NothingToFetch":
+        """Fetch the rows to a bounded folder, in the order in which they will be read; see `ChunkStore`.
+
+        Where all rows are in place this does nothing, and what is returned does nothing either.
+        """
+        if not self.needs_store:
+            return NothingToFetch()
         from .chunk_store import ChunkStore
 
         self.store = ChunkStore(
