@@ -32,7 +32,7 @@ EXTRAS = {
     "eval": ["accelerate>=1.1", "datasets>=4.0", "ftfy>=6.1", "openai>=1.40", "scipy>=1.11"],
     "quickstart": ["scikit-learn>=1.4"],
     "quantization": ["bitsandbytes>=0.46.1"],  # from which transformers takes it
-    "torchcodec": ["torchcodec>=0.9"],  # a further decoder; needs FFmpeg's libraries
+    "torchcodec": ["torchcodec>=0.2"],  # a further decoder; needs FFmpeg's libraries. 0.2 is torch 2.6's
     "test": [
         "pytest>=8.0",
         "pytest-xdist>=3.6",

@@ -271,7 +271,7 @@ def _announce(input_ids, files: list[dict[str, Any]], processor) -> int:
 
 
 def _answer(model, processor, inputs, max_new_tokens: int, show: bool) -> str:
-    from transformers.generation.streamers import BaseStreamer
+    from transformers.generation import BaseStreamer
 
     class Answer(BaseStreamer):
         """Prints whole words as they are made, and keeps the text."""

@@ -33,7 +33,7 @@ def open_file(path: str, block_size: int = READ_BYTES) -> BinaryIO:
     """A seekable binary file. Remote ones are read in ranges of at least `block_size` bytes, and only where asked."""
     if not is_remote(path):
         return open(path, "rb")
-    from datasets.utils.file_utils import xopen
+    from .compat import xopen
 
     return xopen(path, "rb", block_size=block_size)
 
@@ -236,7 +236,8 @@ def _by_builder(
     """As `datasets` understands a folder or a repository: its card, splits, configurations and naming patterns."""
     require_package("datasets", "train")
     import datasets
-    from datasets.packaged_modules.videofolder.videofolder import VideoFolder
+
+    from .compat import VideoFolder
 
     builder = retried(
         lambda: datasets.load_dataset_builder(source, config_name, revision=commit), f"Listing the files of {source}"

@@ -10,13 +10,13 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile, constants, get_token
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RevisionNotFoundError
-from huggingface_hub.utils.sha import git_hash
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ..adapters.description import loaded_from
 from .access import check_token, explain, http_cause, is_transient, retried
 from .card import is_generated, model_card
+from .compat import git_hash
 from .contents import Contents, collect_files
 from .remote_code import add_code, code_files, without_code
 

@@ -8,9 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers.dynamic_module_utils import get_relative_import_files
-
 from ..adapters.files import CONFIG_NAME
+from .compat import get_relative_import_files
 
 
 _SOURCE = Path(__file__).parents[1] / "models"

@@ -1,9 +1,12 @@
-"""The names of transformers that its top level does not export, imported in one place.
+"""The names of other libraries that they do not document, imported in one place.
 
-They may move between minor versions; a move is mended here. The file lies beside the modelling files and is imported
+They may move between minor versions; a move is mended here, and `tests/package/test_compat.py` says
+which it was. The layers and outputs of native models are imported from their models, where they are used: in here,
+every model would import all of them. The file lies beside the modelling files and is imported
 with a single dot so that `trust_remote_code` finds it too.
 """
 
+from huggingface_hub.dataclasses import strict, validate_typed_dict
 from transformers.configuration_utils import SubConfigSpec
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
@@ -28,4 +31,6 @@ __all__ = [
     "get_checkpoint_conversion_mapping",
     "register_checkpoint_conversion_mapping",
     "resolve_revision",
+    "strict",
+    "validate_typed_dict",
 ]

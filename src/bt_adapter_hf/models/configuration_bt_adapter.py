@@ -2,10 +2,9 @@
 
 from typing import Any, ClassVar, Literal
 
-from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, CLIPTextConfig, PreTrainedConfig
 
-from .compat_bt_adapter import SubConfigSpec
+from .compat_bt_adapter import SubConfigSpec, strict
 
 
 # The `model_type` of the vision part, for native checkpoints whose nested vision config does not name its own.

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from transformers import AutoConfig, Blip2Config, InstructBlipConfig, LlavaConfig, PreTrainedConfig
 
-from .compat_bt_adapter import SubConfigSpec
+from .compat_bt_adapter import SubConfigSpec, strict
 from .configuration_bt_adapter import BTAdapterVisionConfig, with_fields
 
 

@@ -8,11 +8,17 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers import CLIPVisionModel, PreTrainedModel, SiglipVisionModel
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.blip_2.modeling_blip_2 import Blip2EncoderLayer, Blip2VisionModel
+from transformers import (
+    Blip2VisionModel,
+    CLIPVisionModel,
+    GradientCheckpointingLayer,
+    InstructBlipVisionModel,
+    PreTrainedModel,
+    SiglipVisionModel,
+)
+from transformers.models.blip_2.modeling_blip_2 import Blip2EncoderLayer
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
-from transformers.models.instructblip.modeling_instructblip import InstructBlipEncoderLayer, InstructBlipVisionModel
+from transformers.models.instructblip.modeling_instructblip import InstructBlipEncoderLayer
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 from transformers.utils import logging
 

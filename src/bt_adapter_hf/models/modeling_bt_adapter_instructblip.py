@@ -8,11 +8,11 @@ from transformers import (
     AutoModelForMultimodalLM,
     AutoModelForSeq2SeqLM,
     InstructBlipForConditionalGeneration,
+    InstructBlipPreTrainedModel,
     InstructBlipQFormerModel,
 )
 from transformers.models.instructblip.modeling_instructblip import (
     InstructBlipForConditionalGenerationModelOutput,
-    InstructBlipPreTrainedModel,
 )
 
 from .compat_bt_adapter import BaseModelOutputWithPooling, can_return_tuple

@@ -8,12 +8,12 @@ from transformers import (
     AutoModelForMultimodalLM,
     LlavaForConditionalGeneration,
     LlavaModel,
+    LlavaPreTrainedModel,
 )
 from transformers.models.llava.modeling_llava import (
     LlavaCausalLMOutputWithPast,
     LlavaModelOutputWithPast,
     LlavaMultiModalProjector,
-    LlavaPreTrainedModel,
 )
 
 from .compat_bt_adapter import (

@@ -13,13 +13,14 @@ from transformers import (
     AutoTokenizer,
     Blip2Config,
     Blip2ForConditionalGeneration,
+    Blip2PreTrainedModel,
     Blip2QFormerModel,
     Blip2VisionModel,
     PreTrainedModel,
     StoppingCriteria,
     StoppingCriteriaList,
 )
-from transformers.models.blip_2.modeling_blip_2 import Blip2ForConditionalGenerationModelOutput, Blip2PreTrainedModel
+from transformers.models.blip_2.modeling_blip_2 import Blip2ForConditionalGenerationModelOutput
 
 from .chat_templates_bt_adapter import MINIGPT4_STOP
 from .compat_bt_adapter import BaseModelOutputWithPooling, can_return_tuple

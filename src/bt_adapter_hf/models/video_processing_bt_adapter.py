@@ -6,16 +6,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub.dataclasses import validate_typed_dict
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
+from transformers import AutoVideoProcessor, BaseVideoProcessor
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, validate_kwargs
-from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 from transformers.processing_utils import Unpack, VideosKwargs
 from transformers.utils import TensorType, requires_backends
-from transformers.video_processing_utils import BaseVideoProcessor
 
+from .compat_bt_adapter import validate_typed_dict
 from .configuration_bt_adapter import BTAdapterConfig
 from .video_errors import EmptyVideoError, VideoError
 from .video_io import DAMAGE_POLICIES, SAMPLING_RULES, VIDEO_BACKENDS, BTAdapterVideoMetadata, VideoSource, load_video

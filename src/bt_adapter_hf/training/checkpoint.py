@@ -16,9 +16,9 @@ import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers.trainer import TRAINER_STATE_NAME
 
 from ..adapters.writing import written_whole
+from .compat import TRAINER_STATE_NAME
 from .sharding import sharded_like, whole
 
 

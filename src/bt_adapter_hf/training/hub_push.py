@@ -4,7 +4,6 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import HubStrategy
 
 from ..hub.access import check_token, explain, http_cause, retried
@@ -13,6 +12,7 @@ from ..hub.contents import SUMMARY_NAME, belongs, collect_files, read_json
 from ..hub.push import Pushed, PushError, publish
 from ..hub.remote_code import code_files
 from .checkpoint import DATA_STATE_NAME, TRAINED_WEIGHTS_NAME
+from .compat import TRAINER_STATE_NAME
 
 
 CARD_NAME = "README.md"

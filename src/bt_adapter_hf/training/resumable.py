@@ -14,7 +14,6 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging as transformers_logging
 
@@ -35,6 +34,7 @@ from .checkpoint import (
     save_data_state,
     save_trained,
 )
+from .compat import TRAINER_STATE_NAME
 from .hub_push import HubPushMixin
 from .observability import ObservabilityMixin
 from .sharding import check_optimizer_state, check_sharding, save_sharded_optimizer, whole, whole_state

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import save_fsdp_optimizer
-from accelerate.utils.constants import OPTIMIZER_NAME
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, StateDictType
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.trainer import SCHEDULER_NAME
+from transformers import GradientCheckpointingLayer
+
+from .compat import OPTIMIZER_NAME, SCHEDULER_NAME
 
 
 def check_sharding(accelerator: Accelerator, model: nn.Module) -> None:

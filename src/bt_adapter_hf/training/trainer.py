@@ -15,6 +15,7 @@ from ..models.modeling_bt_adapter_branch import hashed
 from ..models.modeling_bt_adapter_pretraining import BTAdapterForPreTrainingOutput
 from .arguments import BTAdapterTrainingArguments
 from .cached_gradients import cached_gradient_step
+from .compat import set_sync_gradients
 from .resumable import ResumableTrainer
 from .sharding import unsharded
 from .trained_frames import vary_frames
@@ -97,10 +98,10 @@ class BTAdapterTrainer(ResumableTrainer):
     def _no_sync(self, model: torch.nn.Module) -> Iterator[None]:
         state = self.accelerator.gradient_state
         sync_gradients = state.sync_gradients
-        state._set_sync_gradients(False)  # DeepSpeed takes its optimizer step in a backward pass unless told so
+        set_sync_gradients(state, False)  # DeepSpeed takes its optimizer step in a backward pass unless told so
         with self.accelerator.no_sync(model):
             yield
-        state._set_sync_gradients(sync_gradients)
+        set_sync_gradients(state, sync_gradients)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**self._model_inputs(inputs, "train" if model.training else "eval"))

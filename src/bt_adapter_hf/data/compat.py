@@ -1,0 +1,10 @@
+"""What this folder leans on that `datasets` does not document, in one place, watched by `tests/package/test_compat.py`.
+
+The package is optional: what needs it imports this file when it is used.
+"""
+
+from datasets.packaged_modules.videofolder.videofolder import VideoFolder
+from datasets.utils.file_utils import xopen
+
+
+__all__ = ["VideoFolder", "xopen"]
