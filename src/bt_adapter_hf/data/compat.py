@@ -1,4 +1,4 @@
-"""What this folder leans on that `datasets` does not document, in one place, watched by `tests/package/test_compat.py`.
+"""What leans on modules of `datasets` that it does not document, in one place; `tests/package/test_compat.py` watches."""
 
 The package is optional: what needs it imports this file when it is used.
 """
