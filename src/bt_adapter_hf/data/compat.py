@@ -1,4 +1,4 @@
-"""What leans on modules of `datasets` that it does not document, in one place; `tests/package/test_compat.py` watches."""
+"""Modules of `datasets` that it does not document, in one place; `tests/package/test_compat.py` watches them.
 
 The package is optional: what needs it imports this file when it is used.
 """
