@@ -1,17 +1,14 @@
 """Rebuild the moving-digits model that ships inside bt_adapter_hf, from nothing but scikit-learn's digits.
 
     pip install -e '.[train,quickstart]'
-    python recipes/moving_digits/build.py -o build/moving-digits          # about 13 minutes on 2 cores
-    python recipes/moving_digits/build.py -o build/moving-digits --ship   # and copy the model into the package
+    python -m recipes.moving_digits.build -o build/moving-digits          # about 13 minutes on 2 cores
+    python -m recipes.moving_digits.build -o build/moving-digits --ship   # and copy the model into the package
 
 Every step leaves its files in the output folder and is skipped when they are there.
 """
 
-import argparse
 import json
 import logging
-import shutil
-import time
 from collections.abc import Iterator
 from functools import partial
 from itertools import product
@@ -50,12 +47,13 @@ from bt_adapter_hf.training.arguments import BTAdapterTrainingArguments
 from bt_adapter_hf.training.starting_point import load_starting_point
 from bt_adapter_hf.training.trainer import BTAdapterTrainer
 
+from ..shared import TEST_SEED, TRAIN_SEED, make, parse_arguments, run_arguments, ship
+
 
 logger = logging.getLogger("moving_digits")
 
 ASSETS = Path(__file__).parents[2] / "src" / "bt_adapter_hf" / "assets" / "moving-digits"
 
-TRAIN_SEED, TEST_SEED = 0, 1000
 TRAIN_CLIPS, TEST_CLIPS = 12 * len(all_captions()), len(all_captions())
 
 # CLIP
@@ -191,22 +189,17 @@ def train_clip(processor: BTAdapterProcessor, folder: Path) -> None:
         )
         return {**batch, "return_loss": True}
 
-    arguments = TrainingArguments(
-        output_dir=str(folder / "log"),
+    arguments = run_arguments(
+        TrainingArguments,
+        folder,
         max_steps=CLIP_STEPS,
         per_device_train_batch_size=CLIP_BATCH,
         learning_rate=CLIP_LR,
-        lr_scheduler_type="cosine",
         warmup_steps=40,
         weight_decay=0.05,
         adam_beta2=0.98,
         max_grad_norm=1.0,
         logging_steps=100,
-        save_strategy="no",
-        report_to="none",
-        remove_unused_columns=False,
-        seed=TRAIN_SEED,
-        use_cpu=True,
     )
     Trainer(model=model, args=arguments, train_dataset=Stills(), data_collator=collate).train()
     model.save_pretrained(folder)
@@ -242,17 +235,13 @@ def train_branch(clip_folder: Path, clips: Path, folder: Path) -> None:
     set_seed(TRAIN_SEED)
     model, _ = load_starting_point(clip_folder, **PRETRAINING)
     processor = BTAdapterProcessor.from_pretrained(clip_folder)
-    arguments = BTAdapterTrainingArguments(
-        output_dir=str(folder / "log"),
+    arguments = run_arguments(
+        BTAdapterTrainingArguments,
+        folder,
         max_steps=BRANCH_STEPS,
         per_device_train_batch_size=BRANCH_BATCH,
         learning_rate=BRANCH_LR,
         lr_multipliers=LR_MULTIPLIERS,
-        logging_steps=50,
-        save_strategy="no",
-        report_to="none",
-        seed=TRAIN_SEED,
-        use_cpu=True,
     )
     data = PairDataset(load_table(clips / "train"), processor, training=True, seed=TRAIN_SEED)
     BTAdapterTrainer(
@@ -277,23 +266,16 @@ def clip_scores(folder: Path, clips: Path) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder for everything that is made")
-    parser.add_argument("--ship", action="store_true", help="copy the model into src/bt_adapter_hf/assets")
-    args = parser.parse_args()
+    args = parse_arguments(__doc__)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     clip_folder, clips, folder = args.output / "clip", args.output / "clips", args.output / "model"
     results_file = args.output / "results.json"
-    seconds = json.loads(results_file.read_text())["seconds"] if results_file.is_file() else {}
-    for name, made, step in (
+    steps = (
         ("clip", clip_folder / "processor_config.json", lambda: train_clip(build_processor(), clip_folder)),
         ("clips", clips / "test" / "metadata.jsonl", lambda: write_clip_files(clips)),
         ("branch", folder / "processor_config.json", lambda: train_branch(clip_folder, clips, folder)),
-    ):
-        if not made.is_file():
-            start = time.monotonic()
-            step()
-            seconds[name] = round(time.monotonic() - start)
+    )
+    seconds = make(steps, results_file)
     stills, scores = still_accuracy(clip_folder), clip_scores(folder, clips)
     results = {"seconds": seconds, "stills": stills, "clips": scores}
     results_file.write_text(json.dumps(results, indent=2) + "\n")
@@ -301,9 +283,7 @@ def main() -> None:
     print(f"digit {stills['digit']:.3f}\n{len(all_captions())} captions, {TEST_CLIPS} held-out clips:")
     print(format_scores(scores))
     if args.ship:
-        ASSETS.mkdir(parents=True, exist_ok=True)
-        for file in filter(Path.is_file, folder.iterdir()):
-            shutil.copyfile(file, ASSETS / file.name)
+        ship(folder, ASSETS)
 
 
 if __name__ == "__main__":

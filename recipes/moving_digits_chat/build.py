@@ -2,16 +2,14 @@
 the adapter of moving digits in it, then instruction tuning on clips.
 
     pip install -e '.[train,quickstart]'
-    python recipes/moving_digits_chat/build.py -o build/chat         # up to 26 minutes on 2 cores
-    python recipes/moving_digits_chat/build.py -o build/chat --ship  # and copy the model into the package
+    python -m recipes.moving_digits_chat.build -o build/chat         # up to 26 minutes on 2 cores
+    python -m recipes.moving_digits_chat.build -o build/chat --ship  # and copy the model into the package
 
 Every step leaves its files in the output folder and is skipped when they are there.
 """
 
-import argparse
 import json
 import logging
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -68,10 +66,11 @@ from bt_adapter_hf.models.modeling_bt_adapter_llava import BTAdapterLlavaModel
 from bt_adapter_hf.training.arguments import BTAdapterTrainingArguments
 from bt_adapter_hf.training.resumable import parameter_groups
 
+from ..shared import TEST_SEED, TRAIN_SEED, make, parse_arguments, run_arguments, ship
+
 
 ASSETS = Path(__file__).parents[2] / "src" / "bt_adapter_hf" / "assets" / "moving-digits-chat"
 
-TRAIN_SEED, TEST_SEED = 0, 1000
 
 # Language model: words, and stills
 LANGUAGE = {
@@ -251,19 +250,8 @@ def train(
     folder: Path,
     **arguments: Any,
 ) -> None:
-    arguments = BTAdapterTrainingArguments(
-        output_dir=str(folder / "log"),
-        lr_scheduler_type="cosine",
-        warmup_steps=50,
-        weight_decay=0.02,
-        max_grad_norm=1.0,
-        logging_steps=50,
-        save_strategy="no",
-        report_to="none",
-        remove_unused_columns=False,
-        seed=TRAIN_SEED,
-        use_cpu=True,
-        **arguments,
+    arguments = run_arguments(
+        BTAdapterTrainingArguments, folder, warmup_steps=50, weight_decay=0.02, max_grad_norm=1.0, **arguments
     )
     ChatTrainer(model=model, args=arguments, train_dataset=data, data_collator=partial(batch_of, processor)).train()
     model.config.use_cache = True  # Trainer has turned it off
@@ -441,48 +429,34 @@ def format_table(scores: dict[str, dict[str, float]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder for everything that is made")
-    parser.add_argument("--ship", action="store_true", help="copy the model into src/bt_adapter_hf/assets")
-    args = parser.parse_args()
+    args = parse_arguments(__doc__)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     output = args.output
     stills, clips, adapter = output / "stills", output / "clips", output / "adapter"
     results_file = output / "results.json"
-    seconds = json.loads(results_file.read_text())["seconds"] if results_file.is_file() else {}
 
     def write_clips() -> None:
         for split, count, seed in (("train", TRAIN_CLIPS, TRAIN_SEED), ("test", TEST_CLIPS, TEST_SEED)):
             write_chat_clips(clips / split, split, count, seed, progress=partial(tqdm, desc=f"{split} clips"))
 
-    for name, made, step in (
+    def tuned(name: str, change: Callable = lambda model: model) -> tuple[str, Path, Callable[[], None]]:
+        folder = output / name
+        return name, folder / "processor_config.json", lambda: tune(change(plug_in(stills, adapter)), clips, folder)
+
+    steps = (
         ("stills", stills / "processor_config.json", lambda: train_on_stills(stills)),
         ("clips", clips / "test" / "metadata.jsonl", write_clips),
-        (
-            "model",
-            output / "model" / "processor_config.json",
-            lambda: tune(plug_in(stills, adapter), clips, output / "model"),
-        ),
-        (
-            "frame-average",
-            output / "frame-average" / "processor_config.json",
-            lambda: tune(frame_averaged(plug_in(stills, adapter)), clips, output / "frame-average"),
-        ),
-    ):
-        if not made.is_file():
-            start = time.monotonic()
-            step()
-            seconds[name] = round(time.monotonic() - start)
-            results_file.write_text(json.dumps({"seconds": seconds}, indent=2) + "\n")
+        tuned("model"),
+        tuned("frame-average", frame_averaged),
+    )
+    seconds = make(steps, results_file)
     start = time.monotonic()
     scores = evaluate(output)
     seconds["evaluation"] = round(time.monotonic() - start)
     results_file.write_text(json.dumps({"seconds": seconds, "scores": scores}, indent=2) + "\n")
     print(f"seconds: {seconds}\n{format_table(scores)}")
     if args.ship:
-        ASSETS.mkdir(parents=True, exist_ok=True)
-        for file in filter(Path.is_file, (output / "model").iterdir()):
-            shutil.copyfile(file, ASSETS / file.name)
+        ship(output / "model", ASSETS)
 
 
 if __name__ == "__main__":

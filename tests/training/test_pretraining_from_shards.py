@@ -90,8 +90,8 @@ def test_moving_digits_learned_from_shards_as_from_files(tmp_path, monkeypatch):
 
     Files are shuffled as a whole; 12 tars, each a random twelfth, in chunks of three: the runs differ in the order.
     """
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "recipes" / "moving_digits")
-    import build as recipe
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+    from recipes.moving_digits import build as recipe
 
     processor = clip_of_the_moving_digits(tmp_path / "clip")
     for split, count, seed in (("train", 4 * len(all_captions()), recipe.TRAIN_SEED), ("test", 360, recipe.TEST_SEED)):

@@ -4,6 +4,7 @@ import math
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import CLIPModel, TrainerCallback
 from bt_adapter_hf import BTAdapterConfig, BTAdapterModel
 from bt_adapter_hf.cli.main import main
 from bt_adapter_hf.training import trainer as trainer_module
+from bt_adapter_hf.training.arguments import BTAdapterTrainingArguments
 from tests import tiny_pairs
 
 
@@ -154,3 +156,31 @@ def test_scripts_parse_and_explain_themselves(script):
     result = subprocess.run(["bash", str(script)], capture_output=True, text=True)
     assert result.returncode == 2 and f"bash recipes/{script.parent.name}/{script.name} " in result.stderr
     assert "set -euo" not in result.stderr and not result.stderr.startswith("#")
+
+
+def test_steps_are_taken_once_and_timed(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(RECIPES.parent)
+    from recipes.shared import make, run_arguments, ship
+
+    taken = []
+
+    def step(name):
+        taken.append(name)
+        (tmp_path / name).write_text(name)
+
+    steps = [(name, tmp_path / name, lambda name=name: step(name)) for name in ("a", "b")]
+    assert make(steps, tmp_path / "results.json") == {"a": 0, "b": 0}
+    (tmp_path / "b").unlink()
+    assert make(steps, tmp_path / "results.json").keys() == {"a", "b"} and taken == ["a", "b", "b"]
+    ship(tmp_path, tmp_path / "assets")
+    assert {path.name for path in (tmp_path / "assets").iterdir()} == {"a", "b", "results.json"}
+    args = run_arguments(BTAdapterTrainingArguments, tmp_path, max_steps=7, logging_steps=100)
+    assert (args.max_steps, args.logging_steps, args.save_strategy, args.use_cpu) == (7, 100, "no", True)
+
+
+@pytest.mark.parametrize("name", ["moving_digits", "moving_digits_chat"])
+def test_builds_start_as_their_pages_say(name):
+    command = [sys.executable, "-m", f"recipes.{name}.build"]
+    assert " ".join(["python", *command[1:]]) in (RECIPES / name / "README.md").read_text()
+    result = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=120, cwd=RECIPES.parent)
+    assert result.returncode == 0 and "--ship" in result.stdout, result.stderr

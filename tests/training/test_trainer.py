@@ -12,7 +12,7 @@ from transformers import AutoModel, set_seed
 from bt_adapter_hf import BTAdapterForPreTraining, BTAdapterProcessor, load_bt_adapter
 from bt_adapter_hf.data.broken import BrokenItemsError
 from bt_adapter_hf.data.pairs import PairCollator, PairDataset, load_table
-from bt_adapter_hf.evaluation.controls import reverse_frames
+from bt_adapter_hf.evaluation.controls import reverse_frames, shuffle_frames
 from bt_adapter_hf.evaluation.retrieval import retrieval_metrics
 from bt_adapter_hf.training.arguments import RELEASED_LR_MULTIPLIERS, BTAdapterTrainingArguments
 from bt_adapter_hf.training.checkpoint import last_checkpoint, load_trained, save_trained
@@ -212,6 +212,28 @@ def test_evaluation_repeats_itself_and_does_not_disturb_training(clips, tmp_path
     without.train()
     assert len(logged(with_evaluation, "eval_shuffled_t2v_R1")) >= 3
     assert logged(with_evaluation, "loss")[0] == logged(without, "loss")[0]
+
+
+def test_shuffled_clips_are_drawn_from_the_seed(clips, tmp_path):
+    """The permutations of every draw and batch are those of one generator, which the seed of the run starts."""
+    found = {}
+    for seed in (42, 43):
+        options = {"per_device_eval_batch_size": 6, "eval_controls": ["shuffled"], "eval_shuffle_draws": 2}
+        trainer = make_trainer(clips, tmp_path, seed=seed, **options)
+        prediction = trainer.predict(trainer.eval_dataset)
+        again = trainer.predict(trainer.eval_dataset).predictions
+        found[seed] = prediction.predictions
+        assert all(np.array_equal(found[seed][name], again[name]) for name in again)
+    generator, expected = torch.Generator().manual_seed(42), {"shuffled_0": [], "shuffled_1": []}
+    for batch in torch.utils.data.DataLoader(trainer.eval_dataset, 6, collate_fn=trainer.data_collator):
+        for features in expected.values():
+            videos = shuffle_frames(batch["pixel_values_videos"], None, generator)
+            with torch.no_grad():
+                features.append(trainer.model.eval().get_video_features(videos).pooler_output)
+    for name, features in expected.items():
+        np.testing.assert_allclose(found[42][name], torch.cat(features).numpy(), rtol=1e-4, atol=1e-5)
+        assert np.abs(found[42][name] - found[43][name]).max() > 1e-3
+    assert np.abs(found[42]["shuffled_0"] - found[42]["shuffled_1"]).max() > 1e-3
 
 
 def test_pretraining_raises_recall(clips, tmp_path):
