@@ -448,3 +448,14 @@ def test_full_size_adapter_is_small(tmp_path):
     model = BTAdapterVisionModel.from_backbone(base, 4)
     save_bt_adapter(model, tmp_path, dtype=torch.float16)
     assert 142e6 < (tmp_path / WEIGHTS_NAME).stat().st_size <= 145e6
+
+
+@pytest.mark.parametrize("number", [None, 0, 5])
+def test_how_many_frames_were_trained_goes_with_the_adapter(tmp_path, number):
+    save_bt_adapter(BTAdapterVisionModel.from_backbone(vision(), 2, num_trained_frames=number), tmp_path)
+    tower = find_tower(load_bt_adapter(vision(), tmp_path))
+    assert tower.config.num_trained_frames == tower.bt_adapter.config.num_trained_frames == number
+    content = json.loads((tmp_path / CONFIG_NAME).read_text())
+    del content["branch"]["num_trained_frames"]  # an adapter file from before
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(content))
+    assert find_tower(load_bt_adapter(vision(), tmp_path)).config.num_trained_frames == 0
