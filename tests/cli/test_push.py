@@ -9,6 +9,7 @@ import pytest
 
 from bt_adapter_hf import BTAdapterModel
 from bt_adapter_hf.cli import main as cli
+from tests.hub.clients import run_python
 from tests.hub.conftest import hf_home, hub  # noqa: F401 (fixtures)
 
 
@@ -79,6 +80,31 @@ def test_one_clear_line_on_errors(hub, tiny_checkpoint, tmp_path, capsys, argume
     assert cli.main(["push", *arguments]) == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("bt-adapter push: error:")]
     assert len(lines) == 1 and said in lines[0]
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("README.md", b"\xff\xfe", "run/README.md is not text in UTF-8"),
+        ("run_summary.json", b"[]", "run/run_summary.json holds a list, expected an object"),
+        ("run_summary.json", b'{"data": [1]}', "run/run_summary.json is damaged: data is [1], expected an object"),
+        ("config.json", b"{", "run/config.json is damaged"),
+    ],
+)
+def test_what_is_damaged_is_found_before_anything_is_done(hub, tiny_checkpoint, tmp_path, capsys, name, content, said):  # noqa: F811
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "run")
+    (folder / name).write_bytes(content)
+    assert cli.main(["push", str(folder), "tester/damaged", "--without-code"]) == 1
+    assert said in capsys.readouterr().err and not hub.repositories
+
+
+def test_a_retry_is_told_once(hub, tiny_checkpoint, hf_home):  # noqa: F811
+    hub.fail("unavailable", "/preupload/")
+    hub.fail("unavailable", "/commit/")
+    code = f"from bt_adapter_hf.cli.main import main\nmain(['push', {str(tiny_checkpoint)!r}, 'tester/retried'])"
+    lines = run_python(code, hub, hf_home).stderr.splitlines()
+    for said in ("503 thrown while requesting POST", "Committing to tester/retried: 503 Service Unavailable"):
+        assert len([line for line in lines if said in line]) == 1, lines
 
 
 def test_help_has_examples_and_imports_no_torch():

@@ -82,6 +82,26 @@ def test_index_errors(tiny_checkpoint, clips, index, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
+def test_odd_names_and_files(tiny_checkpoint, clips, index, tmp_path, capsys, monkeypatch):
+    """One line each, which names what was typed or the file."""
+    monkeypatch.chdir(tmp_path)
+    model = ["--model", tiny_checkpoint]
+    assert "names of videos is empty" in error_of(["index", "", "-o", "new", *model], capsys)
+    assert "index (-o) is empty" in error_of(["index", clips, "-o", "", *model], capsys)
+    assert "folder 'no name!', and it is no id" in error_of(["index", clips, "-o", "n", "--model", "no name!"], capsys)
+    error = error_of(["index", clips, "-o", "n", "--model", "org/none"], capsys)  # the tests are offline
+    assert "org/none is no folder, and could not be loaded" in error and "HF_HUB_OFFLINE is set" in error
+    Path("labels.txt").write_bytes(b"\xff\xfe")
+    for file in ("labels.txt", "."):
+        error = error_of(["classify", clips, "--labels-file", file, *model], capsys)
+        assert f"--labels-file {file} cannot be read as text" in error
+    assert "cannot be written to '/proc'" in error_of(["search", index, "a", "--sheet", "/proc/x.png"], capsys)
+    info = json.loads((index / "index.json").read_text())
+    for field, value in (("settings", "x"), ("dim", None), ("dtype", 3)):
+        (index / "index.json").write_text(json.dumps({**info, field: value}))
+        assert f"it does not say {field}" in error_of(["search", index, "a"], capsys)
+
+
 def test_damaged_files_can_be_salvaged(tiny_checkpoint, clips, tmp_path, capsys):
     whole = (clips / "red.mp4").read_bytes()
     cut = tmp_path / "cut.gif"
@@ -239,7 +259,7 @@ def test_classify_errors(tiny_checkpoint, clips, tmp_path, capsys):
     assert "found 1 labels" in error_of([*files, "--labels", "red,"], capsys)
     assert "'red' is there twice" in error_of([*files, "--labels", "red, blue, red"], capsys)
     assert "no {} for the label" in error_of([*files, "--labels", "red, blue", "--template", "a dog"], capsys)
-    assert "No such file" in error_of([*files, "--labels-file", tmp_path / "nope.txt"], capsys)
+    assert "nope.txt cannot be read" in error_of([*files, "--labels-file", tmp_path / "nope.txt"], capsys)
     for option in ("--top", "--batch-size", "--workers", "--num-frames"):
         assert f"argument {option}: '0' is not" in usage_error([*files, "--labels", "red, blue", option, "0"], capsys)
 

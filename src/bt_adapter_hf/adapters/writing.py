@@ -22,10 +22,10 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(os.path.abspath(path))  # "." has a name too
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}{PARTIAL}")
-    # What is written gets the rights that any new file has: safetensors lets nobody but the owner read.
-    with open(temporary, "xb") as file:
-        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
     try:
+        # What is written gets the rights that any new file has: safetensors lets nobody but the owner read.
+        with open(temporary, "xb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         temporary.unlink()
         yield temporary
         if temporary.is_dir():
@@ -37,8 +37,9 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
                 os.fsync(file.fileno())  # or the name may outlive a power failure, and the content not
         temporary.replace(path)
     except OSError as error:
-        if error.errno and error.filename is None:
-            error.filename = str(path)  # a full disk names no file
+        if error.errno and error.filename in (None, str(temporary)):
+            # A full disk names no file, others the hidden one.
+            raise type(error)(error.errno, error.strerror, str(path)) from error
         raise
     finally:
         if temporary.is_dir():

@@ -67,10 +67,16 @@ def read_labels(listed: str | None, file: str | None) -> list[str]:
     """Labels from the option or the file, in order.
 
     Raises:
-        ValueError: fewer than two labels, or one twice.
-        OSError: the file cannot be read.
+        ValueError: fewer than two labels, or one twice, or a file that cannot be read.
     """
-    lines = listed.split(",") if listed is not None else Path(file).read_text(encoding="utf-8").splitlines()
+    if listed is not None:
+        lines = listed.split(",")
+    else:
+        try:
+            lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"--labels-file {file} cannot be read as text: {reason}.") from error
     labels = [line.strip() for line in lines if line.strip()]
     if len(labels) < 2:
         raise ValueError(f"found {len(labels)} labels; a choice needs at least two.")

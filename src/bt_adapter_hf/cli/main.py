@@ -23,6 +23,7 @@ _PACKAGE = __package__.partition(".")[0]
 _FOLDER = Path(__file__).parents[1]
 
 HELP_WIDTH = 100
+_SPEAK_THEMSELVES = ("datasets", "huggingface_hub", "transformers")  # libraries with a handler of their own
 COMMANDS = (
     "quickstart",
     "index",
@@ -62,8 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser([argv[0]] if argv and argv[0] in COMMANDS else COMMANDS).parse_args(argv)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text; stderr does so already
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    logging.getLogger("datasets").propagate = False  # it prints its lines itself
+    handler = logging.StreamHandler()
+    handler.addFilter(lambda record: record.name.partition(".")[0] not in _SPEAK_THEMSELVES)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[handler])
     try:
         return args.run(args)
     except KeyboardInterrupt:

@@ -7,15 +7,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-from huggingface_hub import constants
+from huggingface_hub import constants, is_offline_mode
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     HTTPError,
+    LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 
 
 logger = logging.getLogger(__name__)
@@ -100,11 +103,13 @@ def is_transient(error: BaseException) -> bool:
 
 
 def http_cause(error: BaseException) -> BaseException | None:
-    """The first error in the chain that the Hub's client raised; libraries wrap it, and some hide what it said."""
-    for link in _chain(error):
-        if isinstance(link, HTTPError | OfflineModeIsEnabled | StorageError):
-            return link
-    return None
+    """The first error in the chain that the Hub's client raised; libraries wrap it, and some hide what it said.
+
+    That a file is not in the cache is said by an error of its own: what kept it from being fetched tells more.
+    """
+    links = list(_chain(error))
+    telling = [link for link in links if isinstance(link, HTTPError | OfflineModeIsEnabled | StorageError)]
+    return next(iter(telling or [link for link in links if isinstance(link, LocalEntryNotFoundError)]), None)
 
 
 def explain(error: BaseException, repo_id: str, revision: str | None = None) -> str:
@@ -123,8 +128,9 @@ def explain(error: BaseException, repo_id: str, revision: str | None = None) -> 
             f"{repo_id} does not exist on the Hub, or it is private: check the name, or log in with an account that "
             "has access (`hf auth login`, or token=...)"
         )
-    if isinstance(cause, OfflineModeIsEnabled):
-        return f"{repo_id}{at} is not in the local cache, and HF_HUB_OFFLINE is set: unset it, or load it once online"
+    if isinstance(cause, OfflineModeIsEnabled | LocalEntryNotFoundError):
+        why = "HF_HUB_OFFLINE is set: unset it, or" if is_offline_mode() else "was not to be fetched:"
+        return f"{repo_id}{at} is not in the local cache, and {why} load it once online"
     if isinstance(cause, HfHubHTTPError):
         status = cause.response.status_code
         if status == 401:
@@ -165,16 +171,23 @@ def _explain_storage(cause: StorageError, repo_id: str) -> str:
 
 
 def check_folder(name: str) -> None:
-    """Refuses a path to nothing, which the Hub's client would take for an id, and a file.
+    """Refuses what is neither a folder nor an id: a path to nothing, which the Hub's client would ask for, or a file.
 
     Raises:
         OSError: if the name can only be a path, and there is no such folder.
+        ValueError: if it can be neither.
     """
+    if os.path.isdir(name):
+        return
     if os.path.isfile(name):
         raise NotADirectoryError(f"'{name}' is a file; expected a folder, or an id on the Hub.")
     is_path = os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name
-    if is_path and not os.path.isdir(name):
+    if is_path:
         raise FileNotFoundError(f"there is no folder '{name}'.")
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(f"there is no folder '{name}', and it is no id on the Hub (namespace/name).") from error
 
 
 def check_token(token: str | bool | None) -> None:

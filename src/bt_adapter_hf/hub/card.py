@@ -47,7 +47,7 @@ def model_card(
     """
     contents = Contents.of(folder)
     if summary is None:
-        summary = read_json(folder / SUMMARY_NAME) if (folder / SUMMARY_NAME).is_file() else {}
+        summary = _read_summary(folder / SUMMARY_NAME) if (folder / SUMMARY_NAME).is_file() else {}
     if contents.config.get("base_model_name_or_path"):
         base = contents.config["base_model_name_or_path"], contents.config.get("revision")
     elif summary.get("model"):
@@ -83,6 +83,15 @@ def model_card(
         licence=text.licence(data.get("license"), base, with_code),
         marker=MARKER,
     )
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    path = path.resolve()  # of a folder that is described, the user's own
+    summary = read_json(path)
+    for name in ("data", "metrics", "training", "config", "versions", "broken_items"):
+        if not isinstance(summary.get(name), dict | None):
+            raise ValueError(f"{path} is damaged: {name} is {summary[name]!r}, expected an object.")
+    return summary
 
 
 # ------------------------------------------------------------------------------------------------------------ metadata

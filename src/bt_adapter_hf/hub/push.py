@@ -8,8 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile, constants, get_token
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    RepoFile,
+    constants,
+    get_token,
+    is_offline_mode,
+)
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RevisionNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -96,6 +105,7 @@ def push_to_hub(
         PushError: if the Hub refuses, or does not answer even when asked again.
     """
     check_token(token)
+    validate_repo_id(repo_id)
     if create_pr and revision is not None:
         raise ValueError("A pull request goes to the default branch: pass revision or create_pr, not both.")
     with tempfile.TemporaryDirectory() as scratch:
@@ -175,11 +185,14 @@ def publish(
     Args:
         make_card: gives the README, from the one in `files` or else in the repository, and the repository's full name.
     """
+    if is_offline_mode():
+        raise PushError(f"HF_HUB_OFFLINE is set, so nothing can be published as {repo_id}: unset it.")
     api = HfApi(token=token)
     target = _Target(api, repo_id, revision, create_pr)
     try:
+        readme = _read_readme(files["README.md"]) if "README.md" in files else None
+        make_card(readme, repo_id)  # what is wrong in the files shows before anything is done on the Hub
         target.prepare(private)
-        readme = files["README.md"].read_text(encoding="utf-8") if "README.md" in files else None
         if readme is None or is_generated(readme):
             readme = target.readme() or readme  # someone may have written one on the Hub
         contents = {**files, "README.md": make_card(readme, target.repo_id).encode()}
@@ -361,6 +374,13 @@ def _save(source: nn.Module | ProcessorMixin, folder: Path, max_shard_size: int 
         source.save_pretrained(folder)
     else:
         raise ValueError(f"A {type(source).__name__} is no model or processor of this package, and no folder of one.")
+
+
+def _read_readme(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8: {error}. Save it as such, or take it away.") from error
 
 
 def _refuse_tokens(files: Mapping[str, Path | bytes], token: str | None) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub import ResolvedRevision, is_offline_mode, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError
+from huggingface_hub.errors import HFValidationError, HTTPError, RemoteEntryNotFoundError
 
 from ..adapters.files import (
     CONFIG_NAME,
@@ -93,9 +93,11 @@ def from_hub(load: Callable[[], Result], name: str | os.PathLike, revision: str 
         return retried(load, f"Loading {name}")
     except OSError as error:
         cause = http_cause(error)
-        if cause is None or isinstance(cause, EntryNotFoundError):
+        if cause is None or isinstance(cause, RemoteEntryNotFoundError):
             raise
-        raise OSError(f"{name} could not be loaded: {explain(error, str(name), revision)}") from error
+        raise OSError(
+            f"{name} is no folder, and could not be loaded: {explain(error, str(name), revision)}"
+        ) from error
 
 
 def find_adapter(name: str | os.PathLike, hub: Mapping[str, Any]) -> tuple[Path, AdapterConfig] | None:

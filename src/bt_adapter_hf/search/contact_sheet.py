@@ -1,6 +1,7 @@
 """A picture of search hits: for each its score and the very frames that the model saw."""
 
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -41,8 +42,13 @@ def check_sheet_path(path: str | os.PathLike) -> None:
         raise IsADirectoryError(f"'{path}' is a folder; name a .png file for the contact sheet.")
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"the folder '{path.absolute().parent}' for the contact sheet does not exist.")
-    if not os.access(path.absolute().parent, os.W_OK):
-        raise PermissionError(f"the contact sheet cannot be written to '{path.absolute().parent}'.")
+    try:
+        with tempfile.TemporaryFile(dir=path.absolute().parent):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"the contact sheet cannot be written to '{path.absolute().parent}': {error.strerror or error}."
+        ) from error
 
 
 def write_contact_sheet(

@@ -28,6 +28,8 @@ def find_videos(inputs: Sequence[str | os.PathLike]) -> list[str]:
     """
     found: dict[str, None] = {}
     for item in map(os.fspath, inputs):
+        if not item:
+            raise ValueError("one of the names of videos is empty.")
         path = _absolute(item)
         if os.path.exists(path):
             matches = [path]

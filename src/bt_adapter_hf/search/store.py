@@ -24,7 +24,14 @@ from ..adapters.writing import PARTIAL, written_whole
 
 FORMAT = 1
 LOCK_NAME = "index.lock"
-_FIELDS = ("model", "revision", "fingerprint", "dtype", "dim", "settings")
+_FIELDS = {
+    "model": str | None,
+    "revision": str | None,
+    "fingerprint": str,
+    "dtype": str,
+    "dim": int,
+    "settings": dict,
+}
 
 
 def check_writable(folder: str | os.PathLike) -> None:
@@ -34,6 +41,8 @@ def check_writable(folder: str | os.PathLike) -> None:
         ValueError: the folder holds files of something else.
         OSError: it cannot be created or written.
     """
+    if not os.fspath(folder):
+        raise ValueError("the name of the index (-o) is empty.")
     folder = Path(folder).absolute()
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"'{folder}' is a file; an index is a folder: name another with -o.")
@@ -57,13 +66,13 @@ def read_info(folder: Path) -> dict[str, Any] | None:
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
         version = info["format"]
-        absent = [name for name in _FIELDS if name not in info] if version == FORMAT else []
+        wrong = [name for name, kind in _FIELDS.items() if name not in info or not isinstance(info[name], kind)]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"'{path}' is not the description of a video index: {error}.") from error
     if version != FORMAT:
         raise ValueError(f"the index '{folder}' has format {version}; this version reads {FORMAT}: upgrade.")
-    if absent:
-        raise ValueError(f"'{path}' is damaged, it does not say {', '.join(absent)}: make a new index.")
+    if wrong:
+        raise ValueError(f"'{path}' is damaged, it does not say {', '.join(wrong)}: make a new index.")
     return info
 
 
