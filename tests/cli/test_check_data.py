@@ -214,14 +214,14 @@ def test_an_interruption_reports_what_was_done(table, tmp_path):
     environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     command = psutil.Process(process.pid)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     # the loader workers have started processes that decode
     while time.monotonic() < deadline and len(command.children(recursive=True)) < 2 + len(command.children()):
         assert process.poll() is None
         time.sleep(0.05)
     time.sleep(2)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=120)
     found = json.loads(out)
     assert process.returncode == 130 and found["interrupted"], err
     assert 0 < found["checked"] < found["rows"] == 3000

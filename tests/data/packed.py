@@ -14,6 +14,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bt_adapter_hf.data.order import Chunk
+
 
 def rows_of(folder: Path) -> list[tuple[str, bytes, str]]:
     """(name, bytes, text) of the rows of `folder/metadata.jsonl`."""
@@ -94,6 +96,19 @@ def file_server(folder: Path):
         closing.set()
         server.shutdown()
         server.server_close()
+
+
+class GivenOrder:
+    """Chunks of one shard each, in the order of a list, for a `ChunkStore`."""
+
+    chunk_rows = 1
+
+    def __init__(self, shards: list[int], rows: int):
+        self.shards, self.rows = shards, rows
+
+    def chunks(self, start: int):
+        for number in range(start // self.rows, len(self.shards)):
+            yield Chunk(0, number * self.rows, (number + 1) * self.rows, [self.shards[number]])
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from bt_adapter_hf.data.pairs import PairCollator, PairDataset, load_table
 from bt_adapter_hf.data.readers import Record
 from bt_adapter_hf.data.sources import BrokenRowError
 from tests import tiny_pairs
-from tests.data.packed import file_server, largest_size, rows_of, write_parquet
+from tests.data.packed import GivenOrder, file_server, largest_size, rows_of, write_parquet
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +155,26 @@ def test_what_is_kept_is_not_fetched_again(table, rows, tmp_path):
     discard(folder)
     assert not folder.exists()
     discard(folder)
+
+
+@pytest.mark.parametrize(
+    "shards, kept",
+    [
+        ([0, 1, 2, 3, 4, 5], {2, 3, 4, 5}),
+        ([0, 1, 2, 0, 3, 4], {0, 2, 3, 4}),  # 0 was needed again after 1
+    ],
+)
+def test_what_was_needed_longest_ago_goes_first(table, rows, tmp_path, shards, kept):
+    """So that a shard that comes again soon need not be fetched again."""
+    order = GivenOrder(shards, rows=3)
+    store = table.use_store(tmp_path / "store", int(4.5 * 1_250_000), order, stop=18)
+    for position in range(18):
+        shard = shards[position // 3]
+        check_row(table, rows, 3 * shard + position % 3)
+        following = shards[position // 3 + 1 : position // 3 + 2]
+        wait_until(lambda following=following: set(following) <= shards_in(store.folder))
+        store.advance(position + 1)
+    assert shards_in(store.folder) == kept
 
 
 def test_too_small_a_bound_is_said_with_numbers(table, tmp_path):
