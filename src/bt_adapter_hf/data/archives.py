@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 from ..adapters.writing import printable
-from ..models.video_download import MAX_BYTES
-from ..models.video_errors import VideoAccessError, VideoNotFoundError, sentence
+from ..models.video_errors import MAX_BYTES, VideoAccessError, VideoNotFoundError, sentence
 from .files import PEEK_BYTES, file_size, open_file
 
 

@@ -10,8 +10,15 @@ from tempfile import SpooledTemporaryFile
 from typing import BinaryIO
 
 from ..hub.access import retried
-from ..models.video_download import MAX_BYTES, MAX_SECONDS, download
-from ..models.video_errors import VideoAccessError, VideoDownloadError, VideoError, VideoNotFoundError
+from ..models.video_download import download
+from ..models.video_errors import (
+    MAX_BYTES,
+    MAX_SECONDS,
+    VideoAccessError,
+    VideoDownloadError,
+    VideoError,
+    VideoNotFoundError,
+)
 from .archives import ARCHIVE_SUFFIXES, MediaArchives
 from .files import READ_BYTES, FoundFiles, find_files, is_remote, join, open_file, pin
 from .readers import Record, as_they_come

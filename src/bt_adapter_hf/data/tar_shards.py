@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 import numpy as np
 
 from ..adapters.writing import printable, written_whole
-from ..models.video_download import MAX_BYTES
+from ..models.video_errors import MAX_BYTES
 from .archives import TarMember, read_range, scan_tar, too_large
 from .files import PEEK_BYTES, FoundFiles, identity, is_remote, open_file
 from .readers import (

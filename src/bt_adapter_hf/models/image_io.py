@@ -12,8 +12,8 @@ from typing import Any
 from PIL import Image
 from transformers import image_utils
 
-from .video_download import MAX_SECONDS, download
-from .video_errors import VideoAccessError, VideoNotFoundError, item_errors
+from .video_decoding import fetch
+from .video_errors import MAX_BYTES, MAX_SECONDS, VideoAccessError, VideoNotFoundError, item_errors
 
 
 def load_image(source: Any, name: str | None = None, timeout: float = MAX_SECONDS) -> Image.Image:
@@ -68,7 +68,7 @@ def _open(source: Any, name: str, timeout: float) -> io.BytesIO | Path:
         return io.BytesIO(source)
     if isinstance(source, str) and source.startswith(("http://", "https://")):
         content = io.BytesIO()
-        download(source, content, timeout=timeout)
+        fetch(source, content, MAX_BYTES, timeout)
         return io.BytesIO(content.getvalue())
     if os.path.isfile(source):
         return Path(source)

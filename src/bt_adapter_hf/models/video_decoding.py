@@ -77,6 +77,14 @@ def package_part(name: str) -> ModuleType | None:
         return None
 
 
+def fetch(url: str, file: BinaryIO, max_bytes: int, timeout: float) -> None:
+    """`download`, of the package."""
+    part = package_part("video_download")
+    if part is None:
+        raise ImportError(f"Fetching {url} needs the package bt_adapter_hf; or download it and give its path.")
+    part.download(url, file, max_bytes, timeout)
+
+
 @dataclass
 class Source:
     """A video on this machine: a path to a regular, readable, non-empty file, or its bytes."""

@@ -1,4 +1,5 @@
-"""Download one file. Apart from the decoders, so that a process that only fetches does not import them."""
+"""Download one file. Apart from the decoders, so that a process that only fetches does not import them; and not in the
+code that travels with a repository, which whoever trusts it has to read."""
 
 import socket
 import threading
@@ -9,11 +10,9 @@ from functools import partial
 from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
 from typing import Any, BinaryIO
 
-from .video_errors import EmptyVideoError, VideoDownloadError, VideoError, VideoTimeoutError
+from .video_errors import MAX_BYTES, MAX_SECONDS, EmptyVideoError, VideoDownloadError, VideoError, VideoTimeoutError
 
 
-MAX_BYTES = 1 << 30  # of one video, wherever it is read from into memory
-MAX_SECONDS = 120.0
 _CHUNK_BYTES = 1 << 16
 
 

@@ -1,7 +1,11 @@
-"""Everything that can be wrong with one video or image, by kind."""
+"""Everything that can be wrong with one video or image, by kind, and the limits of what is read."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+
+MAX_BYTES = 1 << 30  # of one video, wherever it is read from into memory
+MAX_SECONDS = 120.0  # that a download may take
 
 
 class VideoError(ValueError):

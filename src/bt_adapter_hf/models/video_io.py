@@ -27,6 +27,7 @@ from .video_decoding import (
     VIDEO_BACKENDS,
     BTAdapterVideoMetadata,
     Source,
+    fetch,
     flatten_image,
     load_animation,
     load_picture_file,
@@ -34,8 +35,9 @@ from .video_decoding import (
     package_part,
     picture_kind,
 )
-from .video_download import MAX_BYTES, MAX_SECONDS, download
 from .video_errors import (
+    MAX_BYTES,
+    MAX_SECONDS,
     EmptyVideoError,
     VideoAccessError,
     VideoDecodeError,
@@ -215,7 +217,7 @@ def _local_source(video: Any, name: str, max_download_bytes: int, timeout: float
         with tempfile.TemporaryDirectory(prefix="bt_adapter_video_") as folder:
             path = os.path.join(folder, "video")
             with open(path, "wb") as file:
-                download(video, file, max_download_bytes, timeout)
+                fetch(video, file, max_download_bytes, timeout)
             yield Source(path, video)
         return
     if isinstance(video, (str, os.PathLike)):
