@@ -1,6 +1,7 @@
 """What generation does with images and videos beside greedy search: drafts, no cache, long prompts, mixed batches."""
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     OPTConfig,
 )
+from transformers.utils import logging as transformers_logging
 
 from bt_adapter_hf import (
     BTAdapterInstructBlipForConditionalGeneration,
@@ -192,6 +194,18 @@ def test_hidden_states_of_videos(host):
     if host.name != "llava":
         given = [output.qformer_outputs.hidden_states for output in (asked, native)]
         assert (given[0] is None) == (given[1] is None)
+
+
+@torch.no_grad()
+def test_far_other_numbers_of_frames_than_trained_are_warned_of(host, monkeypatch, caplog):
+    transformers_logging.get_logger("bt_adapter_hf").propagate = True
+    logging.Logger.warning_once.cache_clear()  # other tests may have met the same warning
+    monkeypatch.setattr(host.model.config.vision_config, "num_trained_frames", 4)
+    for T in (2, 4, 8):
+        host.model.get_video_features(video(T), **host.words(5))
+    assert "trained on" not in caplog.text
+    host.model.get_video_features(video(9), **host.words(5))
+    assert "have 9 frames, and the branch was trained on 4: set num_frames=4" in caplog.text
 
 
 def test_what_is_missing_is_named(host):

@@ -106,6 +106,17 @@ def check_length(config: PreTrainedConfig, length: int):
     logger.warning_once(message.format("is made for"))
 
 
+def check_frames(config: PreTrainedConfig, T: int):
+    """Warns where videos have far more or fewer frames than the branch was trained on: a processor takes 64 if it is
+    told nothing else."""
+    trained = config.vision_config.num_trained_frames
+    if trained and not trained / 2 <= T <= trained * 2:
+        logger.warning_once(
+            f"The videos have {T} frames, and the branch was trained on {trained}: set num_frames={trained} in the "
+            "processor's from_pretrained."
+        )
+
+
 def check_placeholders(input_ids: torch.LongTensor, token_id: int | None, visuals: int, tokens: int, kind: str):
     """Compares the placeholders of a prompt with the visual tokens that are to stand there.
 

@@ -25,6 +25,7 @@ from .compat_bt_adapter import (
 from .configuration_bt_adapter_chat import BTAdapterLlavaConfig
 from .modeling_bt_adapter_chat import (
     BTAdapterChatMixin,
+    check_frames,
     check_length,
     check_placeholders,
     embed_text,
@@ -71,6 +72,8 @@ class BTAdapterLlavaModel(LlavaModel):
                 f"pixel_values_videos has shape {tuple(pixel_values_videos.shape)}; expected (V, T, 3, H, W). Images "
                 "are passed as pixel_values."
             )
+        seen = pixel_values_videos if backbone_states is None else next(iter(backbone_states.values()))
+        check_frames(self.config, seen.shape[1])
         if frame_mask is not None:
             kwargs["frame_mask"] = frame_mask
         return self.get_image_features(

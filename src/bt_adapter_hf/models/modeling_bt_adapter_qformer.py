@@ -6,7 +6,14 @@ import torch
 from transformers.models.blip_2.modeling_blip_2 import BaseModelOutputWithVisionQformerOutputs
 
 from .compat_bt_adapter import BaseModelOutputWithPooling, can_return_tuple
-from .modeling_bt_adapter_chat import BTAdapterChatMixin, check_length, check_placeholders, embed_text, put_in_place
+from .modeling_bt_adapter_chat import (
+    BTAdapterChatMixin,
+    check_frames,
+    check_length,
+    check_placeholders,
+    embed_text,
+    put_in_place,
+)
 
 
 class BTAdapterQFormerChatMixin(BTAdapterChatMixin):
@@ -55,10 +62,12 @@ class BTAdapterQFormerChatMixin(BTAdapterChatMixin):
                 f"pixel_values_videos has shape {tuple(pixel_values_videos.shape)}; expected (V, T, 3, H, W). Images "
                 "are passed as pixel_values."
             )
+        seen = pixel_values_videos if backbone_states is None else next(iter(backbone_states.values()))
+        check_frames(self.config, seen.shape[1])
         text = {"qformer_input_ids": qformer_input_ids, "qformer_attention_mask": qformer_attention_mask}
         text = {name: value for name, value in text.items() if value is not None}
-        seen = {"frame_mask": frame_mask, "backbone_states": backbone_states}
-        vision_outputs = self.vision_model(pixel_values_videos, **seen, **{**kwargs, "return_dict": True})
+        given = {"frame_mask": frame_mask, "backbone_states": backbone_states}
+        vision_outputs = self.vision_model(pixel_values_videos, **given, **{**kwargs, "return_dict": True})
         qformer_outputs = self._query(vision_outputs.last_hidden_state, **text, **kwargs)
         queries = qformer_outputs.last_hidden_state[:, : self.config.num_query_tokens]
         return BaseModelOutputWithVisionQformerOutputs(
