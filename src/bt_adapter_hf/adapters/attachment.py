@@ -16,7 +16,6 @@ from transformers import (
 from transformers.utils import logging
 
 from ..models.configuration_bt_adapter import BTAdapterConfig
-from ..models.configuration_bt_adapter_chat import next_token_id
 from ..models.modeling_bt_adapter import BTAdapterModel
 from ..models.modeling_bt_adapter_branch import BACKBONES
 from ..models.modeling_bt_adapter_instructblip import BTAdapterInstructBlipForConditionalGeneration
@@ -25,6 +24,7 @@ from ..models.modeling_bt_adapter_minigpt4 import BTAdapterMiniGPT4ForConditiona
 from ..models.modeling_bt_adapter_vision import BTAdapterVisionModel
 from .host_modules import fill_parameter, find_tower, learning_copy, parameter_value, path_of
 from .quantization import keep_out
+from .video_token import video_token_id
 
 
 logger = logging.get_logger(__name__)
@@ -195,8 +195,8 @@ def chat_config(native: PreTrainedConfig, tower: PreTrainedConfig) -> PreTrained
     )
     fields = config_class._native_fields() | {"vision_config": tower}
     if native.name_or_path:  # what was loaded has been fetched: nothing is fetched for this
-        free = next_token_id(native.name_or_path, {"local_files_only": True})
-        fields |= {} if free is None else {"video_token_index": max(free, (native.image_token_index or 0) + 1)}
+        token = video_token_id(native, native.name_or_path, {"local_files_only": True})
+        fields |= {} if token is None else {"video_token_index": token}
     return _composite(config_class, native, fields)
 
 

@@ -20,6 +20,7 @@ from ..adapters.host_modules import find_tower, offloaded_value, path_of
 from ..adapters.quantization import check_kept_out, language_model_only
 from ..adapters.strictness import check_loading
 from ..adapters.verbs import attach_adapter
+from ..adapters.video_token import video_token_id
 from ..models.configuration_bt_adapter import TOWER_FIELDS
 from ..models.modeling_bt_adapter_vision import BTAdapterVisionModel
 from .source import base_of, find_adapter, from_hub, naming_base, pinned, resolve_adapter
@@ -107,7 +108,7 @@ def load_chat_model(
     """`from_pretrained` of a chat model, around that of transformers (`load`)."""
     kwargs["revision"] = pinned(name, kwargs)  # one commit for all that is read
     hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
-    source_type = None
+    source, source_type = {}, None
     if name is not None:
         source = from_hub(lambda: PreTrainedConfig.get_config_dict(name, **hub)[0], name, kwargs["revision"])
         found = None
@@ -131,6 +132,9 @@ def load_chat_model(
         if bt_adapter is not None:  # these change what the adapter says
             fields = {key: value for key, value in fields.items() if key not in tower_fields}
         config = cls.config_class.from_pretrained(config or name, **hub, **fields)
+        if not is_ours and not {"video_token_index", "video_token_id"} & (fields.keys() | source.keys()):
+            token = video_token_id(config, name, hub)
+            config.video_token_index = config.video_token_index if token is None else token
     else:
         config, tower_fields = copy.deepcopy(config), {}
 

@@ -5,13 +5,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from .image_io import read_source
-
 
 # What a caller's text holds is text, also where it spells a placeholder: until the prompt is tokenized such a word
 # stands between these, which are transformers' marks for `sanitize_control_tokens`.
 START, END = "\U000f0000", "\U000f0001"
 KINDS = ("image", "video")
+_SOURCES = {"image": ("image", "url", "path", "base64"), "video": ("video", "url", "path")}
 
 
 def is_batch(conversation: Any) -> bool:
@@ -22,8 +21,7 @@ def is_batch(conversation: Any) -> bool:
 
 
 def plain_messages(conversation: Any, where: str) -> list[dict[str, Any]]:
-    """Messages as dicts, whose content is text or a list of parts `{"type": "text", "text": ...}`, `{"type": "image",
-    "image": source}`, `{"type": "video", "video": source}`; without a source it is seen elsewhere.
+    """Messages as dicts, whose content is text or a list of parts of type text, image and video, as dicts too.
 
     Raises:
         ValueError: there are none, one is no message, or it has a part that is neither.
@@ -75,14 +73,17 @@ def _part(part: Any, where: str) -> dict[str, Any]:
         return {**part, "text": part.get("text", "")}
     if kind not in KINDS:
         raise ValueError(f"{where} has a part of type {kind!r}; expected text, image or video.")
-    found = {key: part[key] for key in (kind, "url", "path", "base64") if part.get(key) is not None}
-    if len(found) > 1:
+    if len(found := [key for key in _SOURCES[kind] if key in part]) > 1:
         raise ValueError(f"{where} has a part of type {kind} with {' and '.join(found)}; expected one of them.")
-    for key, source in found.items():
-        if key == "base64" and not source.startswith("data:"):
-            source = f"data:;base64,{source}"
-        return {"type": kind, kind: source if kind == "image" else read_source(source)}
-    return {"type": kind}
+    return {**part, "type": kind}
+
+
+def sources_of(part: Mapping[str, Any]) -> list[Any]:
+    """What an image or video part shows, in a list; an empty one if that is said elsewhere."""
+    kind = part["type"]
+    if isinstance(encoded := part.get("base64"), str) and kind == "image" and not encoded.startswith("data:"):
+        return [f"data:;base64,{encoded}"]
+    return [part[key] for key in _SOURCES[kind] if key in part]
 
 
 def hide(message: dict[str, Any], pattern: str) -> dict[str, Any]:

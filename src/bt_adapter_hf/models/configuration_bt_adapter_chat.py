@@ -1,36 +1,11 @@
 """Configurations of the chat models: a native host whose vision config is that of a BT-Adapter tower."""
 
-import json
-import os
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from transformers import AutoConfig, Blip2Config, InstructBlipConfig, LlavaConfig, PreTrainedConfig
 
 from .compat_bt_adapter import SubConfigSpec, strict
 from .configuration_bt_adapter import BTAdapterVisionConfig, with_fields
-
-
-def next_token_id(source: str | os.PathLike, hub: Mapping[str, Any]) -> int | None:
-    """The id of `<video>` in the tokenizer beside a config, or that it would get as the next one that is added.
-
-    None where there is no `tokenizer.json`.
-    """
-    folder = hub.get("subfolder") or ""
-    try:
-        path = Path(source, folder, "tokenizer.json")
-        if not os.path.isdir(source):
-            names = ("revision", "token", "cache_dir", "local_files_only")
-            options = {name: hub[name] for name in names if hub.get(name) is not None}
-            path = hf_hub_download(str(source), "tokenizer.json", subfolder=folder or None, **options)
-        tokenizer = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (EntryNotFoundError, FileNotFoundError, HFValidationError):
-        return None
-    added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", ())}
-    return added.get("<video>", max(len(tokenizer["model"]["vocab"]), *(id_ + 1 for id_ in added.values()), 0))
 
 
 class BTAdapterHostConfigMixin:
@@ -109,10 +84,6 @@ class BTAdapterHostConfigMixin:
         config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if config.get("model_type") == cls.native_model_type:
             config = {**config, "model_type": cls.model_type, **cls._native_fields()}
-            image = config.get("image_token_index", config.get("image_token_id", cls.image_token_index))
-            free = next_token_id(pretrained_model_name_or_path, kwargs)
-            if free is not None and image is not None and not {"video_token_index", "video_token_id"} & config.keys():
-                config["video_token_index"] = max(free, image + 1)
         return config, kwargs
 
     @classmethod
@@ -140,9 +111,9 @@ class BTAdapterLlavaConfig(BTAdapterHostConfigMixin, LlavaConfig):
         text_config (`PreTrainedConfig` or `dict`, *optional*):
             Config of the language model.
         video_token_index (`int`, *optional*):
-            Id of the video placeholder, which is that of [`BTAdapterLlavaProcessor`]: of a native checkpoint the next
-            that its tokenizer gives; without a tokenizer the next after those of the image placeholder and of padding.
-            The language model's embedding of it is not used, so it may lie beyond the vocabulary.
+            Id of the video placeholder, which is that of [`BTAdapterLlavaProcessor`]: by default the next after those
+            of the image placeholder and of padding; a model made of a native checkpoint takes the next that its
+            tokenizer gives. The language model's embedding of it is not used: it may lie beyond the vocabulary.
         kwargs:
             The other fields of `LlavaConfig`.
 

@@ -14,7 +14,18 @@ from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 from transformers.utils import logging
 
-from .chat_messages_bt_adapter import END, KINDS, START, hide, is_batch, parts_of, plain_messages, show, texts
+from .chat_messages_bt_adapter import (
+    END,
+    KINDS,
+    START,
+    hide,
+    is_batch,
+    parts_of,
+    plain_messages,
+    show,
+    sources_of,
+    texts,
+)
 from .image_io import load_image, read_image, read_source
 from .video_errors import VideoInputError
 from .video_processing_bt_adapter import (
@@ -104,9 +115,7 @@ class BTAdapterChatProcessorMixin(ProcessorMixin):
     def _from_native(cls, source: str, hub: dict[str, Any]):
         raise NotImplementedError
 
-    def __call__(
-        self, images=None, text=None, videos=None, num_clips: int | None = None, *, shown=None, **kwargs
-    ) -> BatchFeature:
+    def __call__(self, images=None, text=None, videos=None, *, shown=None, **kwargs) -> BatchFeature:
         """See the class. `shown` is for `apply_chat_template`.
 
         Raises:
@@ -124,8 +133,6 @@ class BTAdapterChatProcessorMixin(ProcessorMixin):
                 raise ValueError("`text` must be a string or a list of strings.")
             text = self._with_placeholders(text, images, videos)
             kinds = self._placeholders(text, images, videos, (shown or {}).get("image_tokens", ()))
-        if num_clips is not None:
-            kwargs["num_clips"] = num_clips
         merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         num_clips = merged["videos_kwargs"].pop("num_clips", None)
         num_clips = self.num_clips if num_clips is None else num_clips
@@ -346,7 +353,7 @@ class BTAdapterChatProcessorMixin(ProcessorMixin):
         placeholders in front of it, as in LLaVA's own data.
 
         Raises:
-            ValueError: the template can show none of it.
+            ValueError: the template can show no videos.
         """
         text = {"type": "text", "text": "w0rd", "other": "dump3d"}
         takes_text, takes_parts = self._writes(template, "w0rd", "w0rd"), self._writes(template, [text], "w0rd")
@@ -364,20 +371,24 @@ class BTAdapterChatProcessorMixin(ProcessorMixin):
                 return message if takes_text else {**message, "content": [{"type": "text", "text": content}]}
             kinds = [part["type"] for part in content if part["type"] in KINDS]
             if takes_parts and (as_images or set(kinds) <= set(shows)):
-                parts = [{"type": "image"} if as_images and p["type"] == "video" else p for p in content]
+                parts = [
+                    {**part, "type": "image"} if as_images and part["type"] == "video" else part for part in content
+                ]
                 return {**message, "content": parts}
             if takes_text:
                 before = "".join(f"{self._tokens[kind]}\n" for kind in kinds)
                 return {**message, "content": before + " ".join(texts(message))}
-            raise ValueError(
-                f"The chat template of this processor shows no {kinds[0]}s: pass another as chat_template, for "
-                f"example {type(self).__name__}.default_chat_template."
-            )
+            if "video" in kinds:
+                raise ValueError(
+                    "The chat template of this processor shows no videos: pass another as chat_template, for example "
+                    f"{type(self).__name__}.default_chat_template."
+                )
+            return message
 
         for messages in batch:
             for part in (part for message in messages for part in parts_of(message)):
                 kind = part["type"]
-                shown[f"{kind}s"] += [part.pop(kind)] if kind in part else []
+                shown[f"{kind}s"] += sources_of(part)
                 shown["image_tokens"] += [kind] if as_images else []
             fitted.append([fit(message) for message in messages])
         return fitted, shown
