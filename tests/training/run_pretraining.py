@@ -1,7 +1,7 @@
 """A short pretraining run, as one process of several or alone: `run_pretraining.py CLIPS OUTPUT '{"batch": 4}'`.
 
 Keys of the options: `batch` per process, `resume`, and any field of `BTAdapterTrainingArguments`. What was logged goes
-to `log.json` or `log-resumed.json`, the model to `final`.
+to `log.json` or `log-resumed.json`, the features of the clips to `features.npz`, the model to `final`.
 """
 
 import json
@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 from transformers import set_seed
 
 from bt_adapter_hf.data.pairs import PairCollator, PairDataset, load_table
@@ -54,7 +55,9 @@ def run(clips: Path, output: Path, batch: int, resume: bool = False, **options) 
     )
     trainer.train(resume_from_checkpoint=resume or None)
     trainer.save_model(output / "final")
+    found = trainer.predict(trainer.eval_dataset)
     if trainer.is_world_process_zero():
+        np.savez(output / "features.npz", ids=found.label_ids, **found.predictions)
         log = {"history": trainer.state.log_history, "distributed": str(trainer.accelerator.distributed_type)}
         log["parameters"] = sorted({type(p).__name__ for p in trainer.model.parameters()})
         (output / f"log{'-resumed' * resume}.json").write_text(json.dumps(log))

@@ -5,6 +5,7 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -57,6 +58,22 @@ def assert_same_training(log, folder, alone):
     (one,), (two,) = (values(history, *RECALL, "eval_pairs") for history in (expected, log["history"]))
     assert two == pytest.approx(one, rel=1e-6) and two[-1] == 17
     assert_same_parameters(folder / "final" / "model.safetensors", alone / "final" / "model.safetensors", 1e-3)
+    assert_same_features(folder, alone)
+
+
+def assert_same_features(folder, alone):
+    """Each clip once, with its own features, whatever the number of processes they were gathered from."""
+    one, two = np.load(alone / "features.npz"), np.load(folder / "features.npz")
+    assert one.keys() == two.keys() >= {"ids", "text", "video", "reversed", "frame_average"}
+    places = []
+    for found in (one, two):
+        ids = found["ids"].tolist()
+        assert sorted(ids) == [-1, *(row for row in range(18) if row != 6)]  # -1: another clip for the broken one
+        places.append([ids.index(row) for row in sorted(ids)[1:]])
+    for name in one.keys() - {"ids"}:
+        a, b = (found[name][rows] for found, rows in zip((one, two), places, strict=True))
+        assert np.abs(a - b).max() <= 1e-3 * np.abs(a).max(), name
+        assert np.abs(np.diff(a, axis=0)).max() > 1e-2 * np.abs(a).max(), name  # the clips are told apart
 
 
 def assert_same_parameters(found, expected, relative):
