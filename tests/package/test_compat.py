@@ -35,116 +35,102 @@ DOCUMENTED = {
     "transformers.video_utils",
 }
 
-# Module paths: what we import from modules that are not documented, and the file that does.
-PATHS = {
-    "accelerate.utils.constants.OPTIMIZER_NAME": "training/compat.py",
-    "datasets.packaged_modules.videofolder.videofolder.VideoFolder": "data/compat.py",
-    "datasets.utils.file_utils.xopen": "data/compat.py",
-    "huggingface_hub.dataclasses.strict": "models/compat_bt_adapter.py",
-    "huggingface_hub.dataclasses.validate_typed_dict": "models/compat_bt_adapter.py",
-    "huggingface_hub.utils.sha.git_hash": "hub/compat.py",
-    "transformers.configuration_utils.SubConfigSpec": "models/compat_bt_adapter.py",
-    "transformers.conversion_mapping.get_checkpoint_conversion_mapping": "models/compat_bt_adapter.py",
-    "transformers.conversion_mapping.register_checkpoint_conversion_mapping": "models/compat_bt_adapter.py",
-    "transformers.core_model_loading.WeightRenaming": "models/compat_bt_adapter.py",
-    "transformers.dynamic_module_utils.get_relative_import_files": "hub/compat.py",
-    "transformers.integrations.bitsandbytes.dequantize_bnb_weight": "adapters/fingerprint.py",
-    "transformers.models.blip_2.modeling_blip_2.BaseModelOutputWithVisionQformerOutputs": (
-        "models/modeling_bt_adapter_qformer.py"
-    ),
-    "transformers.models.blip_2.modeling_blip_2.Blip2EncoderLayer": "models/modeling_bt_adapter_branch.py",
-    "transformers.models.blip_2.modeling_blip_2.Blip2ForConditionalGenerationModelOutput": (
-        "models/modeling_bt_adapter_minigpt4.py"
-    ),
-    "transformers.models.clip.modeling_clip.CLIPEncoderLayer": "models/modeling_bt_adapter_branch.py",
-    "transformers.models.instructblip.modeling_instructblip.InstructBlipEncoderLayer": (
-        "models/modeling_bt_adapter_branch.py"
-    ),
-    "transformers.models.instructblip.modeling_instructblip.InstructBlipForConditionalGenerationModelOutput": (
-        "models/modeling_bt_adapter_instructblip.py"
-    ),
-    "transformers.models.llava.modeling_llava.LlavaCausalLMOutputWithPast": "models/modeling_bt_adapter_llava.py",
-    "transformers.models.llava.modeling_llava.LlavaModelOutputWithPast": "models/modeling_bt_adapter_llava.py",
-    "transformers.models.llava.modeling_llava.LlavaMultiModalProjector": "models/modeling_bt_adapter_llava.py",
-    "transformers.models.siglip.modeling_siglip.SiglipEncoderLayer": "models/modeling_bt_adapter_branch.py",
-    "transformers.trainer.SCHEDULER_NAME": "training/compat.py",
-    "transformers.trainer.TRAINER_STATE_NAME": "training/compat.py",
-    "transformers.utils.generic.can_return_tuple": "models/compat_bt_adapter.py",
-    "transformers.utils.hub.resolve_revision": "models/compat_bt_adapter.py",
-}
+# Module paths: what we import from modules that are not documented.
+PATHS = [
+    "accelerate.utils.constants.OPTIMIZER_NAME",
+    "datasets.packaged_modules.videofolder.videofolder.VideoFolder",
+    "datasets.utils.file_utils.xopen",
+    "huggingface_hub.dataclasses.strict",
+    "huggingface_hub.dataclasses.validate_typed_dict",
+    "huggingface_hub.utils.sha.git_hash",
+    "transformers.configuration_utils.SubConfigSpec",
+    "transformers.conversion_mapping.get_checkpoint_conversion_mapping",
+    "transformers.conversion_mapping.register_checkpoint_conversion_mapping",
+    "transformers.core_model_loading.WeightRenaming",
+    "transformers.dynamic_module_utils.get_relative_import_files",
+    "transformers.integrations.bitsandbytes.dequantize_bnb_weight",
+    "transformers.models.blip_2.modeling_blip_2.BaseModelOutputWithVisionQformerOutputs",
+    "transformers.models.blip_2.modeling_blip_2.Blip2EncoderLayer",
+    "transformers.models.blip_2.modeling_blip_2.Blip2ForConditionalGenerationModelOutput",
+    "transformers.models.clip.modeling_clip.CLIPEncoderLayer",
+    "transformers.models.instructblip.modeling_instructblip.InstructBlipEncoderLayer",
+    "transformers.models.instructblip.modeling_instructblip.InstructBlipForConditionalGenerationModelOutput",
+    "transformers.models.llava.modeling_llava.LlavaCausalLMOutputWithPast",
+    "transformers.models.llava.modeling_llava.LlavaModelOutputWithPast",
+    "transformers.models.llava.modeling_llava.LlavaMultiModalProjector",
+    "transformers.models.siglip.modeling_siglip.SiglipEncoderLayer",
+    "transformers.trainer.SCHEDULER_NAME",
+    "transformers.trainer.TRAINER_STATE_NAME",
+    "transformers.utils.generic.can_return_tuple",
+    "transformers.utils.hub.resolve_revision",
+]
 
-# Private methods that ours take the place of, or call: their arguments as we rely on them, and the file.
+# Private methods that ours take the place of, or call, with the arguments that we rely on.
 METHODS = {
-    "accelerate.state.GradientState._set_sync_gradients": ("sync_gradients", "training/compat.py"),
-    "transformers.Blip2ForConditionalGeneration._preprocess_accelerate": ("", "models/modeling_bt_adapter_qformer.py"),
-    "transformers.InstructBlipForConditionalGeneration._preprocess_accelerate": (
-        "",
-        "models/modeling_bt_adapter_qformer.py",
-    ),
-    "transformers.PreTrainedModel._from_config": ("config", "models/modeling_bt_adapter_vision.py"),
-    "transformers.PreTrainedModel._init_weights": ("module", "models/modeling_bt_adapter_vision.py"),
-    "transformers.ProcessorMixin._merge_kwargs": ("tokenizer_init_kwargs", "models/processing_bt_adapter_chat.py"),
-    "transformers.Trainer._finish_current_push": ("", "training/hub_push.py"),
-    "transformers.Trainer._get_dataloader": ("", "training/resumable.py"),
-    "transformers.Trainer._get_output_dir": ("trial", "training/resumable.py"),
-    "transformers.Trainer._get_train_sampler": ("train_dataset", "training/resumable.py"),
-    "transformers.Trainer._init_training_state": ("max_steps", "training/resumable.py"),
-    "transformers.Trainer._load_best_model": ("", "training/resumable.py"),
-    "transformers.Trainer._load_from_checkpoint": ("resume_from_checkpoint model", "training/resumable.py"),
-    "transformers.Trainer._load_rng_state": ("checkpoint", "training/resumable.py"),
-    "transformers.Trainer._maybe_log_save_evaluate": ("", "training/resumable.py"),
-    "transformers.Trainer._prepare_inputs": ("inputs", "training/trainer.py"),
-    "transformers.Trainer._push_from_checkpoint": ("checkpoint_folder", "training/hub_push.py"),
-    "transformers.Trainer._save_checkpoint": ("model trial", "training/resumable.py"),
-    "transformers.Trainer._save_optimizer_and_scheduler": ("output_dir", "training/resumable.py"),
-    "transformers.Trainer._save_rng_state": ("output_dir", "training/resumable.py"),
-    "transformers.Trainer.get_batch_samples": ("epoch_iterator num_batches device", "training/observability.py"),
-    "transformers.Trainer.save_model": ("output_dir _internal_call", "training/resumable.py"),
-    "transformers.Trainer.set_initial_training_values": ("args dataloader", "training/resumable.py"),
-    "transformers.video_processing_utils.BaseVideoProcessor._standardize_kwargs": (
-        "",
-        "models/video_processing_bt_adapter.py",
-    ),
-    "transformers.video_processing_utils.BaseVideoProcessor._validate_preprocess_kwargs": (
-        "",
-        "models/video_processing_bt_adapter.py",
-    ),
+    "accelerate.state.GradientState._set_sync_gradients": "sync_gradients",
+    "transformers.Blip2ForConditionalGeneration._preprocess_accelerate": "",
+    "transformers.InstructBlipForConditionalGeneration._preprocess_accelerate": "",
+    "transformers.PreTrainedModel._from_config": "config",
+    "transformers.PreTrainedModel._init_weights": "module",
+    "transformers.ProcessorMixin._merge_kwargs": "tokenizer_init_kwargs",
+    "transformers.Trainer._finish_current_push": "",
+    "transformers.Trainer._get_dataloader": "",
+    "transformers.Trainer._get_output_dir": "trial",
+    "transformers.Trainer._get_train_sampler": "train_dataset",
+    "transformers.Trainer._init_training_state": "max_steps",
+    "transformers.Trainer._load_best_model": "",
+    "transformers.Trainer._load_from_checkpoint": "resume_from_checkpoint model",
+    "transformers.Trainer._maybe_log_save_evaluate": "",
+    "transformers.Trainer._prepare_inputs": "inputs",
+    "transformers.Trainer._push_from_checkpoint": "checkpoint_folder",
+    "transformers.Trainer._save_checkpoint": "model trial",
+    "transformers.Trainer._save_optimizer_and_scheduler": "output_dir",
+    "transformers.Trainer._save_rng_state": "output_dir",
+    "transformers.Trainer.get_batch_samples": "epoch_iterator num_batches device",
+    "transformers.Trainer.save_model": "output_dir _internal_call",
+    "transformers.Trainer.set_initial_training_values": "args dataloader",
+    "transformers.video_processing_utils.BaseVideoProcessor._standardize_kwargs": "",
+    "transformers.video_processing_utils.BaseVideoProcessor._validate_preprocess_kwargs": "",
 }
 
-# Private attributes: a module of the library that has to speak of them, and the file.
+# Private attributes, with a module of the library that has to speak of them.
 ATTRIBUTES = {
-    "_VALID_DICT_FIELDS": ("transformers.training_args", "training/arguments.py"),
-    "_attn_implementation": ("transformers.configuration_utils", "models/configuration_bt_adapter.py"),
-    "_attn_implementation_internal": ("transformers.configuration_utils", "adapters/attachment.py"),
-    "_can_record_outputs": ("transformers.modeling_utils", "models/modeling_bt_adapter_vision.py"),
-    "_from_model_config": ("transformers.generation.configuration_utils", "models/modeling_bt_adapter_minigpt4.py"),
-    "_hf_hook": ("accelerate.hooks", "adapters/attachment.py"),
-    "_hf_peft_config_loaded": ("transformers.integrations.peft", "models/modeling_bt_adapter_chat.py"),
-    "_input_embed_layer": ("transformers.modeling_utils", "models/modeling_bt_adapter_vision.py"),
-    "_is_hf_initialized": ("transformers.modeling_utils", "models/modeling_bt_adapter_vision.py"),
-    "_keep_in_fp32_modules": ("transformers.modeling_utils", "models/modeling_bt_adapter_minigpt4.py"),
-    "_keys_to_ignore_on_load_unexpected": ("transformers.modeling_utils", "models/modeling_bt_adapter_vision.py"),
-    "_name_or_path": ("transformers.configuration_utils", "adapters/attachment.py"),
-    "_no_split_modules": ("transformers.modeling_utils", "models/modeling_bt_adapter_vision.py"),
-    "_supports_attention_backend": ("transformers.modeling_utils", "models/modeling_bt_adapter_vision.py"),
-    "_supports_flash_attn": ("transformers.modeling_utils", "models/modeling_bt_adapter_vision.py"),
-    "_supports_flex_attn": ("transformers.modeling_utils", "models/modeling_bt_adapter_vision.py"),
-    "_supports_sdpa": ("transformers.modeling_utils", "models/modeling_bt_adapter_vision.py"),
+    "_VALID_DICT_FIELDS": "transformers.training_args",
+    "_attn_implementation": "transformers.configuration_utils",
+    "_attn_implementation_internal": "transformers.configuration_utils",
+    "_can_record_outputs": "transformers.modeling_utils",
+    "_forward_hooks": "torch.nn.modules.module",
+    "_from_model_config": "transformers.generation.configuration_utils",
+    "_hf_hook": "accelerate.hooks",
+    "_hf_peft_config_loaded": "transformers.integrations.peft",
+    "_input_embed_layer": "transformers.modeling_utils",
+    "_is_hf_initialized": "transformers.modeling_utils",
+    "_keep_in_fp32_modules": "transformers.modeling_utils",
+    "_keys_to_ignore_on_load_unexpected": "transformers.modeling_utils",
+    "_name_or_path": "transformers.configuration_utils",
+    "_no_split_modules": "transformers.modeling_utils",
+    "_supports_attention_backend": "transformers.modeling_utils",
+    "_supports_flash_attn": "transformers.modeling_utils",
+    "_supports_flex_attn": "transformers.modeling_utils",
+    "_supports_sdpa": "transformers.modeling_utils",
 }
 
 # Of Python's own library, and of named tuples: they stay.
 PYTHON = {"_ActionsContainer", "_ArgumentGroup", "_asdict", "_create_connection", "_exit", "_fields", "_replace"}
 
 
-def place(file: str, name: str) -> str:
-    """Where our file speaks of the name, for a person."""
-    leaf = name.rpartition(".")[2]
-    lines = (SOURCE / file).read_text(encoding="utf-8").splitlines()
-    numbers = [number for number, line in enumerate(lines, 1) if re.search(rf"\b{re.escape(leaf)}\b", line)]
-    assert numbers, f"src/bt_adapter_hf/{file} does not use {name} any more: take it off the list in this test"
-    library = next((library for library in LIBRARIES if name.startswith(library)), "transformers")
-    line = f"src/bt_adapter_hf/{file}:{numbers[0]}"
-    return f"{library} {version(library)} has changed: look at {line}, which leans on {name}"
+def place(name: str) -> str:
+    """Where our code speaks of the name, for a person."""
+    word = re.compile(rf"\b{re.escape(name.rpartition('.')[2])}\b")
+    lines = [
+        f"src/bt_adapter_hf/{path.relative_to(SOURCE).as_posix()}:{number}"
+        for path in sorted(SOURCE.rglob("*.py"))
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if word.search(line)
+    ]
+    assert lines, f"nothing uses {name} any more: take it off the list in this test"
+    library = name.partition(".")[0]
+    return f"{library} {version(library)} has changed; what leans on {name}: {', '.join(lines)}"
 
 
 def resolve(name: str):
@@ -163,26 +149,25 @@ def resolve(name: str):
 
 @pytest.mark.parametrize("name", PATHS)
 def test_module_path(name):
-    assert resolve(name) is not None, place(PATHS[name], name)
-    place(PATHS[name], name)
+    assert resolve(name) is not None, place(name)
+    place(name)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_method(name):
-    arguments, file = METHODS[name]
     method = resolve(name)
-    assert method is not None, place(file, name)
-    missing = set(arguments.split()) - inspect.signature(method).parameters.keys()
-    assert not missing, f"{place(file, name)} with the arguments {sorted(missing)}"
-    place(file, name)
+    assert method is not None, place(name)
+    missing = set(METHODS[name].split()) - inspect.signature(method).parameters.keys()
+    assert not missing, f"{place(name)} with the arguments {sorted(missing)}"
+    place(name)
 
 
 @pytest.mark.parametrize("name", ATTRIBUTES)
 def test_attribute(name):
-    module, file = ATTRIBUTES[name]
+    module = ATTRIBUTES[name]
     speaks = re.search(rf"\b{name}\b", inspect.getsource(importlib.import_module(module)))
-    assert speaks, f"{place(file, name)}; {module} says nothing of it any more"
-    place(file, name)
+    where = place(f"{module}.{name}")
+    assert speaks, f"{where}; {module} says nothing of it any more"
 
 
 # What the names do, where having them is not enough
@@ -193,9 +178,9 @@ def test_the_methods_of_trainer_are_still_called():
     import transformers
 
     source = inspect.getsource(transformers.Trainer)
-    for name, (_, file) in METHODS.items():
+    for name in METHODS:
         if name.startswith("transformers.Trainer."):
-            assert re.search(rf"self\.{name.rpartition('.')[2]}\b", source), place(file, name)
+            assert re.search(rf"self\.{name.rpartition('.')[2]}\b", source), place(name)
 
 
 def test_initialised_modules_are_left_alone():
@@ -208,7 +193,7 @@ def test_initialised_modules_are_left_alone():
         module._is_hf_initialized = True
     model.initialize_weights()
     changed = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
-    assert not changed, place("models/modeling_bt_adapter_vision.py", "_is_hf_initialized")
+    assert not changed, place("transformers._is_hf_initialized")
 
 
 def test_a_hook_of_accelerate_is_found_on_its_module():
@@ -216,16 +201,16 @@ def test_a_hook_of_accelerate_is_found_on_its_module():
 
     hook, linear = ModelHook(), nn.Linear(1, 1)
     add_hook_to_module(linear, hook)
-    assert getattr(linear, "_hf_hook", None) is hook, place("adapters/attachment.py", "_hf_hook")
+    assert getattr(linear, "_hf_hook", None) is hook, place("accelerate._hf_hook")
 
 
 def test_a_config_tells_its_attention():
     from transformers import CLIPVisionConfig
 
     config = CLIPVisionConfig(attn_implementation="eager")
-    assert config._attn_implementation == "eager", place("models/configuration_bt_adapter.py", "_attn_implementation")
+    assert config._attn_implementation == "eager", place("transformers._attn_implementation")
     internal = config._attn_implementation_internal
-    assert internal == "eager", place("adapters/attachment.py", "_attn_implementation_internal")
+    assert internal == "eager", place("transformers._attn_implementation_internal")
 
 
 def test_training_values_are_seven():
@@ -236,7 +221,7 @@ def test_training_values_are_seven():
     returned = re.findall(r"return \(([^)]*)\)", source)[-1]
     names = [name.strip() for name in returned.split(",") if name.strip()]
     expected = ["num_train_epochs", "num_update_steps_per_epoch", "num_examples", "num_train_samples"]
-    where = place("training/resumable.py", "transformers.Trainer.set_initial_training_values")
+    where = place("transformers.Trainer.set_initial_training_values")
     assert len(names) == 7 and names[:4] == expected, f"{where}: it returns {names}"
 
 
