@@ -22,6 +22,7 @@ from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
 from tests.hub.api import HUB_ROUTES, STORAGE_ROUTES, Answer, HubError, Request, as_error
 from tests.hub.cas import CAS_ROUTES, XET_HUB_ROUTES, XET_STORAGE_ROUTES
 from tests.hub.faults import ANSWERS, BODIES, Fault
+from tests.hub.lfs import LFS_HUB_ROUTES, LFS_STORAGE_ROUTES
 from tests.hub.repositories import Commit, File, Repository, is_large
 
 
@@ -29,8 +30,8 @@ from tests.hub.repositories import Commit, File, Repository, is_large
 TOKEN, USER = "hf_LoopbackTokenOfTheTests0123456789", "tester"
 OTHER_TOKEN, OTHER_USER = "hf_SomebodyElsesToken9876543210abcdef", "stranger"
 ROUTES = {
-    "hub": HUB_ROUTES + XET_HUB_ROUTES,
-    "storage": STORAGE_ROUTES + XET_STORAGE_ROUTES,
+    "hub": HUB_ROUTES + LFS_HUB_ROUTES + XET_HUB_ROUTES,
+    "storage": STORAGE_ROUTES + LFS_STORAGE_ROUTES + XET_STORAGE_ROUTES,
     "cas": CAS_ROUTES,
 }
 PIECE = 1 << 16  # bytes sent at once

@@ -24,6 +24,7 @@ DOCUMENTED = {
     "accelerate.state",
     "accelerate.utils",
     "huggingface_hub.errors",
+    "huggingface_hub.utils",
     "transformers.generation",
     "transformers.image_processing_utils",
     "transformers.image_utils",

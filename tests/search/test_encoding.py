@@ -147,6 +147,15 @@ def adapter(tmp_path_factory) -> Path:
     return folder
 
 
+def test_an_adapter_says_how_many_frames(adapter, tmp_path):
+    folder = shutil.copytree(adapter, tmp_path / "trained")
+    config = json.loads((folder / "bt_adapter_config.json").read_text())
+    config["branch"]["num_trained_frames"] = 5
+    (folder / "bt_adapter_config.json").write_text(json.dumps(config))
+    assert VideoEncoder.from_pretrained(folder, device="cpu").settings["num_frames"] == 5
+    assert VideoEncoder.from_pretrained(folder, device="cpu", num_frames=3).settings["num_frames"] == 3
+
+
 def test_an_adapter_comes_with_its_base_model(adapter, clips):
     encoder = VideoEncoder.from_pretrained(adapter, device="cpu", num_frames=4)
     (video,) = encoder.encode_videos([str(clips / "red.mp4")])

@@ -49,12 +49,14 @@ def load_dual_encoder(
             f"'{name}' holds {kind} of type '{config.get('model_type')}'; expected '{BTAdapterConfig.model_type}', a "
             "dual encoder with a trained branch."
         )
+    model = BTAdapterModel.from_pretrained(name, revision=revision, **options)
     if adapter is None or (adapter[0] / "processor_config.json").is_file():
         processor = from_hub(lambda: BTAdapterProcessor.from_pretrained(name, revision=revision), name, revision)
     else:
         base, base_revision = base_of(adapter[0], name, adapter[1])
         processor = from_hub(lambda: processor_of_clip(base, base_revision), base, base_revision)
-    model = BTAdapterModel.from_pretrained(name, revision=revision, **options)
+        if model.config.vision_config.num_trained_frames:  # which the base model's processor cannot know
+            processor.video_processor.num_frames = model.config.vision_config.num_trained_frames
     return model, processor, getattr(revision, "resolved", revision)
 
 
