@@ -313,14 +313,15 @@ def scan_packets(source: Source, container: Any, stream: Any, visit: Callable[[A
     hidden = packets = 0
     shown: list[int | None] = []  # presentation times, in units of the stream's time base
     error = None
-    reached = 0.0  # seconds
+    ends: dict[int, int] = {}  # of each stream, in units of its time base
     try:
         for packet in container.demux():
             if packet.dts is None and packet.size == 0:
                 continue  # the flush packet that PyAV adds at the end
-            if packet.pts is not None:
-                reached = max(reached, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-            if packet.stream_index != stream.index:
+            index, pts = packet.stream_index, packet.pts
+            if pts is not None:
+                ends[index] = max(ends.get(index, 0), pts + (packet.duration or 0))
+            if index != stream.index:
                 continue
             packets += 1
             if packet.size > 0:
@@ -329,10 +330,11 @@ def scan_packets(source: Source, container: Any, stream: Any, visit: Callable[[A
                 if packet.is_discard:
                     hidden += 1
                 else:
-                    shown.append(packet.pts)
+                    shown.append(pts)
     except av.error.FFmpegError as demux_error:
         error = f"reading stops with '{demux_error.strerror}'"
     formats = container.format.name
+    reached = max((float(end * container.streams[index].time_base) for index, end in ends.items()), default=0.0)
     if error is None:
         error = _missing_part(source, formats, stream.frames, packets, container, reached)
     fps = _frame_rate(stream)

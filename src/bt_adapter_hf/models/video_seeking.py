@@ -33,6 +33,8 @@ class Seeker:
         self.stamps: list[int] = []  # presentation time of each packet, in decoding order
         self.targets: list[int] = []  # what to seek to for each packet
         self.entries: list[int] = []  # packets that decoding can start at
+        # as the index of mp4 is; that of matroska is in order of presentation
+        self.in_order_of_decoding = container.format.name == _CONTAINERS[0]
         context = stream.codec_context
         extradata = context.extradata or b""
         self.look = {"h264": _Avc, "hevc": _Hevc, "vp8": _Vp8, "vp9": _Vp9, "av1": _Av1, "libdav1d": _Av1}.get(
@@ -51,9 +53,9 @@ class Seeker:
     def visit(self, packet: Any) -> None:
         if self.problem is not None:
             return
-        # the index of mp4 is in order of decoding, that of matroska in order of presentation
-        target = packet.dts if self.container.format.name == _CONTAINERS[0] else packet.pts
-        if packet.pts is None or target is None or packet.is_discard or packet.is_corrupt:
+        pts = packet.pts
+        target = packet.dts if self.in_order_of_decoding else pts
+        if pts is None or target is None or packet.is_discard or packet.is_corrupt:
             self.problem = "a packet has no time, is hidden by an edit list, or is damaged"
         elif packet.has_sidedata("new_extradata"):
             self.problem = "the codec's settings change on the way"
@@ -66,7 +68,7 @@ class Seeker:
                 self.problem = "a packet does not make one frame"
             if entry:
                 self.entries.append(len(self.stamps))
-            self.stamps.append(packet.pts)
+            self.stamps.append(pts)
             self.targets.append(target)
 
     def decode(self, indices: np.ndarray, painter: Painter, name: str) -> FrameCollector | None:
@@ -167,12 +169,11 @@ class _Nals(_Packets):
         self.length_size = (extradata[self.length_at] & 3) + 1 if extradata[:1] == b"\1" else 0
 
     def kinds(self, data: memoryview) -> set[int]:
-        found, position = set(), 0
-        while self.length_size and position < len(data):
-            size = int.from_bytes(data[position : position + self.length_size], "big")
-            position += self.length_size
-            found.add(self.kind(data[position]))
-            position += size
+        found, position, width, end = set(), 0, self.length_size, len(data)
+        while width and position < end:
+            start = position + width
+            found.add(self.kind(data[start]))
+            position = start + int.from_bytes(data[position:start], "big")
         return found
 
     def __call__(self, data: memoryview, key: bool) -> tuple[bool, bool]:
