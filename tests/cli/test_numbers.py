@@ -58,7 +58,7 @@ def test_whole_numbers():
 
 
 def test_real_numbers():
-    assert real_number()("-1e4") == -1e4 and real_number(0, 1)("1") == 1
+    assert real_number()("-1e4") == -1e4 and real_number(0, 1)("1") == 1 and real_number(0, 1)("0") == 0
     for read, text in ((real_number(0, above=True), "0"), (real_number(0, 1, below=True), "1")):
         with pytest.raises(argparse.ArgumentTypeError):
             read(text)

@@ -36,3 +36,11 @@ def test_trivial_k_is_left_out_and_ties_do_not_count_as_hits():
 def test_bad_labels(labels, message):
     with pytest.raises(ValueError, match=message):
         recognition_metrics(np.eye(2), np.eye(2), labels)
+
+
+def test_labels_are_inside_the_classes():
+    videos, classes = np.eye(3), np.eye(3)
+    assert recognition_metrics(videos, classes, [0, 1, 2])["top1"] == 1
+    for labels in ([0, 1, 3], [-1, 1, 2]):
+        with pytest.raises(ValueError, match="with 3 classes: 0 to 2"):
+            recognition_metrics(videos, classes, labels)
