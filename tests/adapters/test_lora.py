@@ -1,12 +1,17 @@
 """LoRA and QLoRA by peft with the branch and the projector: a step of training, saved, restored, refused."""
 
+import json
+
 import peft
 import pytest
 import torch
+from packaging import version
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from bt_adapter_hf import get_bt_adapter_model, load_bt_adapter, lora_config, quantization_config, save_bt_adapter
+from bt_adapter_hf.adapters import verbs
 from bt_adapter_hf.adapters.files import AdapterError
 from bt_adapter_hf.adapters.host_modules import find_tower, learning_copy
 from tests.adapters.test_adapters_on_hosts import HOSTS, Host, assert_as_before, snapshot
@@ -169,18 +174,95 @@ def test_a_folder_without_the_branch_is_refused(host, tmp_path):
         load_bt_adapter(wrapped, tmp_path / "whole")
 
 
-def test_saving_lora_alone_is_refused(host, tmp_path):
-    model = host.ours()
-    model.add_adapter(peft.LoraConfig(r=2, target_modules=r".*language_model.*\.(q_proj|v_proj)"))
-    with pytest.raises(ValueError, match="without the branch"):
+def put_in(model, config):
+    """As `model.add_adapter(config)`, which asks for a newer peft than there is on some versions of transformers."""
+    peft.inject_adapter_in_model(config, model, "default")
+    model._hf_peft_config_loaded = True
+    return model
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "fc1", "proj", "qkv"], "all-linear"])
+def test_saving_lora_alone_is_refused(host, tmp_path, targets):
+    """Ordinary targets have their names in the branch too, and LoRA beside a branch is not the branch."""
+    model = put_in(host.ours(), peft.LoraConfig(r=2, target_modules=targets))
+    assert any("lora_" in name and ".bt_adapter." in f".{name}" for name, _ in model.named_parameters()) or (
+        host.name != "llava" and targets == ["q_proj", "v_proj"]  # the EVA towers have other names
+    )
+    with pytest.raises(ValueError, match=r"without the branch \(\d+ of its tensors"):
         model.save_pretrained(tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+def test_lora_with_the_branch_may_be_saved(host, tmp_path):
     model = host.ours()
-    model.add_adapter(lora_config(model, r=2, init_lora_weights=False))
+    put_in(model, lora_config(model, r=2, init_lora_weights=False))
+    assert model._unsaved_by_peft() == []
+    if version.parse(peft.__version__) < version.parse(MIN_PEFT_VERSION):
+        pytest.skip(f"transformers saves such a model from peft {MIN_PEFT_VERSION} on; this is {peft.__version__}")
     model.save_pretrained(tmp_path)
     with torch.no_grad():
         again = load_bt_adapter(host.load(), tmp_path)
         assert torch.equal(again(**host.inputs()).logits, model.eval()(**host.inputs()).logits)
+
+
+# ------------------------------------------------------------------------------------------------- before and after
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)  # other kernels for other alignments in memory
+
+
+@torch.no_grad()
+def test_disabled_it_is_the_model_before_tuning(host, tmp_path, log):
+    """Also after saving, on a model with and without a branch: a reference model for DPO and the like."""
+    base = host.ours()
+    save_bt_adapter(base, tmp_path / "branch")
+    videos, images = base(**host.inputs()).logits, base(**host.inputs(False)).logits
+    with torch.enable_grad():
+        wrapped, _ = trained(base, host)
+    expected = wrapped(**host.inputs()).logits
+    wrapped.save_pretrained(tmp_path / "tuned")
+    for start in (wrapped, host.load(), load_bt_adapter(host.load(), tmp_path / "branch")):
+        again = start if start is wrapped else load_bt_adapter(start, tmp_path / "tuned")
+        close(again.eval()(**host.inputs()).logits, expected)
+        with again.disable_adapter():
+            close(again(**host.inputs()).logits, videos)
+            close(again(**host.inputs(False)).logits, images)
+        assert (expected - videos).abs().max() > 0.01
+    again.save_pretrained(tmp_path / "again")
+    for name in ("adapter_model.safetensors", "bt_adapter.safetensors", "bt_adapter_config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "tuned" / name).read_bytes()
+    assert not any("earlier version" in line for line in log)
+
+
+@torch.no_grad()
+def test_folders_of_before_have_no_branch_from_before_tuning(host, tmp_path, log):
+    """A model's own branch is taken for it then; a native model has none, and the log says so."""
+    base = host.ours()
+    save_bt_adapter(base, tmp_path / "branch")
+    videos = base(**host.inputs()).logits
+    with torch.enable_grad():
+        wrapped, _ = trained(base, host)
+    expected = wrapped(**host.inputs()).logits
+    wrapped.save_pretrained(tmp_path / "tuned")
+    (tmp_path / "tuned" / "bt_adapter.safetensors").unlink()
+    path = tmp_path / "tuned" / "bt_adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "extra_modules": []}))
+    again = load_bt_adapter(load_bt_adapter(host.load(), tmp_path / "branch"), tmp_path / "tuned").eval()
+    close(again(**host.inputs()).logits, expected)
+    with again.disable_adapter():
+        close(again(**host.inputs()).logits, videos)
+    assert not any("earlier version" in line for line in log)
+    again = load_bt_adapter(host.load(), tmp_path / "tuned").eval()
+    close(again(**host.inputs()).logits, expected)
+    assert any("disable_adapter() the model has the tuned branch" in line for line in log)
+
+
+@pytest.fixture
+def log(monkeypatch):
+    lines = []
+    monkeypatch.setattr(verbs.logger, "warning", lines.append)
+    return lines
 
 
 def test_configs_that_make_no_sense_are_refused(host):

@@ -31,7 +31,6 @@ from bt_adapter_hf import (
     unload_bt_adapter,
 )
 from bt_adapter_hf.adapters.files import CONFIG_NAME, WEIGHTS_NAME, AdapterError
-from bt_adapter_hf.adapters.fingerprint import backbone_fingerprint, distance as distance_of
 from bt_adapter_hf.adapters.host_modules import find_tower
 
 
@@ -180,7 +179,8 @@ def test_file_format(adapter):
     assert content["base_model_name_or_path"] == "org/clip" and content["revision"] == "abc"
     assert content["adapter_layers"] == [2, 3, 4] and content["extra_modules"] == []
     assert content["backbone"]["model_type"] == "clip_vision_model" and content["backbone"]["hidden_size"] == 32
-    assert len(content["fingerprint"]["patch_embedding"]["projections"]) == 8
+    assert content["fingerprint"].keys() == {"embeddings", "positions", *(f"layers.{n}" for n in range(5))}
+    assert {len(sketch) for sketch in content["fingerprint"].values()} == {8}
     keys = set(load_file(adapter / WEIGHTS_NAME))
     assert {"video_cls", "fusion_gate", "output_gate", "time_embedding.weight"} <= keys
     assert "layers.0.temporal.norm.weight" in keys
@@ -233,6 +233,27 @@ def test_extra_modules(tmp_path):
     assert other.mbta_head["linear"].weight.equal(model.mbta_head["linear"].weight)
     with pytest.raises(AdapterError, match="'mbta_head'.*does not have"):
         load_bt_adapter(copy.deepcopy(model.vision_model.vision_model), tmp_path)
+
+
+def test_no_other_module_comes_with_an_adapter(tmp_path):
+    """The file would replace any weights of the model that it names."""
+    model = BTAdapterForPreTraining(get_bt_adapter_model(clip(), 2).config)
+    for path in ("text_model", "text_projection", "vision_model.vision_model.post_layernorm"):
+        with pytest.raises(AdapterError, match=f"names '{path}' among extra_modules"):
+            save_bt_adapter(model, tmp_path, extra_modules=[path])
+    save_bt_adapter(model, tmp_path)
+    state, config = load_file(tmp_path / WEIGHTS_NAME), json.loads((tmp_path / CONFIG_NAME).read_text())
+    state["extra_modules.text_projection.weight"] = torch.zeros_like(model.text_projection.weight)
+    save_file(state, tmp_path / WEIGHTS_NAME)
+    host = BTAdapterForPreTraining(model.config)
+    host.vision_model.vision_model.load_state_dict(model.vision_model.vision_model.state_dict())
+    before = host.text_projection.weight.clone()
+    with pytest.raises(AdapterError, match="text_projection.weight"):  # not named
+        load_bt_adapter(host, tmp_path)
+    (tmp_path / CONFIG_NAME).write_text(json.dumps({**config, "extra_modules": ["text_projection"]}))
+    with pytest.raises(AdapterError, match="names 'text_projection' among extra_modules"):
+        load_bt_adapter(host, tmp_path)
+    assert host.text_projection.weight.equal(before)
 
 
 def test_by_id_and_revision(adapter, tmp_path):
@@ -357,83 +378,6 @@ def test_models_without_place_for_a_branch(adapter, tmp_path):
         save_bt_adapter(vision(), tmp_path)
     with pytest.raises(ValueError, match="no BT-Adapter to unload"):
         unload_bt_adapter(vision())
-
-
-# ---------------------------------------------------------------------------------------------------- fingerprint
-
-
-@pytest.fixture(scope="module")
-def wide():
-    return vision(hidden_size=256, intermediate_size=1024, depth=2)
-
-
-def distance(model, reference):
-    ours, theirs = backbone_fingerprint(model, 1), backbone_fingerprint(reference, 1)
-    return max(distance_of(ours[name], theirs[name]) for name in theirs)
-
-
-def test_fingerprint_is_the_same_everywhere():
-    """Numbers of a fixed weight, computed here by the definition: signs from the bits of PCG64."""
-    import numpy as np
-
-    model = vision()
-    weight = model.embeddings.patch_embedding.weight.detach().double().flatten().numpy()
-    raw = np.random.PCG64(20240226).random_raw(8 * len(weight) // 64)
-    signs = np.array(
-        [1.0 if (int(raw[i // 64]) >> (i % 64 // 8 * 8)) & (0x80 >> i % 8) else -1.0 for i in range(8 * len(weight))]
-    )
-    expected = signs.reshape(8, -1) @ weight
-    found = backbone_fingerprint(model, 1)["patch_embedding"]
-    np.testing.assert_allclose(found["projections"], expected, atol=1e-4)
-    assert found["norm"] == pytest.approx(float(np.linalg.norm(weight)), rel=1e-5)
-
-
-def test_copies_in_other_dtypes_are_accepted(wide, caplog):
-    assert distance(wide, wide) == 0
-    assert distance(copy.deepcopy(wide).half(), wide) < 1e-3
-    assert distance(copy.deepcopy(wide).bfloat16(), wide) < 6e-3
-    other = vision(seed=1, hidden_size=256, intermediate_size=1024, depth=2)
-    assert distance(other, wide) > 0.7
-    noisy = copy.deepcopy(wide)
-    with torch.no_grad():
-        for parameter in noisy.parameters():
-            parameter += 0.01 * parameter.std() * torch.randn_like(parameter)
-    assert distance(noisy, wide) < 0.02
-
-
-@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
-def test_quantized_copies_are_accepted(wide, tmp_path, kind, videos):
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    save_bt_adapter(trained(copy.deepcopy(wide), 2), tmp_path)
-
-    def quantize(model):
-        for layer in model.encoder.layers:
-            for name, linear in list(layer.mlp.named_children()):
-                if not isinstance(linear, torch.nn.Linear):
-                    continue
-                sizes = (linear.in_features, linear.out_features)
-                if kind == "int8":
-                    new = bitsandbytes.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
-                    new.weight = bitsandbytes.nn.Int8Params(
-                        linear.weight.data, requires_grad=False, has_fp16_weights=False
-                    )
-                else:
-                    new = bitsandbytes.nn.Linear4bit(*sizes, quant_type=kind)
-                    new.weight = bitsandbytes.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type=kind)
-                new.bias = linear.bias
-                setattr(layer.mlp, name, new.to("cpu"))
-        return model
-
-    model = quantize(copy.deepcopy(wide))
-    assert model.encoder.layers[0].mlp.fc2.weight.dtype in (torch.uint8, torch.int8)
-    assert 0.001 < distance(model, wide) < 0.25
-    tower = load_bt_adapter(model, tmp_path)
-    with torch.no_grad():
-        assert tower(videos).pooler_output.isfinite().all()
-    other = quantize(vision(seed=1, hidden_size=256, intermediate_size=1024, depth=2))
-    refused(other, tmp_path, "differ by")
-    with pytest.raises(ValueError, match="quantized"):
-        get_bt_adapter_model(unload_bt_adapter(tower), 2)
 
 
 @pytest.mark.slow

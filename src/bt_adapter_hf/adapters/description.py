@@ -1,12 +1,16 @@
 """What an adapter says of a model: its branch, its backbone and where the base model came from."""
 
+from collections.abc import Sequence
+
+import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..models.compat_bt_adapter import resolve_revision
 from ..models.modeling_bt_adapter_vision import BTAdapterVisionModel
 from .files import BRANCH_FIELDS, SIZES, AdapterConfig
 from .fingerprint import backbone_fingerprint
-from .host_modules import find_tower
+from .host_modules import find_tower, is_quantized, learning_copy, parameter_value
 
 
 def describe_adapter(
@@ -29,9 +33,42 @@ def describe_adapter(
         },
         adapter_layers=list(config.adapter_layers),
         branch={key: getattr(config, key) for key in sorted(BRANCH_FIELDS)},
-        fingerprint=backbone_fingerprint(tower.vision_model, config.adapter_layers[0]),
+        fingerprint=backbone_fingerprint(tower.vision_model, config.adapter_layers[-1]),
         model_type=model.config.model_type,
     )
+
+
+def adapter_state(
+    model: PreTrainedModel, extra_modules: Sequence[str] = (), dtype: torch.dtype | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Tensors of the branch, and of other modules by their paths in the model, on the CPU, for `write_adapter`.
+
+    Raises:
+        ValueError: if one of them is quantized, or has LoRA in it.
+    """
+
+    def cpu_state(path: str, module: nn.Module) -> dict[str, torch.Tensor]:
+        module, state = learning_copy(module), {}
+        if is_quantized(module):
+            raise ValueError(f"{path} is quantized: an adapter holds trained weights as they are.")
+        for key in module.state_dict():
+            if ".lora_" in f".{key}" or "base_layer." in key:
+                raise ValueError(
+                    f"peft has put LoRA into {path}: merge it (merge_and_unload) before saving, and keep LoRA to the "
+                    "language model (target_modules)."
+                )
+            owner, _, leaf = key.rpartition(".")
+            value = parameter_value(module.get_submodule(owner), leaf).detach()
+            cast = dtype if dtype and value.is_floating_point() else value.dtype
+            state[key] = value.to(device="cpu", dtype=cast, copy=True).contiguous()
+        return state
+
+    extra = {
+        f"{path}.{key}": value
+        for path in extra_modules
+        for key, value in cpu_state(path, model.get_submodule(path)).items()
+    }
+    return cpu_state("the branch", find_tower(model).bt_adapter), extra
 
 
 def loaded_from(model: PreTrainedModel) -> tuple[str | None, str | None]:

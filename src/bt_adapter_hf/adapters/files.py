@@ -2,11 +2,11 @@
 
 An adapter is a folder, local or on the Hub: `bt_adapter_config.json`, and `bt_adapter.safetensors` with the branch
 under keys that name no host. Where LoRA was trained with the branch, peft's two files hold the weights of both, and
-`bt_adapter_config.json` lies beside them.
+`bt_adapter_config.json` lies beside them; `bt_adapter.safetensors` there is the branch before that training.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ BRANCH_FIELDS = (
     - {"backbone", "adapter_layers"}
 )
 _EXTRA = "extra_modules."
+# Modules that an adapter may bring besides the branch: the projectors of the chat models and the head of pretraining.
+EXTRA_MODULES = ("multi_modal_projector", "language_projection", "mbta_head")
 
 
 class AdapterError(ValueError):
@@ -55,7 +57,7 @@ class AdapterConfig:
     backbone: dict[str, Any]
     adapter_layers: list[int]
     branch: dict[str, Any]
-    fingerprint: dict[str, dict[str, Any]]
+    fingerprint: dict[str, Any]
     base_model_name_or_path: str | None = None
     revision: str | None = None
     extra_modules: list[str] = field(default_factory=list)
@@ -101,34 +103,62 @@ def is_peft_folder(folder: Path) -> bool:
     return (folder / PEFT_CONFIG_NAME).is_file()
 
 
+def has_branch_file(folder: Path) -> bool:
+    """Of a folder of peft: whether the branch as it was before tuning lies beside what was tuned."""
+    return (folder / WEIGHTS_NAME).is_file()
+
+
+def check_extra_names(paths: Sequence[str], what: object) -> None:
+    """An adapter may bring the modules between the image tower and the language model, and nothing else of a model.
+
+    Raises:
+        AdapterError: if it names another one.
+    """
+    other = [path for path in paths if path.rpartition(".")[2] not in EXTRA_MODULES]
+    if other:
+        raise AdapterError(
+            f"{what} names {', '.join(map(repr, other))} among extra_modules. Besides the branch an adapter brings "
+            f"{' or '.join(EXTRA_MODULES)} only; weights of other modules belong into a checkpoint of the model."
+        )
+
+
 def read_weights(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """(the branch, extra modules by their path); of a folder of peft the branch alone, the rest is for peft to load"""
-    path = folder / WEIGHTS_NAME
-    of_peft = not path.is_file() and is_peft_folder(folder)
-    if of_peft:
-        path = folder / PEFT_WEIGHTS_NAME
-    if not path.is_file():
-        raise AdapterError(f"{folder} holds no {path.name}: the adapter is incomplete.")
+    """(the branch, extra modules by their path); of a folder of peft both as they were before tuning, if it has them
+
+    What was tuned is for peft to load.
+    """
+    if is_peft_folder(folder):
+        tuned = {}
+        for key, tensor in tensors(folder / PEFT_WEIGHTS_NAME, ".bt_adapter."):
+            tuned[key.partition(".bt_adapter.")[2]] = tensor
+        if not tuned:
+            raise AdapterError(
+                f"{folder / PEFT_WEIGHTS_NAME} holds no tensor of a branch: it was saved without one, or without "
+                "modules_to_save=['bt_adapter', ...], and what the branch learned is not in it. Train with the config "
+                "of bt_adapter_hf.lora_config."
+            )
+        if not has_branch_file(folder):
+            return tuned, {}
     branch, extra = {}, {}
+    for key, tensor in tensors(folder / WEIGHTS_NAME):
+        if key.startswith(_EXTRA):
+            extra[key.removeprefix(_EXTRA)] = tensor
+        else:
+            branch[key] = tensor
+    return branch, extra
+
+
+def tensors(path: Path, part: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a file that have this in their names."""
+    if not path.is_file():
+        raise AdapterError(f"{path.parent} holds no {path.name}: the adapter is incomplete.")
     try:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 (not a dict)
-                if of_peft:
-                    _, found, name = key.partition(".bt_adapter.")
-                    if found:
-                        branch[name] = file.get_tensor(key)
-                elif key.startswith(_EXTRA):
-                    extra[key.removeprefix(_EXTRA)] = file.get_tensor(key)
-                else:
-                    branch[key] = file.get_tensor(key)
+                if part in key:
+                    yield key, file.get_tensor(key)
     except SafetensorError as error:
         raise AdapterError(f"{path} is damaged or truncated: {error}. Download or save it again.") from error
-    if of_peft and not branch:
-        raise AdapterError(
-            f"{path} holds no tensor of a branch: it was saved without one, or without modules_to_save=['bt_adapter', "
-            "...], and what the branch learned is not in it. Train with the config of bt_adapter_hf.lora_config."
-        )
-    return branch, extra
 
 
 def write_adapter(

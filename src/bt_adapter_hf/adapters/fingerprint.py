@@ -1,9 +1,11 @@
 """The fingerprint of a backbone: an adapter is never attached to image weights that it was not trained on."""
 
+import hashlib
 import importlib
-from collections.abc import Mapping
+import re
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,29 +19,63 @@ from .host_modules import is_quantized, parameter_value
 
 logger = logging.get_logger(__name__)
 
-# Relative distance of two fingerprints. Measured: float16 3e-4, bfloat16 2e-3, 8-bit 1e-2, 4-bit up to 0.2; another
-# CLIP of the same shape 1.4.
-WARN_DISTANCE, MAX_DISTANCE = 0.02, 0.3
-_PROJECTIONS, _SEED = 8, 20240226
+Fingerprint = dict[str, list[float]]
+
+# Distances of two fingerprints, the largest over the parts: see docs/released_and_paper.md for the measurements.
+CAST_DISTANCE = 0.03  # a copy in another dtype
+OTHER_DISTANCE = 0.35  # further tuning; beyond it they are other weights
+QUANTIZED_DISTANCE = 0.7  # a copy that bitsandbytes has quantized
+_BUCKETS, _ROW, _SEED = 8, 4096, 20240226
+_TINY = 1e-4  # size of values, on average, below which a tensor's direction is rounding
 # The image towers of BLIP-2 and InstructBLIP are one architecture.
 _SAME_KIND = {"instructblip_vision_model": "blip_2_vision_model"}
+_POSITIONS = "positions"
 
 
-def backbone_fingerprint(backbone: PreTrainedModel, layer: int) -> dict[str, dict[str, Any]]:
-    """Seeded random projections of two weights of the backbone: of the patch embedding and of one MLP.
+def backbone_fingerprint(backbone: PreTrainedModel, last_layer: int) -> Fingerprint:
+    """A sketch of every weight that a branch depends on: the embeddings, and the layers up to the last that feeds it.
 
-    Two copies in different dtypes, quantized ones too, give nearly the same numbers; another model's differ in all.
+    Eight numbers for each part: "embeddings", "positions", "layers.0", ... They are sums of all values with random
+    signs, each tensor scaled to length 1, so that a small one counts as much as a large one; its size is one more
+    value. What comes behind the layers is left out, for hosts have their own last norm.
+
+    Two copies in different dtypes, quantized ones too, give nearly the same numbers; see [`distances`].
 
     Args:
         backbone: native vision model, quantized by bitsandbytes or not.
-        layer: whose MLP is used, the first that feeds the branch, for every host has it.
+        last_layer: number of the last layer that feeds the branch, or whatever the backbone has of these.
     """
-    fc2 = backbone.encoder.layers[layer].mlp.fc2
-    modules = {"patch_embedding": backbone.embeddings.patch_embedding, f"layers.{layer}.mlp.fc2": fc2}
-    return {name: _sketch(_weight(name, module)) for name, module in modules.items()}
+    parts: dict[str, np.ndarray] = {}
+    for path, module in backbone.named_modules():
+        part, name = _place(path, last_layer)
+        if part is None or "lora_" in path:
+            continue
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if parameter is None:
+                continue
+            own = _POSITIONS if "position_embedding" in f"{path}.{leaf}" else part
+            weight = _value(f"{path}.{leaf}", module, leaf)
+            parts[own] = parts.get(own, 0.0) + _sketch(f"{name}.{leaf}", weight)
+    return {part: [float(f"{value:.6g}") for value in sketch] for part, sketch in parts.items()}
+
+
+def distances(fingerprint: Fingerprint, reference: Fingerprint) -> dict[str, float]:
+    """For each part of both: the root of the summed squares of the relative differences of its tensors, estimated.
+
+    A random projection keeps lengths on average. One other tensor alone gives 1.4.
+    """
+    return {
+        part: float(np.linalg.norm(np.subtract(fingerprint[part], reference[part])))
+        for part in fingerprint.keys() & reference.keys()
+    }
 
 
 def check_backbone(folder: Path, config: AdapterConfig, backbone: PreTrainedModel, allow_mismatch: bool) -> None:
+    """Compares the backbone that an adapter was trained on with that of a model.
+
+    Raises:
+        AdapterError: if it is of another kind or size, or has other weights and these are not allowed.
+    """
     found, wanted = backbone.config, config.backbone
     kinds = [_SAME_KIND.get(kind, kind) for kind in (found.model_type, wanted.get("model_type"))]
     sizes = {size: (wanted.get(size), getattr(found, size)) for size in SIZES}
@@ -49,33 +85,59 @@ def check_backbone(folder: Path, config: AdapterConfig, backbone: PreTrainedMode
     base = f"It was trained on {config.base_model_name_or_path or 'an unnamed base'}."
     if other:
         raise AdapterError(f"{folder} needs another backbone: {'; '.join(other)}. {base}")
-    own = backbone_fingerprint(backbone, config.adapter_layers[0])
-    distances = {}
-    for name, sketch in own.items():
-        reference = config.fingerprint.get(name)
-        if reference is None or len(reference["projections"]) != _PROJECTIONS:
-            raise AdapterError(f"{folder / CONFIG_NAME} has no usable fingerprint of {name}: it is damaged.")
-        distances[name] = distance(sketch, reference)
-    worst = max(distances, key=distances.get)
-    if distances[worst] <= WARN_DISTANCE:
+    if _is_former(config.fingerprint):
+        own = _former_fingerprint(backbone, config.adapter_layers[0])
+        apart = {name: _former_distance(own[name], config.fingerprint[name]) for name in own}
+        limits = (_FORMER_CAST, _FORMER_OTHER, _FORMER_OTHER)
+        logger.warning(
+            f"{folder} has a fingerprint of an earlier version, which sees two of the backbone's weights and not the "
+            "others. Save the adapter again (save_bt_adapter) from the model that it was trained on."
+        )
+    else:
+        own = backbone_fingerprint(backbone, config.adapter_layers[-1])
+        if wanted.get("image_size") != found.image_size:  # the table was made for another number of patches
+            own.pop(_POSITIONS, None)
+        apart = _compared(folder, own, config.fingerprint)
+        limits = (CAST_DISTANCE, OTHER_DISTANCE, QUANTIZED_DISTANCE)
+    worst = max(apart, key=apart.get)
+    cast, far, quantized_far = limits
+    far = quantized_far if is_quantized(backbone) else far
+    if apart[worst] <= cast or (apart[worst] <= far and is_quantized(backbone)):
         return
+    count = sum(value > cast for value in apart.values())
     message = (
         f"The weights of the model's backbone are not those that {folder} was trained on: they differ by "
-        f"{distances[worst]:.2g} in {worst} (a copy in another dtype by less than {WARN_DISTANCE}, a 4-bit one by "
-        f"less than {MAX_DISTANCE}). {base}"
+        f"{apart[worst]:.2g} in {worst}, the most among {count} of {len(apart)} parts that differ (a copy in another "
+        f"dtype differs by less than {cast}, other weights by more than {far}). {base}"
     )
-    if distances[worst] <= MAX_DISTANCE:
-        if not is_quantized(backbone):
-            logger.warning(message)
+    if apart[worst] <= far:
+        logger.warning(message)
     elif allow_mismatch:
         logger.warning(f"{message} Attached all the same, as allow_backbone_mismatch=True asks.")
     else:
         raise AdapterError(f"{message} Load that model, or pass allow_backbone_mismatch=True.")
 
 
-def _weight(name: str, module: nn.Module) -> torch.Tensor:
-    module = getattr(module, "base_layer", module)  # beside it a LoRA of peft
-    weight = parameter_value(module, "weight")
+def _compared(folder: Path, own: Fingerprint, reference: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    for part in own:
+        if len(reference.get(part, ())) != _BUCKETS:
+            raise AdapterError(f"{folder / CONFIG_NAME} has no usable fingerprint of {part}: it is damaged.")
+    return distances(own, reference)
+
+
+def _place(path: str, last_layer: int) -> tuple[str | None, str]:
+    """Part of the fingerprint that a module belongs to, and its name in it, the same in every host."""
+    path = path.replace(".base_layer", "")  # beside it a LoRA of peft
+    if found := re.match(r"encoder\.layers\.(\d+)(?:\.(.*))?$", path):
+        number, name = int(found[1]), found[2] or ""
+        return (f"layers.{number}", name) if number <= last_layer else (None, name)
+    if path.partition(".")[0] in ("embeddings", "pre_layrnorm"):
+        return "embeddings", path
+    return None, path
+
+
+def _value(name: str, module: nn.Module, leaf: str) -> torch.Tensor:
+    weight = parameter_value(module, leaf)
     if weight is None or weight.is_meta:
         raise AdapterError(
             f"The backbone's {name} cannot be read ({type(module).__name__}; offloaded, or quantized in an unknown "
@@ -93,22 +155,76 @@ def _dequantized(module: nn.Module, weight: nn.Parameter) -> torch.Tensor:
     state = getattr(weight, "quant_state", None)
     if getattr(state, "packing_format_for_cpu", False):
         # On some CPUs the first call shuffles 4-bit weights, and only the product knows how to read them then.
-        # Not an import statement: `trust_remote_code` would demand the package of everyone.
         matmul_4bit = importlib.import_module("bitsandbytes").matmul_4bit
         return matmul_4bit(torch.eye(module.in_features, dtype=torch.bfloat16), weight, quant_state=state).t()
     return dequantize_bnb_weight(weight, module.state if hasattr(module, "state") else None)
 
 
-def _sketch(weight: torch.Tensor) -> dict[str, Any]:
-    """Dot products with random signs. PCG64's raw bits are the same in every version of numpy."""
-    count = weight.numel()
-    bits = np.random.PCG64(_SEED).random_raw(-(-count * _PROJECTIONS // 64))
-    bits = np.unpackbits(bits.astype("<u8").view(np.uint8))[: count * _PROJECTIONS].reshape(_PROJECTIONS, count)
-    projections = [float((torch.from_numpy(row).float() * 2 - 1) @ weight) for row in bits]
-    return {"norm": float(weight.norm()), "projections": projections}
+def _sketch(name: str, weight: torch.Tensor) -> np.ndarray:
+    """Eight sums over the values, scaled to length 1, with signs that depend on the tensor's name; plus its size.
+
+    The sign of a value is the product of two: one by its place in a row of 4,096 values, turned by the name, and one
+    by its row. So it is one product of matrices, fractions of a second for CLIP-L.
+    """
+    count, code = weight.numel(), zlib.crc32(name.encode())
+    size = float(weight.norm()) / count**0.5
+    rows = nn.functional.pad(weight, (0, -count % _ROW)).view(-1, _ROW)
+    buckets = torch.zeros(_ROW, _BUCKETS)
+    buckets[torch.arange(_ROW), torch.arange(_ROW) % _BUCKETS] = _signs(_ROW, 0)
+    sums = _signs(len(rows), code) @ (rows @ buckets.roll(code % _ROW, dims=0))
+    sums = sums.double().numpy() / (count**0.5 * (size + _TINY))
+    sums[code % _BUCKETS] += np.log(size + _TINY) * (1 if code & _BUCKETS else -1)
+    return sums
 
 
-def distance(sketch: Mapping[str, Any], reference: Mapping[str, Any]) -> float:
-    """Estimates |w - w'| / |w'|, for a random projection keeps lengths on average."""
-    difference = np.subtract(sketch["projections"], reference["projections"])
-    return float(np.sqrt(np.mean(difference**2)) / max(reference["norm"], 1e-12))
+def _signs(count: int, code: int) -> torch.Tensor:
+    """PCG64's raw bits are the same in every version of numpy."""
+    bits = np.random.PCG64([_SEED, code]).random_raw(-(-count // 64))
+    bits = np.unpackbits(bits.astype("<u8").view(np.uint8))[:count]
+    return torch.from_numpy(bits).float() * 2 - 1
+
+
+def weights_digest(weights: Iterable[tuple[str, torch.Tensor]], as_stored: bool = False, start: bytes = b"") -> str:
+    """sha256 over name, shape and some evenly spaced values of every tensor: for weights that are to be the same.
+
+    Args:
+        as_stored: the dtype counts too; otherwise values are compared in float32.
+        start: hashed before.
+    """
+    digest = hashlib.sha256(start)
+    for name, tensor in weights:
+        values = tensor.detach().flatten()[:: max(1, tensor.numel() // 64)]
+        if as_stored:
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(values[:64].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        else:
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(values.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------- files of earlier versions
+
+_FORMER_CAST, _FORMER_OTHER = 0.02, 0.3
+
+
+def _is_former(fingerprint: Mapping) -> bool:
+    return any(isinstance(sketch, Mapping) for sketch in fingerprint.values())
+
+
+def _former_fingerprint(backbone: PreTrainedModel, layer: int) -> dict[str, np.ndarray]:
+    """Projections of two weights, the patch embedding and one MLP, as versions up to 0.1 wrote them."""
+    fc2 = backbone.encoder.layers[layer].mlp.fc2
+    modules = {"patch_embedding": backbone.embeddings.patch_embedding, f"layers.{layer}.mlp.fc2": fc2}
+    found = {}
+    for name, module in modules.items():
+        weight = _value(name, getattr(module, "base_layer", module), "weight")
+        bits = np.random.PCG64(_SEED).random_raw(-(-weight.numel() * _BUCKETS // 64))
+        bits = np.unpackbits(bits.astype("<u8").view(np.uint8))[: weight.numel() * _BUCKETS]
+        rows = torch.from_numpy(bits.reshape(_BUCKETS, -1))
+        found[name] = np.array([float((row.float() * 2 - 1) @ weight) for row in rows])
+    return found
+
+
+def _former_distance(sketch: np.ndarray, reference: Mapping) -> float:
+    return float(np.sqrt(np.mean(np.square(sketch - reference["projections"]))) / max(reference["norm"], 1e-12))

@@ -10,9 +10,10 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from ..models.configuration_bt_adapter import BTAdapterVisionConfig
-from .files import CONFIG_NAME, WEIGHTS_NAME, AdapterConfig, AdapterError, read_weights
+from .files import CONFIG_NAME, WEIGHTS_NAME, AdapterConfig, AdapterError, check_extra_names, read_weights
 from .fingerprint import check_backbone
 from .host_modules import fill_parameter, find_tower, is_quantized, is_writable, learning_copy, path_of
+from .whole_models import is_whole_model, read_branch_of_model
 
 
 logger = logging.get_logger(__name__)
@@ -46,7 +47,7 @@ def read_branch(
     Raises:
         AdapterError: if the file is damaged or has other tensors.
     """
-    state, extra = read_weights(folder)
+    state, extra = (read_branch_of_model(folder), {}) if is_whole_model(folder) else read_weights(folder)
     if len(branch.layers) < len(config.adapter_layers):
         state = first_layers(state, len(branch.layers))
     if branch.output_gate is None and config.branch.get("output_fusion") == "gate":
@@ -126,6 +127,7 @@ def check_extra(
     folder: Path, config: AdapterConfig, extra: Mapping[str, torch.Tensor], model: nn.Module
 ) -> dict[str, nn.Module]:
     """The modules of the model that the adapter's extra tensors fill, by their path."""
+    check_extra_names(config.extra_modules, folder)
     modules, expected = {}, {}
     for path in config.extra_modules:
         try:
@@ -153,6 +155,8 @@ def check_extra(
                     f"{folder} brings the trained module {path!r}, which the model has on the disk. Keep it on a "
                     "device or the CPU (device_map)."
                 )
+    if modules:
+        logger.warning(f"{folder} also replaces the weights of {', '.join(modules)} in the {type(model).__name__}.")
     return modules
 
 

@@ -36,6 +36,12 @@ def path_of(model: nn.Module, module: nn.Module) -> str:
     return next(path for path, found in model.named_modules() if found is module)
 
 
+def projector_path(model: nn.Module) -> str:
+    """Path of the layer between the vision model, or its Q-Former, and the language model."""
+    names = ("multi_modal_projector", "language_projection")
+    return next(path for path, _ in model.named_modules() if path.rpartition(".")[2] in names)
+
+
 # ---------------------------------------------------------------------------------------------------------------- peft
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
@@ -11,8 +12,9 @@ from transformers import PreTrainedModel
 from ..import_utils import require_package
 from ..models.modeling_bt_adapter_chat import BTAdapterChatMixin
 from .attachment import empty_model
-from .description import describe_adapter
-from .files import CONFIG_NAME, PEFT_WEIGHTS_NAME, AdapterConfig, AdapterError
+from .description import adapter_state, describe_adapter
+from .files import PEFT_WEIGHTS_NAME, AdapterConfig, AdapterError, write_adapter
+from .host_modules import projector_path
 
 
 require_package("peft", "train")
@@ -23,14 +25,24 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict  # noqa: E402
 class BTAdapterLoraConfig(LoraConfig):
     """A `LoraConfig` whose `save_pretrained`, which that of a peft model calls, also describes the branch.
 
-    With `bt_adapter_config.json` beside peft's files [`load_bt_adapter`] restores all of them in one call.
+    With `bt_adapter_config.json` beside peft's files `load_bt_adapter` restores all of them in one call; with branch
+    and projector as they were before tuning, peft's `disable_adapter()` gives that model again.
     """
 
-    branch_description: AdapterConfig  # no field: peft writes its own file without it
+    # No fields: peft writes its own file without them.
+    branch_description: AdapterConfig
+    before: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]  # branch and projector before tuning
+
+    def remember(self, model: PreTrainedModel) -> None:
+        """Takes down what the branch is, and with the projector what it holds before peft makes copies that learn."""
+        description = describe_adapter(model)
+        description.extra_modules = [projector_path(model)]
+        self.branch_description = description
+        self.before = adapter_state(model, description.extra_modules)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)
-        Path(save_directory, CONFIG_NAME).write_text(self.branch_description.to_json(), encoding="utf-8")
+        write_adapter(Path(save_directory), self.branch_description, *self.before)
 
 
 def lora_config(
@@ -69,15 +81,12 @@ def lora_config(
         raise ValueError(
             f"The language model has no linear layers named {sorted(wanted - linear)}; it has {sorted(linear)}."
         )
-    projector = next(
-        n for n, _ in model.named_modules() if n.endswith(("multi_modal_projector", "language_projection"))
-    )
     config = BTAdapterLoraConfig(
         target_modules=rf"(?:.*\.)?language_model\.(?:.*\.)?(?:{'|'.join(sorted(wanted))})",
-        modules_to_save=["bt_adapter", projector.rpartition(".")[2], *(modules_to_save or [])],
+        modules_to_save=["bt_adapter", projector_path(model).rpartition(".")[2], *(modules_to_save or [])],
         **fields,
     )
-    config.branch_description = describe_adapter(model)
+    config.remember(model)
     return config
 
 
@@ -88,7 +97,9 @@ def load_lora(model: PreTrainedModel, folder: Path, description: AdapterConfig) 
         AdapterError: if the model lacks a part that the folder has weights for, or the other way round.
     """
     config = BTAdapterLoraConfig(**LoraConfig.from_pretrained(folder).to_dict())
-    config.branch_description = description
+    config.remember(model)
+    config.branch_description.base_model_name_or_path = description.base_model_name_or_path
+    config.branch_description.revision = description.revision
     config.inference_mode = False  # peft saves it as True
     with safe_open(folder / PEFT_WEIGHTS_NAME, framework="pt") as file:
         saved = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)

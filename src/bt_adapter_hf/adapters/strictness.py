@@ -10,6 +10,16 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+# Part of a tensor's name -> the field of the config that its size comes from.
+_SIZE_OF = {
+    "time_embedding": "max_frames",
+    "position_embedding": "image_size",
+    "token_embedding": "vocab_size",
+    "embed_tokens": "vocab_size",
+    "lm_head": "vocab_size",
+    "query_tokens": "num_query_tokens",
+}
+
 
 def check_loading(model: PreTrainedModel, info: dict[str, Any], source: str, is_ours: bool = False) -> None:
     """Looks at transformers' report on what `from_pretrained` has done.
@@ -24,7 +34,8 @@ def check_loading(model: PreTrainedModel, info: dict[str, Any], source: str, is_
     Raises:
         ValueError: if a tensor is missing, unexpected or of another shape; with counts and nearest names.
     """
-    missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
+    shapes = {key: (tuple(found), tuple(wanted)) for key, found, wanted in info["mismatched_keys"]}
+    missing, unexpected = set(info["missing_keys"]) - shapes.keys(), set(info["unexpected_keys"])
     fresh = []
     for name in () if is_ours else model._new_modules:
         prefixes = {f"{path}." for path, _ in model.named_modules() if path.split(".")[-1] == name}
@@ -36,16 +47,19 @@ def check_loading(model: PreTrainedModel, info: dict[str, Any], source: str, is_
     problems = []
     for title, keys, others in (
         ("missing from the checkpoint", missing, unexpected),
-        ("in the checkpoint without a place in the model", unexpected, missing),
+        ("in the checkpoint without a place in the model", unexpected, missing or model.state_dict().keys()),
     ):
         if keys:
-            others = others or model.state_dict().keys() - keys
             problems.append(f"{len(keys)} tensors {title}:\n{with_nearest(sorted(keys), others)}")
-    if info["mismatched_keys"]:
-        shown = sorted(
-            f"  {k}: {tuple(a)} in the checkpoint, {tuple(b)} in the model" for k, a, b in info["mismatched_keys"]
+    if shapes:
+        lines = [
+            f"  {key}: {found} in the checkpoint, {wanted} in the model" for key, (found, wanted) in shapes.items()
+        ]
+        fields = sorted({field for key in shapes for part, field in _SIZE_OF.items() if part in key})
+        problems.append(
+            f"{len(lines)} tensors of another shape:\n" + "\n".join(sorted(lines)[:5]) + _more(lines) + "\nSet "
+            f"{' and '.join(fields) or 'the sizes in the config'} to what the checkpoint has."
         )
-        problems.append(f"{len(shown)} tensors of another shape:\n" + "\n".join(shown[:5]) + _more(shown))
     if problems:
         raise ValueError(
             f"{source} does not fit {type(model).__name__}:\n"

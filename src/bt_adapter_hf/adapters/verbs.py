@@ -9,13 +9,22 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..models.configuration_bt_adapter import BTAdapterVisionConfig
 from ..models.modeling_bt_adapter_chat import BTAdapterChatMixin
 from ..models.modeling_bt_adapter_vision import BTAdapterVisionModel
 from .attachment import CHAT_HOSTS, OURS, Attachment, attach, chat_config, check_host, native_of
-from .description import describe_adapter
-from .files import AdapterConfig, AdapterError, is_peft_folder, write_adapter
+from .description import adapter_state, describe_adapter
+from .files import (
+    BRANCH_FIELDS,
+    AdapterConfig,
+    AdapterError,
+    check_extra_names,
+    has_branch_file,
+    is_peft_folder,
+    write_adapter,
+)
 from .fingerprint import check_backbone
 from .fitting import branch_fields, check_extra, fit_layers, read_branch, tower_config
 from .host_modules import (
@@ -25,8 +34,11 @@ from .host_modules import (
     is_peft_model,
     is_quantized,
     learning_copy,
-    parameter_value,
 )
+from .whole_models import read_config
+
+
+logger = logging.get_logger(__name__)
 
 
 def get_bt_adapter_model(
@@ -79,7 +91,7 @@ def attach_adapter(
     allow_backbone_mismatch: bool = False,
 ) -> nn.Module:
     """Attaches the adapter in a folder to a model in memory: `load_bt_adapter` behind the search for the folder."""
-    adapter_config = AdapterConfig.read(folder)
+    adapter_config = read_config(folder)
     if is_peft_folder(folder) and is_peft_model(model):
         raise AdapterError(
             f"{folder} brings LoRA along, and the model is a peft model. Pass model.get_base_model() without its "
@@ -149,6 +161,14 @@ def _with_adapter(
     device = execution_device(backbone)
     state = {key: tensor.to(device=device, dtype=backbone.dtype) for key, tensor in state.items()}
     new.bt_adapter.load_state_dict(state, assign=True)
+    of_peft_alone = is_peft_folder(folder) and not has_branch_file(folder)
+    if of_peft_alone and has_branch and all(getattr(tower.config, n) == getattr(config, n) for n in BRANCH_FIELDS):
+        return model  # its own branch is the one before tuning; the tuned one comes with LoRA
+    if of_peft_alone:
+        logger.warning(
+            f"{folder} was saved by an earlier version, without the branch and the projector from before tuning: with "
+            "peft's disable_adapter() the model has the tuned branch."
+        )
     if has_branch:
         _set_branch(model, tower, new.bt_adapter.train(tower.training), config)
     else:
@@ -192,29 +212,8 @@ def save_bt_adapter(
     model = _InsidePeft(model).model
     config = describe_adapter(model, base_model_name_or_path, revision)
     config.extra_modules = list(extra_modules)
-
-    def cpu_state(path: str, module: nn.Module) -> dict[str, torch.Tensor]:
-        module, state = learning_copy(module), {}
-        if is_quantized(module):
-            raise ValueError(f"{path} is quantized: an adapter holds trained weights as they are.")
-        for key in module.state_dict():
-            if ".lora_" in f".{key}" or "base_layer." in key:
-                raise ValueError(
-                    f"peft has put LoRA into {path}: merge it (merge_and_unload) before saving, and keep LoRA to the "
-                    "language model (target_modules)."
-                )
-            owner, _, leaf = key.rpartition(".")
-            value = parameter_value(module.get_submodule(owner), leaf).detach()
-            cast = dtype if dtype and value.is_floating_point() else value.dtype
-            state[key] = value.to(device="cpu", dtype=cast).contiguous()
-        return state
-
-    branch = cpu_state("the branch", find_tower(model).bt_adapter)
-    extra = {
-        f"{path}.{key}": value
-        for path in extra_modules
-        for key, value in cpu_state(path, model.get_submodule(path)).items()
-    }
+    check_extra_names(extra_modules, "This adapter")
+    branch, extra = adapter_state(model, extra_modules, dtype)
     write_adapter(Path(folder), config, branch, extra)
 
 

@@ -21,6 +21,7 @@ from ..adapters.quantization import check_kept_out, language_model_only
 from ..adapters.strictness import check_loading
 from ..adapters.verbs import attach_adapter
 from ..adapters.video_token import video_token_id
+from ..adapters.whole_models import read_config
 from ..models.configuration_bt_adapter import TOWER_FIELDS
 from ..models.modeling_bt_adapter_vision import BTAdapterVisionModel
 from .source import base_of, find_adapter, from_hub, naming_base, pinned, resolve_adapter
@@ -28,6 +29,8 @@ from .source import base_of, find_adapter, from_hub, naming_base, pinned, resolv
 
 Loading = Callable[..., tuple[PreTrainedModel, dict]]  # `from_pretrained` of transformers, with its report
 
+# transformers' own error for a tensor of another shape points at a table in the log; ours says which, in the error.
+REPORT = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 # Fields of every config that `from_pretrained` of a model handles itself.
 _MODEL_ARGUMENTS = {"dtype", "model_type", "architectures", "transformers_version"}
@@ -54,8 +57,8 @@ def load_bt_adapter(
     Args:
         model: as in [`get_bt_adapter_model`]; or a model of ours, whose branch, on the same backbone layers, is
             replaced in place.
-        adapter: folder, or id on the Hub; also a folder that peft saved from a model with a branch (see
-            [`lora_config`]).
+        adapter: folder, or id on the Hub; also one that peft saved from a model with a branch (see
+            [`lora_config`]), or of a whole tower, dual encoder or pretraining run, whose branch is taken.
         adapter_layers: attach the first branch layers only, those fed by these backbone layers.
         allow_backbone_mismatch: attach to other weights than the adapter was trained on, with a warning.
         revision, token, cache_dir, local_files_only: for an adapter on the Hub.
@@ -79,9 +82,8 @@ def load_model(
 ) -> PreTrainedModel | tuple[PreTrainedModel, dict]:
     """`from_pretrained` of a tower or dual encoder, around that of transformers (`load`)."""
     kwargs["revision"] = pinned(name, kwargs)  # one commit for all that is read
-    options = {**kwargs, "output_loading_info": True}
     try:
-        model, info = from_hub(lambda: load(name, *model_args, **options), name, kwargs["revision"])
+        model, info = from_hub(lambda: load(name, *model_args, **{**kwargs, **REPORT}), name, kwargs["revision"])
         model._loaded_from = (str(name), getattr(kwargs["revision"], "resolved", None))
     except OSError:
         found = _load_with_base(load, name, kwargs)
@@ -148,7 +150,7 @@ def load_chat_model(
     # With an adapter what the report calls new is not: the branch is filled below.
     with without_load_report() if adapter is not None else contextlib.nullcontext():
         model, info = from_hub(
-            lambda: load(name, *model_args, config=config, output_loading_info=True, **kwargs),
+            lambda: load(name, *model_args, **{**kwargs, **REPORT}, config=config),
             name,
             kwargs["revision"],
         )
@@ -183,7 +185,7 @@ def fit_config(
             f"{folder} was saved by peft and holds more than a branch. Load the model without it, and call "
             "load_bt_adapter(model, folder), which restores the branch, LoRA and what else was trained."
         )
-    adapter = AdapterConfig.read(folder)
+    adapter = read_config(folder)
     config.vision_config = tower_config(config, adapter, dict(tower_fields or {}))
     config.validate()
     return folder, adapter
@@ -212,8 +214,8 @@ def _load_with_base(
     fields = {"adapter_layers": layers, **branch_fields(adapter, len(layers))}
     with naming_base(name, base, base_revision), without_load_report():
         base_revision = pinned(base, {**options, "revision": base_revision})
-        options = {**fields, **options, "revision": base_revision, "output_loading_info": True}
-        model, info = from_hub(lambda: load(base, **options), base, base_revision)
+        options = {**fields, **options, "revision": base_revision}
+        model, info = from_hub(lambda: load(base, **{**options, **REPORT}), base, base_revision)
     filled = set(fill_branch(model, folder, adapter))
     info["missing_keys"] = {key for key in info["missing_keys"] if key not in filled}
     return model, info

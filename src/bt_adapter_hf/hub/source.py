@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
+ADAPTER_FILES = (CONFIG_NAME, WEIGHTS_NAME, PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME)
+MODEL_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json")
 _HUB_ARGUMENTS = ("token", "cache_dir", "local_files_only")
 _OTHER_WEIGHTS = ("variant", "subfolder", "state_dict", "gguf_file")  # options that ask for others than the usual file
 
@@ -38,8 +40,11 @@ def resolve_adapter(
     token: str | bool | None = None,
     cache_dir: str | os.PathLike | None = None,
     local_files_only: bool = False,
+    whole_models: bool = True,
 ) -> Path:
     """The folder of an adapter; one on the Hub is downloaded, all its files from one commit.
+
+    A repository without an adapter gives a whole model, out of which a branch can be taken, if `whole_models`.
 
     The weights of a download are compared with the Hub's hash of them, and fetched again where they differ.
 
@@ -51,7 +56,7 @@ def resolve_adapter(
         return Path(adapter)
     check_token(token)
 
-    def download(force: bool = False) -> Path:
+    def download(patterns: Sequence[str], force: bool = False) -> Path:
         folder = snapshot_download(
             str(adapter),
             revision=revision,
@@ -59,16 +64,20 @@ def resolve_adapter(
             cache_dir=cache_dir,
             local_files_only=local_files_only,
             force_download=force,
-            allow_patterns=[CONFIG_NAME, WEIGHTS_NAME, PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME],
+            allow_patterns=patterns,
         )
         return Path(folder)
 
+    patterns = ADAPTER_FILES
     try:
-        folder = retried(download, f"Downloading {adapter}")
+        folder = retried(lambda: download(patterns), f"Downloading {adapter}")
+        if whole_models and not any((folder / name).is_file() for name in (CONFIG_NAME, PEFT_CONFIG_NAME)):
+            patterns = MODEL_FILES
+            folder = retried(lambda: download(patterns), f"Downloading {adapter}")
         damaged = _damaged(folder)
         if damaged and not local_files_only:
             logger.warning("%s of %s arrived damaged: downloading it again.", damaged, adapter)
-            folder = retried(lambda: download(force=True), f"Downloading {adapter}")
+            folder = retried(lambda: download(patterns, force=True), f"Downloading {adapter}")
             damaged = _damaged(folder)
     except (HTTPError, OSError, HFValidationError) as error:
         raise OSError(
@@ -109,7 +118,7 @@ def find_adapter(name: str | os.PathLike, hub: Mapping[str, Any]) -> tuple[Path,
     """
     arguments = {key: hub[key] for key in (*_HUB_ARGUMENTS, "revision") if hub.get(key) is not None}
     try:
-        folder = resolve_adapter(name, **arguments)
+        folder = resolve_adapter(name, whole_models=False, **arguments)
     except (OSError, AdapterError):
         return None  # the caller has an error of its own, of the same cause
     if not (folder / CONFIG_NAME).is_file():
@@ -168,4 +177,4 @@ def pinned(name: str | os.PathLike | None, options: Mapping[str, Any]) -> str | 
 
 def _damaged(folder: Path) -> str | None:
     """The name of a weights file that differs from the Hub's hash of it."""
-    return next((name for name in (WEIGHTS_NAME, PEFT_WEIGHTS_NAME) if is_damaged(folder / name)), None)
+    return next((path.name for path in sorted(folder.glob("*.safetensors")) if is_damaged(path)), None)

@@ -1,6 +1,7 @@
 """What the chat models share: loading a native host together with an adapter, and putting visual tokens in place."""
 
 import os
+import re
 
 import torch
 from torch import nn
@@ -65,6 +66,13 @@ class BTAdapterChatMixin:
             raise ImportError(NEEDS_PACKAGE)
         return plainly_loaded(load(pretrained_model_name_or_path, *model_args, **kwargs))
 
+    def _unsaved_by_peft(self) -> list[str]:
+        """Tensors of the branch of which peft has no copy that it saves; beside LoRA it saves `modules_to_save`."""
+        names = [name for name in self.state_dict() if ".bt_adapter." in f".{name}" and ".lora_" not in name]
+        saved = {_COPY.sub(".", name) for name in names if _COPY.search(name)}
+        plain = (re.sub(r"\.(original_module|base_layer)\b", "", name) for name in names if not _COPY.search(name))
+        return [name for name in plain if name not in saved]
+
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         """As in transformers.
 
@@ -72,14 +80,18 @@ class BTAdapterChatMixin:
             ValueError: if peft's adapters are in the model (`add_adapter`), and the branch is not among what of them
                 would be saved.
         """
-        if getattr(self, "_hf_peft_config_loaded", False):
-            if not any(".bt_adapter." in f".{key}" for key in self.get_adapter_state_dict()):
-                raise ValueError(
-                    "The model has adapters of peft, and save_pretrained would write these alone, without the branch. "
-                    "Train with peft.get_peft_model(model, bt_adapter_hf.lora_config(model)), whose save_pretrained "
-                    "writes all that was trained; or save the branch with save_bt_adapter."
-                )
+        lost = self._unsaved_by_peft() if getattr(self, "_hf_peft_config_loaded", False) else ()
+        if lost:
+            raise ValueError(
+                "The model has adapters of peft, and save_pretrained would write these alone, without the branch "
+                f"({len(lost)} of its tensors, {lost[0]} among them). Train with peft.get_peft_model(model, "
+                "bt_adapter_hf.lora_config(model)), whose save_pretrained writes all that was trained; or save the "
+                "branch with save_bt_adapter."
+            )
         return super().save_pretrained(save_directory, **kwargs)
+
+
+_COPY = re.compile(r"\.modules_to_save\.[^.]+\.")  # what peft trains whole, and saves
 
 
 def embed_text(embedding: nn.Module, input_ids: torch.LongTensor, vocab_size: int) -> torch.Tensor:

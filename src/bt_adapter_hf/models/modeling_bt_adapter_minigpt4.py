@@ -235,9 +235,11 @@ class _Blip2Eyes(Blip2PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
-        model, info = super().from_pretrained(source, output_loading_info=True, **kwargs)
-        if (package := package_loading()) is not None:
-            package.check_loading(model, info, source)
+        package = package_loading()
+        if package is None:
+            return super().from_pretrained(source, **kwargs)
+        model, info = super().from_pretrained(source, **{**kwargs, **package.REPORT})
+        package.check_loading(model, info, source)
         return model
 
 

@@ -1,6 +1,5 @@
 """Many video files and texts to features: what indexing and zero-shot labelling share."""
 
-import hashlib
 import json
 import math
 import os
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from transformers import BatchFeature
 
+from ..adapters.fingerprint import weights_digest
 from ..assets import default_model_path
 from ..hub.dual_encoder import load_dual_encoder
 from ..models.modeling_bt_adapter import BTAdapterModel
@@ -105,13 +105,8 @@ class VideoEncoder:
 
     def fingerprint(self) -> str:
         """SHA-256 over the config and up to 64 values of every weight, as they are in memory (so dtype counts)."""
-        digest = hashlib.sha256(json.dumps(_stable(self.model.config.to_diff_dict()), sort_keys=True).encode())
-        for name, tensor in sorted(self.model.state_dict().items()):
-            flat = tensor.detach().flatten()
-            sample = flat[:: max(1, flat.numel() // 64)][:64].cpu().contiguous()
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(sample.view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        config = json.dumps(_stable(self.model.config.to_diff_dict()), sort_keys=True)
+        return weights_digest(sorted(self.model.state_dict().items()), as_stored=True, start=config.encode())
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str], batch_size: int = 64, max_length: int | None = None) -> np.ndarray:

@@ -4,7 +4,6 @@ The frozen part is the base model's; a checkpoint records a digest of it and ref
 records the table and the seeds too, and refuses to go on in another order.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -17,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ..adapters.fingerprint import weights_digest
 from ..adapters.writing import written_whole
 from .compat import TRAINER_STATE_NAME
 from .sharding import sharded_like, whole
@@ -24,7 +24,6 @@ from .sharding import sharded_like, whole
 
 TRAINED_WEIGHTS_NAME = "trained.safetensors"
 DATA_STATE_NAME = "data_state.json"
-_SAMPLES = 64  # values of each frozen tensor in the digest
 
 
 def frozen_digest(model: nn.Module) -> str:
@@ -32,13 +31,8 @@ def frozen_digest(model: nn.Module) -> str:
 
     Of a sharded model all processes have to ask for it.
     """
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            values = whole(parameter.detach()).flatten()[:: max(1, parameter.numel() // _SAMPLES)]
-            digest.update(f"{name} {tuple(parameter.shape)}".encode())
-            digest.update(values.float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+    frozen = ((name, parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad)
+    return weights_digest((name, whole(parameter.detach())) for name, parameter in frozen)
 
 
 def save_trained(model: nn.Module, folder: str | os.PathLike, write: bool = True) -> None:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from ..adapters.fingerprint import WARN_DISTANCE, backbone_fingerprint, distance
+from ..adapters.fingerprint import CAST_DISTANCE, backbone_fingerprint, distances
 from ..adapters.host_modules import execution_device, find_tower
 from ..adapters.writing import PARTIAL, written_whole
 from ..data.archives import MediaArchives
@@ -106,7 +106,7 @@ def describe_states(model: PreTrainedModel, processor: "BTAdapterChatProcessorMi
         "states": states,
         "shape": [processor.num_clips, len(states), rules.num_frames, tokens, tower.config.hidden_size],
         "pixels": {name: getattr(rules, name) for name in _PIXEL_FIELDS},
-        "fingerprint": backbone_fingerprint(tower.vision_model, tower.config.adapter_layers[0]),
+        "fingerprint": backbone_fingerprint(tower.vision_model, states[-1]),
     }
     return json.loads(json.dumps(description, default=str))  # as it is read
 
@@ -122,10 +122,12 @@ def check_description(folder: Path, found: dict[str, Any], wanted: dict[str, Any
     ]
     pixels = found.get("pixels", {})
     other += [f"{k} {pixels.get(k)}, here {value}" for k, value in wanted["pixels"].items() if pixels.get(k) != value]
-    for name, sketch in wanted["fingerprint"].items():
-        reference = found.get("fingerprint", {}).get(name)
-        if reference is None or distance(sketch, reference) > WARN_DISTANCE:
-            other.append(f"other weights in the backbone ({name})")
+    reference = found.get("fingerprint", {})
+    if wanted["fingerprint"].keys() != reference.keys():
+        other.append("a fingerprint of other parts of the backbone")
+    else:
+        apart = distances(wanted["fingerprint"], reference)
+        other += [f"other weights in the backbone ({part})" for part in apart if apart[part] > CAST_DISTANCE]
     if other:
         raise ValueError(
             f"The frozen states in {folder} are not those of this model and processor: {'; '.join(other)}. Choose "

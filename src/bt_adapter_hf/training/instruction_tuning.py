@@ -8,18 +8,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..adapters.host_modules import find_tower, is_peft_model, is_quantized
+from ..adapters.host_modules import find_tower, is_peft_model, is_quantized, projector_path
 from ..import_utils import require_package
 from ..models.modeling_bt_adapter_chat import BTAdapterChatMixin
 from .arguments import InstructionArguments
 from .blank_visuals import blank_row, shows, with_blank
 from .resumable import ResumableTrainer
-
-
-def projector_path(model: nn.Module) -> str:
-    """Path of the layer between the vision model, or its Q-Former, and the language model."""
-    names = ("multi_modal_projector", "language_projection")
-    return next(path for path, _ in model.named_modules() if path.rpartition(".")[2] in names)
 
 
 def prepare_for_tuning(model: PreTrainedModel, lora: Mapping[str, Any] | None = None) -> nn.Module:
