@@ -293,7 +293,10 @@ def test_the_whole_model_and_the_adapter_alone(host, table, tmp_path):
     with torch.no_grad():
         expected = trainer.model(**batch).logits
         whole = host.model_class.from_pretrained(tmp_path / "whole")
-        assert torch.equal(whole(**batch).logits, expected)
+        trained, loaded = trainer.model.state_dict(), whole.state_dict()
+        assert trained.keys() == loaded.keys() and all(torch.equal(trained[key], loaded[key]) for key in trained)
+        # the same weights at other addresses: sums of some hundred terms may be rounded otherwise
+        torch.testing.assert_close(whole(**batch).logits, expected, atol=1e-5, rtol=1e-5)
         trainer.args.adapter_only = True
         trainer.save_model(tmp_path / "adapter")
         files = {path.name for path in (tmp_path / "adapter").iterdir()}
