@@ -13,26 +13,26 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "src/bt_adapter_hf/__init
 HAS_DECORD_WHEEL = "(sys_platform == 'linux' and platform_machine == 'x86_64') or sys_platform == 'win32'"
 
 CORE = [
-    "torch>=2.6",
-    "torchvision>=0.21",
+    "torch>=2.9",
+    "torchvision>=0.24",
     "transformers>=5.23,<6",
     "safetensors>=0.8",
     "huggingface_hub>=1.31,<3",
-    "numpy>=1.26",
+    "numpy>=2.0",
     "packaging>=23.2",
-    "pillow>=10.1",
-    "av>=17.0.1",  # the first whose colour conversion can be kept from starting threads, which hang after a fork
+    "pillow>=10.4",
+    "av>=18.0",
     "tqdm>=4.66.3",
     "filelock>=3.13",
     f"decord>=0.6.0; {HAS_DECORD_WHEEL}",
 ]
 
 EXTRAS = {
-    "train": ["accelerate>=1.1", "datasets>=4.0", "matplotlib>=3.8", "peft>=0.18"],
-    "eval": ["accelerate>=1.1", "datasets>=4.0", "ftfy>=6.1", "openai>=1.40", "scipy>=1.11"],
-    "quickstart": ["scikit-learn>=1.4"],
-    "quantization": ["bitsandbytes>=0.46.1"],  # from which transformers takes it
-    "torchcodec": ["torchcodec>=0.2"],  # a further decoder; needs FFmpeg's libraries. 0.2 is torch 2.6's
+    "train": ["accelerate>=1.1", "datasets>=4.0", "matplotlib>=3.9", "peft>=0.20"],
+    "eval": ["accelerate>=1.1", "datasets>=4.0", "ftfy>=6.1", "openai>=1.56", "scipy>=1.13"],
+    "quickstart": ["scikit-learn>=1.5"],
+    "quantization": ["bitsandbytes>=0.50"],
+    "torchcodec": ["torchcodec>=0.9"],  # a further decoder, here that of torch 2.9; needs FFmpeg's libraries
     "test": [
         "pytest>=8.0",
         "pytest-xdist>=3.6",
