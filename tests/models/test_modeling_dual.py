@@ -105,6 +105,15 @@ def test_pickle_and_deepcopy_after_a_forward_pass(cls, dual_folder):
         assert len(copied.get_text_features(**texts(), output_hidden_states=True).hidden_states) == 4
 
 
+@torch.no_grad()
+def test_text_embeddings_can_be_resized(dual_folder):
+    model = BTAdapterModel.from_pretrained(dual_folder)
+    expected, size = model.get_text_features(**texts()).pooler_output, model.config.text_config.vocab_size
+    model.resize_token_embeddings(size + 5, mean_resizing=False)
+    assert model.get_input_embeddings().weight.shape[0] == model.config.text_config.vocab_size == size + 5
+    assert torch.equal(model.get_text_features(**texts()).pooler_output, expected)
+
+
 def test_the_main_input_is_an_argument():
     for cls in (BTAdapterModel, BTAdapterForPreTraining, BTAdapterVisionModel):
         assert cls.main_input_name in inspect.signature(cls.forward).parameters

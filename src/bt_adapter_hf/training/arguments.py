@@ -166,7 +166,7 @@ class BTAdapterTrainingArguments(ResumableArguments):
             if self.torch_compile:
                 raise ValueError(
                     "cached_gradient_batch_size does not work with torch_compile: compiled, a pass without a graph "
-                    "drops other paths than one with a graph. Use one of the two."
+                    "may draw other dropout than one with a graph. Use one of the two."
                 )
 
 
