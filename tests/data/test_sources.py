@@ -78,6 +78,20 @@ def test_cells_of_a_csv_stay_the_text_they_are(tmp_path):
     assert [table.pair(i)[1:] for i in range(3)] == [("null", ["None"]), ("NA", ["7"]), ("007", ["1e3"])]
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv"])
+def test_a_byte_order_mark_costs_no_row(kind, tmp_path):
+    rows = [{"video": "a.mp4", "text": "first"}, {"video": "b.mp4", "text": "second"}]
+    content = {
+        "jsonl": "\n".join(map(json.dumps, rows)),
+        "json": json.dumps(rows),
+        "csv": "video,text\na.mp4,first\nb.mp4,second\n",
+        "tsv": "video\ttext\na.mp4\tfirst\nb.mp4\tsecond\n",
+    }[kind]
+    (tmp_path / f"t.{kind}").write_text(content, encoding="utf-8-sig")
+    table = load_table(tmp_path / f"t.{kind}")
+    assert [table.pair(row)[1:] for row in range(len(table))] == [("a.mp4", ["first"]), ("b.mp4", ["second"])]
+
+
 @pytest.mark.parametrize(
     "header",
     ["videoid,name,page_idx,page_dir,duration,contentUrl", "videoid,contentUrl,duration,page_dir,name"],
