@@ -7,9 +7,38 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the suite runs one process per 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need the network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import logging  # noqa: E402
+import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
+
+
+class DeprecationsInOurCode(logging.Handler):
+    """Makes errors of the deprecations that transformers logs, in place of warning, where our code is the cause."""
+
+    @staticmethod
+    def is_library(module: str) -> bool:
+        known = ("logging", "transformers", "torch", "functools", "contextlib")
+        return module == __name__ or module.partition(".")[0] in known
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "deprecated" not in record.getMessage():
+            return
+        frame = sys._getframe()
+        while frame is not None and self.is_library(frame.f_globals.get("__name__", "")):
+            frame = frame.f_back
+        if frame is not None and frame.f_globals.get("__name__", "").startswith("bt_adapter_hf"):
+            raise DeprecationWarning(f"{frame.f_code.co_filename}:{frame.f_lineno}: {record.getMessage()}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def deprecations_in_our_code():
+    """The warnings that it gives in Python's way are errors by `filterwarnings` in pyproject.toml."""
+    handler = DeprecationsInOurCode(logging.WARNING)
+    logging.getLogger("transformers").addHandler(handler)
+    yield
+    logging.getLogger("transformers").removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

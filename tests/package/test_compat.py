@@ -226,6 +226,19 @@ def test_training_values_are_seven():
     assert len(names) == 7 and names[:4] == expected, f"{where}: it returns {names}"
 
 
+def test_a_deprecation_that_our_code_causes_is_an_error():
+    """Also one that transformers logs, as it does for `past_key_values` since 5.24; see tests/conftest.py."""
+    call = "from transformers.utils import logging; logging.get_logger('transformers.x').warning_once(text)"
+    with pytest.raises(DeprecationWarning, match="`this` is deprecated. Use `that`"):
+        exec(call, {"__name__": "bt_adapter_hf.somewhere", "text": "`this` is deprecated. Use `that` instead."})
+    exec(call, {"__name__": "peft.somewhere", "text": "`these` are deprecated. Use `those` instead."})
+    with pytest.raises(DeprecationWarning):
+        exec(
+            "import warnings; warnings.warn('old', DeprecationWarning, stacklevel=1)",
+            {"__name__": "bt_adapter_hf.somewhere"},
+        )
+
+
 # What is not on the lists
 
 
