@@ -421,7 +421,7 @@ def test_minigpt4_stops_each_row_at_its_own_end(components):
     free = model.generate(**inputs, max_new_tokens=8, min_new_tokens=8)[:, 6:]
     end = int(free[0, 2])
     model.generation_config.stop_sequences = [[end], [99, 98]]
-    stopped = model.generate(**inputs, max_new_tokens=8)[:, 6:]
+    stopped = model.generate(**inputs, max_new_tokens=8, min_new_tokens=8)[:, 6:]  # both without an end of their own
     for row in range(2):
         answer = free[row].tolist()
         cut = answer.index(end) + 1 if end in answer else 8
