@@ -1,14 +1,16 @@
 """`bt-adapter convert`, on files."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from transformers import CLIPModel
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
-from bt_adapter_hf import BTAdapterModel, load_bt_adapter
+from bt_adapter_hf import BTAdapterModel, BTAdapterVisionModel, load_bt_adapter
 from bt_adapter_hf.adapters.files import CONFIG_NAME, WEIGHTS_NAME
 from bt_adapter_hf.cli.main import main
+from tests import tiny_pairs
 from tests.parity.golden import Golden
 
 
@@ -19,10 +21,12 @@ def files(tmp_path_factory):
     golden = Golden("pretrain_losses")
     torch.manual_seed(0)
     base = CLIPModel(golden.base)
-    for key, tensor in golden.weights.items():
-        if key.startswith("backbone.layers.") or key.startswith("backbone.patch"):
-            name = key.removeprefix("backbone.").replace("layers.", "encoder.layers.", 1)
-            base.vision_model.get_parameter(name.replace("patch_e", "embeddings.patch_e")).data.copy_(tensor)
+    own = dict(base.vision_model.named_parameters())
+    for key, tensor in golden.weights.items():  # the backbone that the checkpoint was trained on
+        short = key.removeprefix("backbone.")
+        for name in (short, f"encoder.{short}", f"embeddings.{short}"):
+            if key.startswith("backbone.") and name in own:
+                own[name].data.copy_(tensor)
     base.save_pretrained(folder / "clip")
     torch.save({"state_dict": golden.weights}, folder / "epoch_1.pth")
     return folder
@@ -103,3 +107,62 @@ class RunsCode:
         import os
 
         return os.mkdir, (self.marker,)
+
+
+def test_what_index_needs_is_beside_the_model(files, tmp_path, capsys):
+    """A processor from the base, which has its sizes and its tokenizer; without one, a line that says so."""
+    words = tiny_pairs.tokenizer()
+    base = CLIPModel.from_pretrained(files / "clip")
+    base.save_pretrained(tmp_path / "clip")
+    side = {"height": base.config.vision_config.image_size, "width": base.config.vision_config.image_size}
+    image_processor = CLIPImageProcessorPil(size={"shortest_edge": side["height"]}, crop_size=side)
+    CLIPProcessor(image_processor, words).save_pretrained(tmp_path / "clip")
+    checkpoint = str(files / "epoch_1.pth")
+    assert main(["convert", checkpoint, str(tmp_path / "out"), "--base", str(tmp_path / "clip")]) == 0
+    assert "The processor has the sizes and the tokenizer of" in capsys.readouterr().out
+    tiny_pairs.write_clip(tmp_path / "a.mp4", (220, 40, 40), step=2)
+    index = ["index", str(tmp_path / "a.mp4"), "-o", str(tmp_path / "index"), "--model", str(tmp_path / "out")]
+    assert main([*index, "--device", "cpu"]) == 0
+    assert main(["convert", checkpoint, str(tmp_path / "bare"), "--base", str(files / "clip")]) == 0
+    assert "no processor beside the model" in capsys.readouterr().out
+    assert not (tmp_path / "bare" / "processor_config.json").exists()
+
+
+def test_a_whole_model_becomes_an_adapter(files, tmp_path, capsys):
+    checkpoint, base = str(files / "epoch_1.pth"), str(files / "clip")
+    for kind in ("pretraining", "tower"):
+        run, out = tmp_path / kind, tmp_path / f"{kind}-adapter"
+        assert main(["convert", checkpoint, str(run), "--base", base, "--to", kind]) == 0
+        assert main(["convert", str(run), str(out), "--to", "adapter", "--base", base]) == 0
+        assert sorted(path.name for path in out.iterdir()) == [WEIGHTS_NAME, CONFIG_NAME]
+        model = load_bt_adapter(CLIPModel.from_pretrained(base), out)
+        assert type(model) is BTAdapterModel
+        assert json.loads((out / CONFIG_NAME).read_text())["base_model_name_or_path"] == base
+    capsys.readouterr()
+    assert main(["convert", str(run), "--to", "adapter", "--dry-run"]) == 0
+    assert "video_cls" in capsys.readouterr().out
+    assert main(["convert", str(run), str(tmp_path / "no"), "--to", "pretraining"]) == 1
+    assert "is a folder. With --to adapter or --to original" in capsys.readouterr().err
+    assert main(["convert", base, str(tmp_path / "no"), "--to", "adapter"]) == 1
+    assert "is a folder" in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
+def test_a_base_with_its_config_only(files, tmp_path, capsys):
+    """It says how many heads there are, and lends nothing."""
+    (tmp_path / "config").mkdir()
+    shutil.copy(files / "clip" / "config.json", tmp_path / "config")
+    weights = torch.load(files / "epoch_1.pth", weights_only=True)["state_dict"]
+    tower = {key: tensor for key, tensor in weights.items() if key.startswith("backbone.")}
+    torch.save({"state_dict": tower}, tmp_path / "tower.pth")
+    arguments = ["convert", str(tmp_path / "tower.pth"), str(tmp_path / "out"), "--base", str(tmp_path / "config")]
+    assert main([*arguments, "--to", "tower"]) == 0
+    expected = main(["convert", str(files / "epoch_1.pth"), str(tmp_path / "whole"), "--base", str(files / "clip")])
+    assert expected == 0
+    one = BTAdapterVisionModel.from_pretrained(tmp_path / "out").state_dict()
+    two = BTAdapterVisionModel.from_pretrained(tmp_path / "whole").state_dict()
+    assert one.keys() == two.keys() and all(one[key].equal(two[key]) for key in one)
+    branch = {key: tensor for key, tensor in tower.items() if "btadapter" in key or "balance" in key}
+    torch.save({"state_dict": branch}, tmp_path / "branch.pth")
+    capsys.readouterr()
+    assert main(["convert", str(tmp_path / "branch.pth"), str(tmp_path / "no"), *arguments[3:]]) == 1
+    assert "the base has a config and no weights" in capsys.readouterr().err

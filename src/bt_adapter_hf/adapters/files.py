@@ -22,6 +22,7 @@ from .writing import written_whole
 
 CONFIG_NAME = "bt_adapter_config.json"
 WEIGHTS_NAME = "bt_adapter.safetensors"
+SUMMARY_NAME = "run_summary.json"  # of the training run that wrote a folder
 PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 
 # Sizes that the branch's tensors depend on, and with them the backbone's own.

@@ -57,7 +57,7 @@ def check_loading(model: PreTrainedModel, info: dict[str, Any], source: str, is_
         ]
         fields = sorted({field for key in shapes for part, field in _SIZE_OF.items() if part in key})
         problems.append(
-            f"{len(lines)} tensors of another shape:\n" + "\n".join(sorted(lines)[:5]) + _more(lines) + "\nSet "
+            f"{len(lines)} tensors of another shape:\n" + "\n".join(sorted(lines)[:5]) + more(lines) + "\nSet "
             f"{' and '.join(fields) or 'the sizes in the config'} to what the checkpoint has."
         )
     if problems:
@@ -77,8 +77,8 @@ def with_nearest(keys: list[str], others: Collection[str]) -> str:
     for key in keys[:5]:
         near = difflib.get_close_matches(key, others, n=1)
         lines.append(f"  {key}" + (f" (nearest: {near[0]})" if near else ""))
-    return "\n".join(lines) + _more(keys)
+    return "\n".join(lines) + more(keys)
 
 
-def _more(keys: list[str]) -> str:
+def more(keys: list[str]) -> str:
     return f"\n  and {len(keys) - 5} more" if len(keys) > 5 else ""

@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 
 from ..models.configuration_bt_adapter import BTAdapterConfig, BTAdapterVisionConfig
+from ..models.modeling_bt_adapter import BTAdapterModel
 from ..models.modeling_bt_adapter_vision import BTAdapterVisionModel
 from .description import describe_adapter
-from .files import CONFIG_NAME, AdapterConfig, AdapterError, is_peft_folder, tensors
+from .files import CONFIG_NAME, SUMMARY_NAME, AdapterConfig, AdapterError, is_peft_folder, tensors
 
 
 def is_whole_model(folder: Path) -> bool:
@@ -30,7 +31,26 @@ def read_config(folder: Path) -> AdapterConfig:
     """
     if not is_whole_model(folder):
         return AdapterConfig.read(folder)
-    return describe_adapter(BTAdapterVisionModel.from_pretrained(folder, dtype="auto"))
+    return describe_adapter(load_tower(folder), *base_of_run(folder))
+
+
+def load_tower(folder: Path, dtype: torch.dtype | str = "auto") -> BTAdapterVisionModel:
+    """The tower of a whole model."""
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if content["model_type"] == BTAdapterConfig.model_type:
+        model = BTAdapterModel.from_pretrained(folder, dtype=dtype)
+        model.vision_model._loaded_from = model._loaded_from
+        return model.vision_model
+    return BTAdapterVisionModel.from_pretrained(folder, dtype=dtype)
+
+
+def base_of_run(folder: Path) -> tuple[str | None, str | None]:
+    """Name and revision of what a training run started from; of a folder without its summary (None, None)."""
+    path = folder / SUMMARY_NAME
+    if not path.is_file():
+        return None, None
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    return summary.get("model"), summary.get("revision")
 
 
 def read_branch_of_model(folder: Path) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ _EXAMPLES = """examples:
   bt-adapter convert btadapter_clip_l14.pth out --base openai/clip-vit-large-patch14 --to adapter --dtype float16
   bt-adapter convert btadapter_weight.bin out --base openai/clip-vit-large-patch14 --to adapter
   bt-adapter convert btadapter_clip_l14.pth --dry-run
+  bt-adapter convert my-pretraining-run my-adapter --to adapter
   bt-adapter convert out btadapter_clip_l14.pth --to original"""
 
 
@@ -27,7 +28,9 @@ def register(subparsers) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "source", metavar="SOURCE", help="checkpoint file; with --to original a model (folder or Hub id)"
+        "source",
+        metavar="SOURCE",
+        help="checkpoint file; with --to original a model (folder or Hub id), with --to adapter also its folder",
     )
     parser.add_argument(
         "output", metavar="OUTPUT", nargs="?", help="folder; with --to original a .pth, .bin or .safetensors file"
@@ -67,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
     quiet_transformers()
     if args.to == "original":
         return _to_original(args, output)
+    if Path(args.source).is_dir():
+        return _to_adapter(args, output)
     import torch
 
     from .. import BTAdapterForPreTraining, BTAdapterVisionModel
@@ -93,20 +98,60 @@ def run(args: argparse.Namespace) -> int:
             save_bt_adapter(model, folder, base_model_name_or_path=args.base, revision=args.revision)
         else:
             model.save_pretrained(folder)
-    report = {
-        "output": str(output),
-        "model": plan.model_class.__name__,
-        "tensors": len(plan.rows),
-        "notes": plan.notes,
-    }
+            if hasattr(model, "text_model"):
+                plan.notes.append(_write_processor(args, folder))
     if args.to == "adapter":
-        report["model"] = "adapter"
-        report["tensors"] = len(_branch(plan.rows))
+        return _report(args, output, "adapter", len(_branch(plan.rows)), plan.notes)
+    return _report(args, output, plan.model_class.__name__, len(plan.rows), plan.notes)
+
+
+def _write_processor(args: argparse.Namespace, folder: Path) -> str:
+    """Beside a dual encoder, so that `bt-adapter index` takes the folder. Returns a line on it."""
+    from ..hub.dual_encoder import processor_of_clip
+
+    missing = "There is no processor beside the model, which `bt-adapter index` and AutoProcessor need: "
+    if args.base is None:
+        return f"{missing}name the CLIP that it was trained on with --base."
+    try:
+        processor = processor_of_clip(args.base, args.revision)
+    except OSError as error:
+        return f"{missing}{args.base} has none ({str(error).splitlines()[0].rstrip('.')})."
+    processor.save_pretrained(folder)
+    frames = processor.video_processor.num_frames
+    return f"The processor has the sizes and the tokenizer of {args.base}, and takes {frames} frames of a video."
+
+
+def _to_adapter(args: argparse.Namespace, output: Path | None) -> int:
+    """The branch of a folder that holds a tower, a dual encoder or a pretraining run."""
+    from ..adapters.verbs import save_bt_adapter
+    from ..adapters.whole_models import base_of_run, is_whole_model, load_tower
+
+    if args.to != "adapter" or not is_whole_model(Path(args.source)):
+        raise ValueError(
+            f"'{args.source}' is a folder. With --to adapter or --to original it may be that of a tower, a dual "
+            f"encoder or a pretraining run; else SOURCE is a checkpoint file of the released code."
+        )
+    if args.fields:
+        raise ValueError("--set is for checkpoint files: the model in a folder has its fields in config.json.")
+    model = load_tower(Path(args.source), args.dtype or "auto")
+    state = model.bt_adapter.state_dict()
+    if args.dry_run:
+        for key, tensor in state.items():
+            print(f"{key}  {tuple(tensor.shape)}  {str(tensor.dtype).removeprefix('torch.')}")
+        return 0
+    base, revision = (args.base, args.revision) if args.base else base_of_run(Path(args.source))
+    with written_whole(output) as folder:
+        save_bt_adapter(model, folder, base_model_name_or_path=base, revision=revision)
+    note = f"Its base model is {base or args.source}" + ("." if base else ": name another with --base.")
+    return _report(args, output, "adapter", len(state), [note])
+
+
+def _report(args: argparse.Namespace, output: Path, model: str, tensors: int, notes: list[str]) -> int:
     if args.json:
-        print(json.dumps(report))
+        print(json.dumps({"output": str(output), "model": model, "tensors": tensors, "notes": notes}))
     else:
-        print(f"{report['model']} with {report['tensors']} tensors written to {output}")
-        for note in plan.notes:
+        print(f"{model} with {tensors} tensors written to {output}")
+        for note in notes:
             print(f"  {note}")
     return 0
 

@@ -16,6 +16,10 @@ import torch
 from .reading import CheckpointError
 
 
+BACKBONE = "vision_model.vision_model."
+BRANCH = "vision_model.bt_adapter."
+LAYERS = BACKBONE + "encoder.layers."
+COMPLETE = BACKBONE + "embeddings.patch_embedding.weight"  # whether the backbone is there
 LLAVA_PREFIX = "model.vision_tower."
 # Prefixes in front of the keys of the tower, tried in this order, as often as they occur.
 _TOWER_PREFIXES = (LLAVA_PREFIX, "backbone.")

@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..adapters.files import CONFIG_NAME, PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, WEIGHTS_NAME, AdapterConfig
+from ..adapters.files import (
+    CONFIG_NAME,
+    PEFT_CONFIG_NAME,
+    PEFT_WEIGHTS_NAME,
+    SUMMARY_NAME,
+    WEIGHTS_NAME,
+    AdapterConfig,
+)
 from ..models.configuration_bt_adapter import BTAdapterConfig, BTAdapterVisionConfig
 from ..models.configuration_bt_adapter_chat import (
     BTAdapterInstructBlipConfig,
@@ -23,7 +30,6 @@ CHAT_CLASSES = {
 }
 
 
-SUMMARY_NAME = "run_summary.json"
 MODEL_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 # What save_pretrained of a model, an adapter (peft's too) or a processor writes, and what a run adds. By name: a
 # folder may hold anything, and its owner may have forgotten it.
