@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import shutil
 import tarfile
 import zipfile
@@ -358,6 +359,31 @@ def test_whatever_unpacking_raises_is_the_error_of_its_row(tmp_path):
     with pytest.raises(BrokenRowError, match=r"broken.mp4 in .*a.zip cannot be read: error: Error -3 .*[^.]\.$"):
         table.pair(0)
     assert table.pair(1)[0] == content
+
+
+def pack_all(path, rows):
+    with tarfile.open(path, "w") as tar:
+        for name, data, _ in rows:
+            add_member(tar, name, data)
+    return path
+
+
+def test_an_archive_that_is_cut_later(rows, tmp_path):
+    """After the table was opened: no video is handed out shorter than it is."""
+    write_tar(tmp_path / "t.tar", rows)
+    pack_all(tmp_path / "a.tar", rows)
+    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"video": n, "text": t}) for n, _, t in rows))
+    packed, archived = load_table(tmp_path / "t.tar"), load_table(tmp_path / "t.jsonl", media_root=tmp_path / "a.tar")
+    for name in ("t.tar", "a.tar"):
+        os.truncate(tmp_path / name, 1000)
+    for table in (packed, archived):
+        with pytest.raises(BrokenRowError, match="bytes at .* could be read: the file has changed or is cut"):
+            table.pair(0)
+    again = load_table(tmp_path / "t.jsonl", media_root=pack_all(tmp_path / "b.tar", rows))
+    for name, table in (("t.tar", packed), ("b.tar", again)):
+        (tmp_path / name).unlink()
+        with pytest.raises(BrokenRowError, match=f"{name} cannot be read: .*No such file"):
+            table.pair(1)
 
 
 def test_members_of_archives_lead_nowhere(tmp_path):

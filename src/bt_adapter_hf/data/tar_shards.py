@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 import numpy as np
 
 from ..adapters.writing import printable, written_whole
-from ..models.video_errors import MAX_BYTES
+from ..models.video_errors import MAX_BYTES, sentence
 from .archives import TarMember, read_range, scan_tar, too_large
 from .files import PEEK_BYTES, FoundFiles, identity, is_remote, open_file
 from .readers import (
@@ -129,8 +129,11 @@ class LocalTars(TarShards, RowReader):
 
     def read(self, shard: int, index: int) -> Record:
         path, sample = self._sample(shard, index)
-        with open(path, "rb") as file:
-            return self._record(file, sample)
+        try:
+            with open(path, "rb") as file:
+                return self._record(file, sample)
+        except OSError as error:  # it was cut or deleted since it was counted, or its disk fails
+            return Record(None, sample.name, [], f"{path} cannot be read: {sentence(error)}")
 
 
 class RemoteTars(TarShards, ShardReader):
