@@ -707,3 +707,13 @@ def test_data_parallel_is_refused():
         tower()._replicate_for_data_parallel()
     # what nn.DataParallel calls of each module
     assert "module._replicate_for_data_parallel()" in inspect.getsource(torch.nn.parallel.replicate)
+
+
+@torch.no_grad()
+def test_the_released_window_averages_pairs_above_64_frames():
+    model, long = tower(temporal_window="released"), torch.randn(1, 66, 3, 32, 32)
+    assert model(long).last_hidden_state.shape == (1, 17, 24)
+    states = model.bt_adapter._average_pairs(torch.arange(66.0).view(1, 66, 1, 1))
+    assert states.flatten().tolist() == [2 * n + 0.5 for n in range(33)]
+    with pytest.raises(ValueError, match="averages pairs of frames above 64 and got 65 frames"):
+        model(long[:, :65])
