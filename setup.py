@@ -28,8 +28,8 @@ CORE = [
 ]
 
 EXTRAS = {
-    "train": ["accelerate>=1.1", "datasets>=4.0", "matplotlib>=3.9", "peft>=0.20"],
-    "eval": ["accelerate>=1.1", "datasets>=4.0", "ftfy>=6.1", "openai>=1.56", "scipy>=1.13"],
+    "train": ["accelerate>=1.12", "datasets>=4.0", "matplotlib>=3.9", "peft>=0.20"],
+    "eval": ["accelerate>=1.12", "datasets>=4.0", "ftfy>=6.1", "openai>=1.56", "scipy>=1.13"],
     "quickstart": ["scikit-learn>=1.5"],
     "quantization": ["bitsandbytes>=0.50"],
     "torchcodec": ["torchcodec>=0.9"],  # a further decoder, here that of torch 2.9; needs FFmpeg's libraries
