@@ -394,7 +394,7 @@ def test_a_full_disk_is_not_the_fault_of_a_video(rows, tmp_path, monkeypatch):
     monkeypatch.setattr(media.SpooledTemporaryFile, "write", full)
     with file_server(tmp_path) as (address, _, _):
         with pytest.raises(OSError, match="No space left"):
-            list(media.Media(None).fetch([(0, Record(None, f"{address}/clip.mp4", ["x"]))], 10.0))
+            list(media.Media(None).fetch([(0, Record(None, f"{address}/clip.mp4", ["x"]))], 60.0))
 
 
 def test_what_is_being_fetched_is_not_held_in_memory(tmp_path, monkeypatch):

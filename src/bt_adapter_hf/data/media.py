@@ -2,6 +2,7 @@
 
 import errno
 import math
+import os
 import urllib.error
 from collections.abc import Iterable, Iterator, Sequence
 from glob import has_magic
@@ -125,9 +126,12 @@ def _download(url: str, content: BinaryIO, timeout: float) -> None:
         try:
             download(url, content, timeout=timeout)
         except VideoDownloadError as error:
-            if getattr(error.__cause__, "errno", None) in FULL_DISK:
-                raise error.__cause__ from None  # not the fault of the video
-            raise
+            cause = error.__cause__
+            if getattr(cause, "errno", None) not in FULL_DISK:
+                raise
+        else:
+            return
+        raise OSError(cause.errno, os.strerror(cause.errno))  # not the fault of the video
 
     retried(attempt, f"Fetching {url}", waits=RETRY_WAITS, give_up_after=math.inf, again=_may_come_back)
 
