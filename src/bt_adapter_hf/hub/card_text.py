@@ -258,8 +258,9 @@ def limits(contents: Contents, summary: dict[str, Any], results: bool) -> list[s
     if summary.get("finished") is False:
         said.append(f"The run was not finished: {summary.get('steps')} of {summary.get('total_steps')} steps.")
     said.append("It has the errors and biases of its base model and of its training data.")
-    if contents.tower.get("max_frames"):
-        said.append(f"Times beyond {contents.tower['max_frames']} frames per video are interpolated.")
+    if contents.tower.get("num_trained_frames"):
+        trained = contents.tower["num_trained_frames"]
+        said.append(f"It was trained on up to {trained} frames per video; for other numbers times are interpolated.")
     if contents.kind == "dual encoder":
         said.append(f"Texts have at most {contents.config['text_config']['max_position_embeddings']} tokens.")
     return said
