@@ -1,4 +1,5 @@
 import argparse
+import json
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import torch
 import bt_adapter_hf
 from bt_adapter_hf.cli import main as main_module
 from bt_adapter_hf.cli.main import COMMANDS, build_parser, main
+from tests import clip_tools
 
 
 def test_every_command_has_help_with_an_example(capsys):
@@ -131,3 +133,25 @@ def test_reader_of_the_output_may_leave():
     done = subprocess.run(["bash", "-c", f"'{script}' env --json | true"], capture_output=True, text=True)
     assert "Traceback" not in done.stderr
     assert "error" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["pretrain", "--train", "t.csv", "--output-dir", "o", "--model"],
+        ["finetune", "--train", "t.jsonl", "--output-dir", "o", "--model"],
+        ["check-data", "t.csv", "--model"],
+        ["convert", "x.pth", "o", "--base"],
+        ["chat", "a.mp4", "-q", "what?", "--model"],
+        ["index", "a.mp4", "-o", "i", "--model"],
+        ["classify", "a.mp4", "--labels", "a,b", "--model"],
+    ],
+)
+def test_a_model_that_is_not_there(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    clip_tools.write_clip(tmp_path / "a.mp4", count=4)
+    (tmp_path / "t.csv").write_text("video,text\na.mp4,one\n")
+    message = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    (tmp_path / "t.jsonl").write_text(json.dumps({"messages": message}) + "\n")
+    assert main([*arguments, "./nothere"]) == 1
+    assert "there is no folder './nothere'" in capsys.readouterr().err

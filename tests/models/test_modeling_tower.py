@@ -717,3 +717,19 @@ def test_the_released_window_averages_pairs_above_64_frames():
     assert states.flatten().tolist() == [2 * n + 0.5 for n in range(33)]
     with pytest.raises(ValueError, match="averages pairs of frames above 64 and got 65 frames"):
         model(long[:, :65])
+
+
+def test_released_window_above_64_frames_averages_pairs():
+    """The released tower of LLaVA, written out: the branch on states averaged over pairs of frames."""
+    found, full = tower(temporal_window="released"), tower()
+    full.load_state_dict(found.state_dict())
+    config = found.config
+    videos = torch.randn(1, 66, 3, config.image_size, config.image_size)
+    with torch.no_grad():
+        output = found(videos, output_branch_states=True)
+        native = found.vision_model(videos[0], output_hidden_states=True).hidden_states
+        pairs = [native[layer + 1].unflatten(0, (33, 2)).mean(1)[None] for layer in config.adapter_layers]
+        position = found.vision_model.embeddings.position_embedding.weight
+        expected = full.bt_adapter(pairs, native[-1][None], position)
+    torch.testing.assert_close(output.branch_patches, expected.patches, atol=3e-5, rtol=0)
+    torch.testing.assert_close(output.branch_cls, expected.video_cls, atol=3e-5, rtol=0)

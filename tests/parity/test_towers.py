@@ -125,20 +125,3 @@ def test_llava_tower(case, compare):
                 compare(case, quantity, found[short][0], expected, **found[short][1])
             compared += 1
     assert compared == len(golden.outputs)
-
-
-def test_released_window_above_64_frames_averages_pairs():
-    """Where the case llava_long is not at hand: the branch on averaged states, written out."""
-    golden = Golden("llava_norm")
-    tower = convert_original_checkpoint(golden.weights, golden.base, temporal_window="released")
-    full = convert_original_checkpoint(golden.weights, golden.base)
-    torch.manual_seed(0)
-    videos = torch.randn(1, 66, 3, 32, 32)
-    with torch.no_grad():
-        output = tower(videos, output_branch_states=True)
-        native = tower.vision_model(videos[0], output_hidden_states=True).hidden_states
-        pairs = [native[layer + 1].view(1, 33, 2, 17, -1).mean(2) for layer in tower.config.adapter_layers]
-        position = tower.vision_model.embeddings.position_embedding.weight
-        expected = full.bt_adapter(pairs, native[-1][None], position)
-    torch.testing.assert_close(output.branch_patches, expected.patches, atol=3e-5, rtol=0)
-    torch.testing.assert_close(output.branch_cls, expected.video_cls, atol=3e-5, rtol=0)

@@ -141,8 +141,7 @@ def attach(model: PreTrainedModel, tower: BTAdapterVisionModel, attachment: Atta
     else:
         ours = empty_model(CHAT_HOSTS[type(model)], chat_config(model.config, tower.config))
     _set_tower(ours, path, tower)
-    share(model, ours, path)
-    _share_hooks(model, ours, path)
+    share(model, ours, path, hooks=True)
     for name in _STATE:
         if name in model.__dict__:
             setattr(ours, name, getattr(model, name))
@@ -179,8 +178,7 @@ def native_of(model: PreTrainedModel) -> PreTrainedModel:
     config = _composite(native_class.config_class, model.config, {"vision_config": vision.config})
     native = empty_model(native_class, config)
     _set_tower(native, path, vision)
-    share(model, native, path)
-    _share_hooks(model, native, path)
+    share(model, native, path, hooks=True)
     for name in _STATE:
         if name in model.__dict__:
             setattr(native, name, getattr(model, name))
@@ -234,25 +232,21 @@ def _set_tower(model: nn.Module, path: str, tower: nn.Module) -> None:
     model.config.vision_config = tower.config
 
 
-def share(source: nn.Module, target: nn.Module, path: str) -> None:
-    """Lets `target` use all parts of `source` but the one at `path`, where the two differ."""
+def share(source: nn.Module, target: nn.Module, path: str, hooks: bool = False) -> None:
+    """Lets `target` use all parts of `source` but the one at `path`, where the two differ.
+
+    Args:
+        hooks: also has accelerate do for the modules above `path`, which are new, what it does for those of `source`.
+    """
     head, _, rest = path.partition(".")
     for table in ("_parameters", "_buffers", "_modules"):
         parts = getattr(source, table)
         getattr(target, table).update({name: part for name, part in parts.items() if name != head})
     if rest:
-        share(getattr(source, head), getattr(target, head), rest)
-
-
-def _share_hooks(source: nn.Module, target: nn.Module, path: str) -> None:
-    """Has accelerate do for the modules above `path`, which are new, what it does for those of `source`."""
-    head, _, rest = path.partition(".")
-    if (hook := getattr(source, "_hf_hook", None)) is not None:
+        share(getattr(source, head), getattr(target, head), rest, hooks)
+    if hooks and (hook := getattr(source, "_hf_hook", None)) is not None:
         from accelerate.hooks import SequentialHook, add_hook_to_module
 
         # a hook remembers where it found the parameters of its own module
         several = isinstance(hook, SequentialHook)
-        hook = SequentialHook(*(copy.copy(part) for part in hook.hooks)) if several else copy.copy(hook)
-        add_hook_to_module(target, hook)
-    if rest:
-        _share_hooks(getattr(source, head), getattr(target, head), rest)
+        add_hook_to_module(target, SequentialHook(*map(copy.copy, hook.hooks)) if several else copy.copy(hook))

@@ -39,8 +39,10 @@ def chat_processor(args: argparse.Namespace, **fields: Any):
 
     import bt_adapter_hf
 
+    from ..hub.access import check_folder
     from .chat import HOSTS
 
+    check_folder(args.model)
     model_type = AutoConfig.from_pretrained(args.model, revision=args.revision).model_type
     if model_type not in HOSTS:
         raise ValueError(f"'{args.model}' holds a model of type '{model_type}'; expected one of {', '.join(HOSTS)}.")

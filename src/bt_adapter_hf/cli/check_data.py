@@ -103,12 +103,14 @@ def pairs(args: argparse.Namespace):
 
     from ..data.checking import PairCheck
     from ..data.pairs import decoding_options
+    from ..hub.access import check_folder
     from ..models.configuration_bt_adapter import BTAdapterConfig
     from ..models.video_processing_bt_adapter import BTAdapterVideoProcessor
 
     tokenizer = limit = None
     video_processor = BTAdapterVideoProcessor()
     if args.model is not None:
+        check_folder(args.model)
         tokenizer = AutoTokenizer.from_pretrained(args.model, revision=args.revision)
         config = AutoConfig.from_pretrained(args.model, revision=args.revision)
         limit = text_limit(args.max_text_length, tokenizer, config)
@@ -141,8 +143,8 @@ def conversations(args: argparse.Namespace):
     dataset = limit = None
     video_processor = BTAdapterVideoProcessor(**({} if args.on_damage is None else {"on_damage": args.on_damage}))
     if args.model is not None:
-        config = AutoConfig.from_pretrained(args.model, revision=args.revision)
         processor, _ = chat_processor(args)
+        config = AutoConfig.from_pretrained(args.model, revision=args.revision)
         video_processor = processor.video_processor
         limit = longest_conversation(config, processor)
         dataset = InstructionDataset(table, processor, max_length=limit, item_timeout=None)

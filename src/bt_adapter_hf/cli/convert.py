@@ -68,6 +68,10 @@ def register(subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     output = _check_output(args)
     quiet_transformers()
+    if args.base is not None:
+        from ..hub.access import check_folder
+
+        check_folder(args.base)
     if args.to == "original":
         return _to_original(args, output)
     if Path(args.source).is_dir():

@@ -20,7 +20,7 @@ from ..adapters.files import (
     is_peft_folder,
 )
 from ..models.compat_bt_adapter import resolve_revision
-from .access import check_token, explain, http_cause, retried
+from .access import check_folder, check_token, explain, http_cause, retried
 from .weights import fetch_weights, is_damaged
 
 
@@ -54,6 +54,7 @@ def resolve_adapter(
     """
     if Path(adapter).is_dir():
         return Path(adapter)
+    check_folder(os.fspath(adapter))
     check_token(token)
 
     def download(patterns: Sequence[str], force: bool = False) -> Path:
@@ -166,6 +167,8 @@ def pinned(name: str | os.PathLike | None, options: Mapping[str, Any]) -> str | 
 
     The usual weights of that commit are in the cache then, whole.
     """
+    if name is not None:
+        check_folder(os.fspath(name))
     check_token(options.get("token"))
     arguments = {key: options[key] for key in _HUB_ARGUMENTS if options.get(key) is not None}
     revision = resolve_revision(name, options.get("revision"), **arguments)

@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from ..hub.access import check_folder
 from ..hub.dual_encoder import processor_of_clip
 from ..models.configuration_bt_adapter import BTAdapterConfig
 from ..models.modeling_bt_adapter_pretraining import BTAdapterForPreTraining
@@ -34,6 +35,7 @@ def load_starting_point(
         ValueError: for another kind of model, or values that do not fit it.
         OSError: where there is no such model.
     """
+    check_folder(os.fspath(name))
     model_type = AutoConfig.from_pretrained(name, revision=revision).model_type
     if model_type not in ("clip", BTAdapterConfig.model_type):
         raise ValueError(f"{name} is a model of type {model_type!r}; pretraining starts from a CLIP or a BT-Adapter.")
