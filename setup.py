@@ -13,15 +13,15 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "src/bt_adapter_hf/__init
 HAS_DECORD_WHEEL = "(sys_platform == 'linux' and platform_machine == 'x86_64') or sys_platform == 'win32'"
 
 CORE = [
-    "torch>=2.9",
-    "torchvision>=0.24",
+    "torch>=2.12",
+    "torchvision>=0.27",
     "transformers>=5.23,<6",
     "safetensors>=0.8",
     "huggingface_hub>=1.31,<3",
     "numpy>=2.0",
     "packaging>=23.2",
     "pillow>=10.4",
-    "av>=18.0",
+    "av>=18.1",
     "tqdm>=4.66.3",
     "filelock>=3.13",
     f"decord>=0.6.0; {HAS_DECORD_WHEEL}",
@@ -32,7 +32,7 @@ EXTRAS = {
     "eval": ["accelerate>=1.12", "datasets>=4.0", "ftfy>=6.1", "openai>=1.56", "scipy>=1.13"],
     "quickstart": ["scikit-learn>=1.5"],
     "quantization": ["bitsandbytes>=0.50"],
-    "torchcodec": ["torchcodec>=0.9"],  # a further decoder, here that of torch 2.9; needs FFmpeg's libraries
+    "torchcodec": ["torchcodec>=0.12"],  # a further decoder; needs FFmpeg's libraries
     "test": [
         "pytest>=8.0",
         "pytest-xdist>=3.6",
