@@ -158,3 +158,19 @@ def test_rows_may_share_a_video(encoder, folder, tmp_path):
     assert set(found.rows) == {0, 1, 5, 9} and set(found.features["full"]) == {"0.mp4", "1.mp4"}
     again = encode_clips(encoder, [[one._replace(video=content)]], tmp_path / "bytes", {}, item_timeout=None)
     np.testing.assert_array_equal(again.features["full"]["0.mp4"], found.features["full"]["0.mp4"])
+
+
+def test_a_file_that_changed_is_encoded_anew(encoder, folder, tmp_path):
+    """Other content under the same name, here of another media root; and a file that was spoilt is a failure then."""
+    one, other = clips_of(folder)[:2]
+    first = encode_clips(encoder, [[one._replace(identity="a")]], tmp_path / "run", {}, item_timeout=None)
+    changed = one._replace(video=other.video, identity="b")
+    second = encode_clips(encoder, [[changed]], tmp_path / "run", {}, item_timeout=None)
+    assert np.abs(second.features["full"]["0.mp4"] - first.features["full"]["0.mp4"]).max() > 1e-5
+    plain = encode_clips(encoder, [[other]], tmp_path / "plain", {}, item_timeout=None)
+    np.testing.assert_array_equal(second.features["full"]["0.mp4"], plain.features["full"]["1.mp4"])
+    spoilt = one._replace(video=str(folder / "broken.mp4"), identity="c")
+    third = encode_clips(encoder, [[spoilt]], tmp_path / "run", {}, item_timeout=None)
+    assert third.rows == {} and third.failed.keys() == {0}
+    with pytest.raises(ValueError, match="twice"):
+        encode_clips(encoder, [[one]], tmp_path / "run", {}, controls=["reversed", "reversed"])

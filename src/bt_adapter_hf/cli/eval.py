@@ -126,7 +126,10 @@ def run(args: argparse.Namespace) -> int:
         else:
             classes = None
             if args.classes is not None:
-                lines = Path(args.classes).read_text(encoding="utf-8").splitlines()
+                try:
+                    lines = Path(args.classes).read_text(encoding="utf-8-sig").split("\n")
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"--classes {args.classes}: expected text in UTF-8 ({error}).") from error
                 classes = [line.strip() for line in lines if line.strip()]
             result = evaluate_recognition(
                 encoder,

@@ -26,7 +26,7 @@ example:
       {"file_name": "clip1.mp4", "text": "a dog catches a frisbee"}
 
 The output folder gets the finished model and its processor (load it with AutoModel.from_pretrained, or use it with
-`bt-adapter search --model`), the branch alone in the folder adapter (for `bt-adapter finetune --bt-adapter`),
+`bt-adapter index --model`), the branch alone in the folder adapter (for `bt-adapter finetune --bt-adapter`),
 checkpoints to go on from with --resume, run_summary.json, losses.png, and broken_items.jsonl where something could not
 be used. Ctrl-C saves a checkpoint and stops.
 

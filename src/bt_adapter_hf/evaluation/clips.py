@@ -1,10 +1,12 @@
 """Rows of tables as clips of an evaluation, and what of model and table goes into its protocol."""
 
+import os
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from .. import __version__
 from ..data.broken import BrokenItem
+from ..data.files import identity
 from ..data.sources import PairTable
 from ..search.encoding import VideoEncoder
 from .features import Clip, ClipFeatures
@@ -23,7 +25,9 @@ class TableShard:
     def __iter__(self) -> Iterator[Clip]:
         for index, record in self.table.records(self.shard, self.item_timeout):
             row = self.first_row + index
-            yield Clip(row, record.name or f"row {row}", record.video, {"texts": record.texts}, record.problem)
+            name, info = record.name or f"row {row}", {"texts": record.texts}
+            state = identity(record.video) if isinstance(record.video, str) and os.path.isfile(record.video) else None
+            yield Clip(row, name, record.video, info, record.problem, state)
 
 
 def describe_encoder(encoder: VideoEncoder) -> dict[str, Any]:

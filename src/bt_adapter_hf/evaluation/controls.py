@@ -121,6 +121,8 @@ def check_controls(controls: Sequence[str]) -> None:
     unknown = sorted(set(controls) - set(CONTROLS))
     if unknown:
         raise ValueError(f"Unknown controls {unknown}; choose from {list(CONTROLS)}.")
+    if len(set(controls)) < len(controls):
+        raise ValueError(f"A control is there twice in {list(controls)}.")
 
 
 def control_metrics(

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import threading
+import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -43,6 +44,7 @@ class Clip(NamedTuple):
         video: path, or bytes of the file; None with a `problem`.
         info: what belongs to the row (texts, label), plain values; it is kept with the features.
         problem: why there is no video.
+        identity: changes with the content of the file; features of another one are made anew.
     """
 
     row: int
@@ -50,6 +52,7 @@ class Clip(NamedTuple):
     video: str | bytes | None
     info: dict[str, Any]
     problem: str | None = None
+    identity: str | None = None
 
 
 @dataclass
@@ -63,6 +66,7 @@ class ClipFeatures:
     features: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     rows: dict[int, tuple[str, dict[str, Any]]] = field(default_factory=dict)
     failed: dict[int, tuple[str, str]] = field(default_factory=dict)
+    identities: dict[str, str | None] = field(default_factory=dict)
 
     def stacked(self, condition: str, names: Sequence[str]) -> np.ndarray:
         """(names, P) under one condition."""
@@ -112,8 +116,12 @@ def encode_clips(
         claim(folder, protocol)
     wait()
     known = read_features(folder)
-    names = set(known.features.get(FULL, ()))
-    todo = (clip for clip in _mine(shards, rank, processes) if clip.row not in known.rows)  # failures: once more
+    names = known.identities
+    todo = (
+        clip
+        for clip in _mine(shards, rank, processes)
+        if clip.row not in known.rows or names.get(clip.name) != clip.identity  # failures: once more
+    )
     with _Decoder(encoder, workers, item_timeout) as decoder:
         while batch := list(islice(todo, 4 * workers)):
             _write_part(folder, batch, *_encode(encoder, batch, decoder, names, controls, draws, seed))
@@ -151,12 +159,14 @@ def read_features(folder: Path) -> ClipFeatures:
             names = json.loads(header["names"])
             for condition in file.keys():  # noqa: SIM118  (no dict)
                 found.features.setdefault(condition, {}).update(zip(names, file.get_tensor(condition), strict=True))
+            found.identities |= json.loads(header["identities"])
             for row, name, info, reason in json.loads(header["rows"]):
+                found.rows.pop(row, None)  # what came later holds
+                found.failed.pop(row, None)
                 if reason is None:
                     found.rows[row] = name, info
                 else:
                     found.failed[row] = name, reason
-    found.failed = {row: failure for row, failure in found.failed.items() if row not in found.rows}
     return found
 
 
@@ -218,7 +228,7 @@ def _encode(
     encoder: VideoEncoder,
     batch: list[Clip],
     decoder: _Decoder,
-    known: set[str],
+    known: dict[str, str | None],
     controls: Sequence[str],
     draws: int,
     seed: int,
@@ -230,7 +240,7 @@ def _encode(
     """
     new: dict[str, Clip] = {}
     for clip in batch:
-        if clip.name not in known:
+        if clip.name not in known or known[clip.name] != clip.identity:
             new.setdefault(clip.name, clip)
     names: list[str] = []
     rows: dict[str, list[torch.Tensor]] = {}
@@ -243,7 +253,7 @@ def _encode(
         generator = torch.Generator().manual_seed(_seed_of(clip.name, seed))
         for condition, feature in _features_of(encoder.model, pixels, controls, draws, generator):
             rows.setdefault(condition, []).append(torch.nn.functional.normalize(feature.float(), dim=-1).cpu())
-    known.update(names)
+    known.update((name, new[name].identity) for name in names)
     return names, {condition: torch.cat(values) for condition, values in rows.items()}, failed
 
 
@@ -278,8 +288,11 @@ def _write_part(
 ) -> None:
     rows = [[clip.row, clip.name, clip.info, failed.get(clip.name)] for clip in batch]
     (folder / "features").mkdir(exist_ok=True)
-    with written_whole(folder / "features" / f"{uuid.uuid4().hex}.safetensors") as temporary:
-        save_file(features, temporary, {"names": json.dumps(names), "rows": json.dumps(rows)})
+    identities = {clip.name: clip.identity for clip in batch if clip.name in names}
+    header = {"names": names, "rows": rows, "identities": identities}
+    # in the order of writing
+    with written_whole(folder / "features" / f"{time.time_ns():020d}-{uuid.uuid4().hex}.safetensors") as temporary:
+        save_file(features, temporary, {key: json.dumps(value) for key, value in header.items()})
 
 
 def is_main_process() -> bool:
