@@ -1,6 +1,7 @@
 """What `bt-adapter pretrain` and `bt-adapter finetune` share: a run from its start to its summary."""
 
 import argparse
+import logging
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +10,9 @@ from typing import Any
 
 from ._options import quiet_transformers
 from ._training_options import TRAINING_OPTIONS, training_arguments
+
+
+logger = logging.getLogger(__name__)
 
 
 def open_table(args: argparse.Namespace, source: str, split: str):
@@ -108,8 +112,11 @@ def find_checkpoint(args: argparse.Namespace) -> str | None:
     output_dir.mkdir(parents=True, exist_ok=True)
     checkpoint = last_checkpoint(output_dir)
     if args.resume and checkpoint is None:
-        raise ValueError(f"--resume: {output_dir} holds no complete checkpoint.")
-    if not args.resume and any(output_dir.glob("checkpoint-*")):
+        if not any(output_dir.glob("checkpoint-*")):
+            raise ValueError(f"--resume: {output_dir} holds no complete checkpoint.")
+        # killed while it wrote its first one
+        logger.warning("%s holds no complete checkpoint: the run starts from its beginning.", output_dir)
+    if not args.resume and checkpoint is not None:
         raise ValueError(f"{output_dir} holds checkpoints of an earlier run: add --resume, or choose another folder.")
     return checkpoint
 
