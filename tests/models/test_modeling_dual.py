@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor, CLIPModel, CLIPVisionModel
 from transformers.utils import logging as transformers_logging
 
-from bt_adapter_hf import BTAdapterForPreTraining, BTAdapterModel, BTAdapterVisionModel
+from bt_adapter_hf import BTAdapterForPreTraining, BTAdapterModel, BTAdapterVisionModel, get_bt_adapter_model
 from bt_adapter_hf.hub.push import save_with_code
 from tests import tiny_pairs
+from tests.chat import tiny_hosts
 
 
 @pytest.fixture(scope="module")
@@ -314,3 +315,17 @@ def test_plain_saves_carry_no_code(dual_folder, tmp_path):
     tiny_pairs.processor().save_pretrained(tmp_path / "plain")
     assert not list((tmp_path / "plain").glob("*.py"))
     assert type(AutoProcessor.from_pretrained(tmp_path / "plain")).__name__ == "BTAdapterProcessor"
+
+
+def test_the_tower_comes_out_of_a_dual_encoder_put_together_in_memory(clip_folder, tmp_path):
+    """Its saved names differ from those of one that was loaded; the tower is saved and loaded on as any other."""
+    model = get_bt_adapter_model(CLIPModel.from_pretrained(clip_folder), 2)
+    tiny_hosts.stir(model.vision_model.bt_adapter)
+    model.save_pretrained(tmp_path / "dual")
+    tower = BTAdapterVisionModel.from_pretrained(tmp_path / "dual")
+    tower.save_pretrained(tmp_path / "tower")
+    again = BTAdapterVisionModel.from_pretrained(tmp_path / "tower")
+    whole = BTAdapterModel.from_pretrained(tmp_path / "dual").vision_model
+    for found in (tower, again, whole):
+        state = found.state_dict()
+        assert all(tensor.equal(state[name]) for name, tensor in model.vision_model.state_dict().items())

@@ -506,3 +506,19 @@ def test_an_adapter_into_an_offloaded_model(native, adapter, model):
     assert all(parameter.is_meta for parameter in fresh.parameters())
     fill_branch(fresh, adapter, AdapterConfig.read(adapter))
     torch.testing.assert_close(fresh(**mixed_batch()).logits, model(**mixed_batch()).logits)
+
+
+def test_a_dict_for_a_sub_config_changes_what_it_names(native, adapter):
+    """As in transformers, also where the tower's other fields come from an adapter."""
+    own = LlavaConfig.from_pretrained(native)
+    for options in ({}, {"bt_adapter": adapter}):
+        config = BTAdapterLlavaForConditionalGeneration.from_pretrained(
+            native,
+            text_config={"max_position_embeddings": 77},
+            vision_config={"frames_per_chunk": 5, "attention_dropout": 0.5},
+            **options,
+        ).config
+        assert config.text_config.max_position_embeddings == 77 and config.vision_config.frames_per_chunk == 5
+        assert config.vision_config.backbone.attention_dropout == 0.5
+        assert config.text_config.hidden_size == own.text_config.hidden_size
+        assert config.vision_config.hidden_size == own.vision_config.hidden_size

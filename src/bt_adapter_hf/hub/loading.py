@@ -130,7 +130,9 @@ def load_chat_model(
     if not isinstance(config, PreTrainedConfig):
         fields = cls.config_class.__dataclass_fields__.keys() | TOWER_FIELDS
         fields = {key: kwargs.pop(key) for key in fields & kwargs.keys() - _MODEL_ARGUMENTS}
-        tower_fields = {key: fields[key] for key in TOWER_FIELDS & fields.keys()}
+        vision = fields.get("vision_config")
+        named = {**(vision if isinstance(vision, dict) else {}), **fields}
+        tower_fields = {key: named[key] for key in TOWER_FIELDS & named.keys()}
         if bt_adapter is not None:  # these change what the adapter says
             fields = {key: value for key, value in fields.items() if key not in tower_fields}
         config = cls.config_class.from_pretrained(config or name, **hub, **fields)

@@ -133,6 +133,8 @@ class BTAdapterPreTrainedModel(PreTrainedModel):
             OSError: if a repository cannot be fetched; of an adapter's base model it says which, and what to do.
         """
         load, package = super().from_pretrained, package_loading()
+        if cls is BTAdapterVisionModel:  # out of a dual encoder that was put together in memory and saved
+            kwargs.setdefault("key_mapping", {r"^vision_model\.vision_model\.bt_adapter\.": "bt_adapter."})
         if package is not None:
             return package.load_model(load, pretrained_model_name_or_path, *model_args, **kwargs)
         return plainly_loaded(load(pretrained_model_name_or_path, *model_args, **kwargs))
