@@ -183,7 +183,7 @@ def test_a_table_without_a_usable_item_stops(tmp_path, processor, workers):
     (tmp_path / "t.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
     dataset = PairDataset(load_table(tmp_path / "t.jsonl"), processor, training=True)
     loader = torch.utils.data.DataLoader(dataset, 2, collate_fn=PairCollator(processor), num_workers=workers)
-    with pytest.raises(BrokenItemsError, match=r"^None of 5 items tried in a row of .*absent0.mp4: .* does not exist"):
+    with pytest.raises(BrokenItemsError, match=r"^None of 5 items .*absent0.mp4 \(row 0\): .* does not exist"):
         list(loader)
 
 

@@ -137,7 +137,8 @@ def test_lora_with_the_branch(hub, host):
     fresh = type(model).from_pretrained(native, bt_adapter=adapter)
     wrapped = peft.get_peft_model(fresh, lora_config(fresh, r=2, init_lora_weights=False)).eval()
     pushed = push_to_hub(wrapped, "tester/lora")
-    expected = {"README.md", "adapter_config.json", "adapter_model.safetensors", "bt_adapter_config.json"}
+    expected = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    expected |= {"bt_adapter_config.json", "bt_adapter.safetensors"}  # the latter: the branch before tuning
     assert set(pushed.files) == expected
     hub.put_files("tester/native", native)
     again = load_bt_adapter(AutoModelForImageTextToText.from_pretrained("tester/native"), "tester/lora")
