@@ -3,10 +3,12 @@ error. And a file is never a way to other files."""
 
 import io
 from fractions import Fraction
+from importlib.metadata import version
 
 import av
 import numpy as np
 import pytest
+from packaging.version import Version
 from PIL import Image, ImageOps, features
 
 from bt_adapter_hf.models.video_backends import available_video_backends
@@ -156,6 +158,9 @@ def test_matrix_range_and_depth(tmp_path, file, codec, pix_fmt, options, space, 
         try:
             frames, _ = load_video(path, num_frames=1, backend=backend)
         except VideoBackendError as error:
+            if backend == "torchcodec":  # older ones show full range as limited, and are refused for it
+                assert Version(version("torchcodec")) < Version("0.17") and "as the file asks for" in str(error)
+                continue
             assert backend == "decord" and "no AV1 decoder" in str(error)
             continue
         assert frames.dtype == np.uint8
