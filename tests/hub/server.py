@@ -64,8 +64,10 @@ class Hub:
         self._key = secrets.token_bytes(16)
         self._closing = threading.Event()
         self._servers = {port: _Server(self, port) for port in ("hub", "storage", "cas")}
+        # Storage has another name than the Hub, as in truth: clients tell by the name where a token may go.
         self.url, self.storage_url, self.cas_url = (
-            f"http://127.0.0.1:{server.server_port}" for server in self._servers.values()
+            f"http://{'127.0.0.1' if port == 'hub' else 'localhost'}:{server.server_port}"
+            for port, server in self._servers.items()
         )
 
     def __enter__(self) -> "Hub":
