@@ -733,3 +733,30 @@ def test_released_window_above_64_frames_averages_pairs():
         expected = full.bt_adapter(pairs, native[-1][None], position)
     torch.testing.assert_close(output.branch_patches, expected.patches, atol=3e-5, rtol=0)
     torch.testing.assert_close(output.branch_cls, expected.video_cls, atol=3e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equal_frames_pass_the_backbone_once(family):
+    model = tower(family)
+    seen = []
+    model.vision_model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    video = videos(3)  # three of four frames
+    video = torch.stack([video[0][[0, 0, 1, 0]], video[1], video[0][[1, 1, 1, 1]]])  # held, moving, still
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1]])
+    with torch.no_grad():
+        output = model(video, frame_mask=mask, output_hidden_states=True)
+        assert sum(seen) == 2 + 3
+        model.encode_frames(video)
+        assert seen[-1] == 2 + 4
+        seen.clear()
+        model(video, output_attentions=True)
+        model.train()
+        model.vision_model.train()
+        model(video)
+        model.eval()
+    expected = model(video, frame_mask=mask, output_hidden_states=True)  # with gradients: each by itself
+    assert seen == [12, 12, 8, 3]
+    for name in ("last_hidden_state", "pooler_output"):
+        torch.testing.assert_close(output[name], expected[name], atol=1e-6, rtol=1e-5)
+    for state, other in zip(output.hidden_states, expected.hidden_states, strict=True):
+        torch.testing.assert_close(state, other, atol=1e-6, rtol=1e-5)

@@ -28,6 +28,7 @@ from ..data.decoding_process import DecodingProcess
 from ..models.modeling_bt_adapter import BTAdapterModel
 from ..models.video_errors import VideoError
 from ..search.encoding import VideoEncoder
+from ..search.frame_states import FrameStates
 from .controls import CONTROLS, check_controls, control_features
 
 
@@ -262,13 +263,12 @@ def _features_of(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The clip (T, 3, H, W) under each condition, (1, P) each."""
     frames = pixels.to(model.device, model.dtype)
-    tower, place = model.vision_model, torch.arange(len(frames))[None, :, None, None, None]  # as a video of numbers
-    states = tower.encode_frames(frames[None])
+    place = torch.arange(len(frames))[None, :, None, None, None]  # as a video of numbers
+    states = FrameStates(model)
+    states.add(frames)
 
     def encode_order(order: torch.Tensor, frame_mask: None = None) -> torch.Tensor:
-        order = order.flatten().to(frames.device)
-        chosen = {layer: state[:, order] for layer, state in states.items()}
-        return model.visual_projection(tower(backbone_states=chosen, return_dict=True).pooler_output)
+        return states.features(order.flatten()[None])
 
     def encode_images(order: torch.Tensor) -> torch.Tensor:
         return model.get_image_features(frames[order.flatten().to(frames.device)]).pooler_output

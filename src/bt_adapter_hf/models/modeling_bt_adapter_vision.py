@@ -159,7 +159,8 @@ class BTAdapterVisionModel(BTAdapterPreTrainedModel):
     """The tower: a native image model, untouched and frozen, with the branch beside it.
 
     Images (4-D `pixel_values`) take the native path and give the native model's output, bit for bit. Videos (5-D) give
-    one set of `C+N` tokens, whatever the number of frames.
+    one set of `C+N` tokens, whatever the number of frames. Without gradients, frames with equal pixels pass the image
+    model once.
     """
 
     config: BTAdapterVisionConfig
@@ -418,6 +419,8 @@ class BTAdapterVisionModel(BTAdapterPreTrainedModel):
     ) -> tuple[dict[int, torch.Tensor], tuple[torch.Tensor, ...] | None]:
         """Frames (F, 3, H, W) -> hidden states {index: (F, C+N, D)} that branch and caller need, and attentions."""
         needed = selected | {layer + 1 for layer in self.config.adapter_layers} | {self.config.num_hidden_layers}
+        as_they_are = torch.is_grad_enabled() or self.vision_model.training or output_attentions or frames.is_meta
+        frames, places = (frames, None) if as_they_are or torch.compiler.is_compiling() else _distinct(frames)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.backbone_is_frozen()):
             chunks = [
                 self.vision_model(
@@ -430,6 +433,7 @@ class BTAdapterVisionModel(BTAdapterPreTrainedModel):
                 for chunk in frames.split(self.config.frames_per_chunk)
             ]
         states = {n: _cat([chunk.hidden_states[n] for chunk in chunks]) for n in sorted(needed)}
+        states = states if places is None else {n: x[places] for n, x in states.items()}
         attentions = None
         if output_attentions:
             attentions = tuple(_cat(list(x)) for x in zip(*(chunk.attentions for chunk in chunks), strict=True))
@@ -534,6 +538,20 @@ class BTAdapterVisionModel(BTAdapterPreTrainedModel):
 def _frames(videos: torch.Tensor, frame_mask: torch.Tensor | None) -> torch.Tensor:
     """The real frames of videos, one after the other: (B, T, ...) and (B, T) -> (F, ...)"""
     return videos.flatten(0, 1) if frame_mask is None else videos[frame_mask]
+
+
+def _distinct(frames: torch.Tensor) -> tuple[torch.Tensor, list[int] | None]:
+    """The frames (F, 3, H, W) without those that equal another, and the place of each among them; None: all differ."""
+    # sums of the bits tell which may be equal: whole numbers, so that no order of adding matters
+    bits = frames.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[frames.element_size()])
+    distinct, places, seen = [], [], defaultdict(list)
+    for number, total in enumerate(bits.flatten(1).sum(dim=1).tolist()):
+        place = next((p for p in seen[total] if torch.equal(frames[distinct[p]], frames[number])), len(distinct))
+        if place == len(distinct):
+            seen[total].append(place)
+            distinct.append(number)
+        places.append(place)
+    return (frames, None) if len(distinct) == len(frames) else (frames[distinct], places)
 
 
 def _cat(parts: list[torch.Tensor]) -> torch.Tensor:
