@@ -108,9 +108,11 @@ def test_a_conversation_from_a_pipe(hosts, files, capsys, monkeypatch):
     argv = [files[0], "--model", native, "--bt-adapter", adapter, "--num-frames", 4, "--max-new-tokens", 4]
     assert chat(*argv, "-q", "what happens ?", "-q", "where ?") == 0
     asked = capsys.readouterr().out
-    monkeypatch.setattr("sys.stdin", io.StringIO("what happens ?\n\nwhere ?\n"))
+    typed = io.BytesIO(b"what happens ?\n\nwhat \xff ?\nwhere ?\n")  # one is no text
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(typed, encoding="utf-8"))
     assert chat(*argv) == 0
-    assert capsys.readouterr().out == asked
+    captured = capsys.readouterr()
+    assert captured.out == asked and r"the question holds \xff" in captured.err
 
 
 def test_an_image_needs_no_adapter(hosts, files, capsys):
@@ -131,6 +133,7 @@ def test_bad_input_ends_in_one_line(hosts, files, tiny_checkpoint, tmp_path, cap
     assert "type 'bt_adapter'" in error_of([files[0], "--model", tiny_checkpoint, *ask], capsys)
     assert "no-such-model" in error_of([files[0], "--model", "./no-such-model", *ask], capsys)
     assert "--question is empty" in error_of([files[0], *model, "-q", " "], capsys)
+    assert r"a --question holds \xff, which" in error_of([files[0], *model, "-q", "a \udcff"], capsys)
     assert "--json needs" in error_of([files[0], *model, "--json"], capsys)
     assert "num_clips" in error_of([files[0], *model, *ask, "--num-clips", 0], capsys)
     assert "num_frames" in error_of([files[0], *model, *ask, "--num-frames", 0], capsys)

@@ -93,6 +93,22 @@ def test_a_byte_order_mark_costs_no_row(kind, tmp_path):
     assert [table.pair(row)[1:] for row in range(len(table))] == [("a.mp4", ["first"]), ("b.mp4", ["second"])]
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "json"])
+def test_a_row_that_is_no_text_costs_itself_only(kind, tmp_path):
+    """Half of a surrogate pair is no character: Arrow refuses the file for it, or it would be dropped."""
+    lines = [json.dumps({"video": f"{i}.mp4", "text": ["a dog", "a \ud800 dog", "\U0001f415"][i]}) for i in range(3)]
+    lines += [json.dumps({"video": "\udc00.mp4", "caption": "b"}), json.dumps({"video": 4, "text": "c"})]
+    if kind == "jsonl":
+        lines.append("{no json")
+    (tmp_path / f"t.{kind}").write_text("\n".join(lines) if kind == "jsonl" else f"[{', '.join(lines)}]")
+    table = load_table(tmp_path / f"t.{kind}")
+    found = records(table)
+    assert [record.texts for record in found] == [["a dog"], [], ["\U0001f415"], [], [], []][: len(lines)]
+    problems = ["None", r"text holds \ud800", "None", r"video holds \udc00", "video is 4; expected", "is no JSON"]
+    assert all(part in str(record.problem) for part, record in zip(problems, found, strict=False)), found
+    assert found[1].name == "1.mp4" and table.name(3) == "row 3" and len(found) == len(lines)
+
+
 @pytest.mark.parametrize(
     "header",
     ["videoid,name,page_idx,page_dir,duration,contentUrl", "videoid,contentUrl,duration,page_dir,name"],
@@ -263,8 +279,10 @@ def test_samples_that_lack_something(rows, tmp_path):
         add_member(tar, "c.mp4", rows[2][1])
         add_member(tar, "c.json", b"{broken")
         add_member(tar, "._c.mp4", b"litter of macOS")
+        add_member(tar, "d.mp4", rows[3][1])
+        add_member(tar, "d.json", b'{"text": "a \\ud800 dog"}')
     table = load_table(tmp_path / "t.tar")
-    assert len(table) == 3
+    assert len(table) == 4 and table.pair(3)[2] == []
     assert table.pair(0) == (rows[0][1], "a.mp4", []) and table.pair(2)[2] == []
     with pytest.raises(BrokenRowError, match="no video") as error:
         table.pair(1)

@@ -82,6 +82,8 @@ def test_bad_texts(encoder):
         encoder.encode_texts(["fine", "a very long text about nothing in particular at all"])
     with pytest.raises(ValueError, match="a text is empty"):
         encoder.encode_texts(["fine", "  "])
+    with pytest.raises(ValueError, match=r"the text 'a \\ud800' holds \\ud800, which is no character"):
+        encoder.encode_texts(["fine", "a \ud800"])
 
 
 def test_label_scores_are_the_models_softmax(encoder, clips):

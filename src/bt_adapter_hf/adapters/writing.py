@@ -58,3 +58,16 @@ def _escaped(character: str) -> str:
     if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp"):
         return character.encode("unicode_escape").decode()
     return character
+
+
+def no_character(text: str) -> str | None:
+    """What in a text is no character and no tokenizer takes, half of a surrogate pair (`\\ud800`), in words; or None.
+
+    JSON may carry one, and so may what is typed in a terminal that does not speak UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = text[error.start : error.start + 1]
+        return f"holds {printable(found)}, which is no character but half of one: write the text in UTF-8"
+    return None

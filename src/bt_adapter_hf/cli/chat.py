@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..adapters.writing import no_character
 from ._options import add_device_option, quiet_transformers
 from ._training_options import add_item_timeout
 
@@ -70,6 +71,9 @@ def run(args: argparse.Namespace) -> int:
     # Pixels, not paths: each file is decoded once, however long the conversation.
     messages, answers, parts = [], [], [part for part, _ in seen]
     for question in args.questions or _typed():
+        if problem := no_character(question):  # one that was typed is not the end of the conversation
+            print(f"the question {problem}", file=sys.stderr)
+            continue
         messages.append({"role": "user", "content": [*parts, {"type": "text", "text": question}]})
         parts = []
         inputs = processor.apply_chat_template(
@@ -97,6 +101,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--json needs a --question.")
     if any(not question.strip() for question in args.questions or []):
         raise ValueError("a --question is empty.")
+    if problem := next(filter(None, map(no_character, args.questions or [])), None):
+        raise ValueError(f"a --question {problem}.")
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {args.max_new_tokens}: expected at least 1.")
     for file in args.files:
@@ -258,6 +264,8 @@ def _typed() -> Iterator[str]:
             if not line:
                 return
             yield line
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is no UTF-8 is the error of its line
     yield from filter(None, map(str.strip, sys.stdin))
 
 

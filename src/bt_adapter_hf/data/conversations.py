@@ -14,6 +14,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HTTPError
 from PIL import Image
 
+from ..adapters.writing import no_character
 from ..hub.access import explain, http_cause, retried
 from ..models.image_io import load_image
 from ..models.video_errors import VideoError, VideoNotFoundError
@@ -174,8 +175,11 @@ class InstructionTable:
                     f"a message of the {role} has the part {json.dumps(part)}; expected text, and of the user images "
                     "and videos."
                 )
-        if not "".join(part.get("text", "") for part in checked).strip():
+        text = "".join(part.get("text", "") for part in checked)
+        if not text.strip():
             raise UnusableRow(f"a message of the {role} has no text.")
+        if problem := no_character(text):
+            raise UnusableRow(f"a message of the {role} {problem}.")
         return checked
 
 

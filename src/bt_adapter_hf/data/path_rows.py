@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .files import PEEK_BYTES, FoundFiles, check_encoding, open_file
+from .json_rows import PROBLEM, fields_of, is_list_with_surrogates, read_rows
 from .media import Media, open_media
 from .readers import (
     TEXT_COLUMNS,
@@ -56,16 +57,24 @@ def table_of_paths(
             pass
     if reader == "csv":
         options = {**options, "features": _all_strings(files.paths[0], options.get("sep", ","))}
+    one_by_one = reader == "json" and any(map(is_list_with_surrogates, files.paths))
     try:
-        with _quiet(logging.getLogger("datasets.packaged_modules")):  # it is in the error that they raise
-            rows = datasets.load_dataset(reader, data_files=files.paths, split="train", **options)
+        if not one_by_one:
+            with _quiet(logging.getLogger("datasets.packaged_modules")):  # it is in the error that they raise
+                rows = datasets.load_dataset(reader, data_files=files.paths, split="train", **options)
+            columns = rows.column_names
+    except datasets.exceptions.DatasetsError:
+        one_by_one = reader == "json" and bool(fields_of(files.paths))
+        if not one_by_one:
+            raise
     except StopIteration:  # how its reader of json meets a file without rows
         raise ValueError("it has no rows") from None
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise ValueError(f"it is no table of rows with the same fields ({type(error).__name__}: {error})") from error
-    if len(rows) == 0:
+    if one_by_one:
+        columns = fields_of(files.paths)
+    elif len(rows) == 0:
         raise ValueError("it has no rows")
-    columns = rows.column_names
     webvid = video_column is None and WEBVID_COLUMNS <= set(columns)
     if webvid:
         video_columns = ["page_dir", "videoid"]
@@ -73,7 +82,10 @@ def table_of_paths(
     else:
         video_columns = [pick_column(columns, video_column, VIDEO_COLUMNS, "video")]
     text_column = pick_column(columns, text_column, TEXT_COLUMNS, "text")
-    rows = rows.select_columns([*video_columns, text_column])
+    if one_by_one:
+        rows = read_rows(files.paths, video_columns, text_column)
+    else:
+        rows = rows.select_columns([*video_columns, text_column])
     media = open_media(files, media_root)
     paths = rows.data.column(video_columns[0])
     if not webvid and not is_text(paths.type):
@@ -144,7 +156,8 @@ class PathRows(RowReader):
     def named(self, row: dict[str, Any]) -> Record:
         """The row without its video."""
         name, texts = self._name(row), clean_texts(row[self.text_column])
-        return Record(None, name or "", texts, None if name else "The row names no video.")
+        problem = row.get(PROBLEM) or (None if name else "The row names no video.")
+        return Record(None, name or "", texts, problem)
 
     def texts(self) -> Iterator[list[str]]:
         for row in self.rows.select_columns(self.text_column):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 
-from ..adapters.writing import printable, written_whole
+from ..adapters.writing import no_character, printable, written_whole
 from ..models.video_errors import MAX_BYTES, sentence
 from .archives import TarMember, read_range, scan_tar, too_large
 from .files import PEEK_BYTES, FoundFiles, identity, is_remote, open_file
@@ -111,7 +111,11 @@ class TarShards(Reader):
             return []
         keys = TEXT_COLUMNS if self.text_column in (None, "json") else (self.text_column,)
         values = values if isinstance(values, dict) else {}
-        return next((clean_texts(values[key]) for key in keys if key in values), [])
+        texts = next((clean_texts(values[key]) for key in keys if key in values), [])
+        if problem := next(filter(None, map(no_character, texts)), None):
+            logger.warning("%s: its text %s.", sample.name, problem)
+            return []
+        return texts
 
     def texts(self) -> Iterator[list[str]]:
         for shard, rows in enumerate(self.shard_rows):

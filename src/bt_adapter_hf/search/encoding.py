@@ -15,6 +15,7 @@ import torch
 from transformers import BatchFeature
 
 from ..adapters.fingerprint import weights_digest
+from ..adapters.writing import no_character, printable
 from ..assets import default_model_path
 from ..hub.dual_encoder import load_dual_encoder
 from ..models.modeling_bt_adapter import BTAdapterModel
@@ -117,7 +118,7 @@ class VideoEncoder:
                 text tower takes is an error.
 
         Raises:
-            ValueError: a text is empty, or too long.
+            ValueError: a text is empty, too long, or holds what is no character.
         """
         limit = self.model.config.text_config.max_position_embeddings
         cut = {} if max_length is None else {"truncation": True, "max_length": max_length}
@@ -127,6 +128,8 @@ class VideoEncoder:
             for text in batch:
                 if not text.strip():
                     raise ValueError("a text is empty.")
+                if problem := no_character(text):
+                    raise ValueError(f"the text '{printable(text[:40])}' {problem}.")
                 length = len(self.processor.tokenizer(text, **cut)["input_ids"])
                 if length > limit:
                     raise ValueError(
