@@ -213,7 +213,7 @@ class InstructionDataset(torch.utils.data.Dataset):
     @cached_property
     def _blank(self) -> np.ndarray:
         size = self.processor.video_processor.crop_size
-        return np.zeros((self.processor.num_clips, size["height"], size["width"], 3), np.uint8)
+        return np.zeros((self.processor.blank_frames, size["height"], size["width"], 3), np.uint8)
 
 
 class InstructionCollator:

@@ -142,10 +142,10 @@ class BTAdapterChatProcessorMixin(ProcessorMixin):
             runs["image"] = [[self.image_token_id] * self._num_tokens(pixels) for pixels in data["pixel_values"]]
         if videos:
             data.update(self._process_videos(videos, num_clips, **merged["videos_kwargs"]))
-            count = num_clips * self._num_tokens(data["pixel_values_videos"][0])
-            runs["video"] = [[self.video_token_id] * count] * len(videos)
+            counts = self._video_tokens(data, len(videos), num_clips)
+            runs["video"] = [[self.video_token_id] * count for count in counts]
             if num_clips > 1:
-                logger.warning_once(f"Videos of {num_clips} clips each have {count} tokens per video.")
+                logger.warning_once(f"Videos of {num_clips} clips each have {max(counts)} tokens per video.")
         if text is not None:
             data.update(self._encode(text, kinds, runs, merged["text_kwargs"]))
             if merged.get("return_mm_token_type_ids"):
@@ -159,6 +159,15 @@ class BTAdapterChatProcessorMixin(ProcessorMixin):
     def _num_tokens(self, pixels: Any) -> int:
         """How many tokens an image (3, H, W) or a clip (T, 3, H, W) has."""
         raise NotImplementedError
+
+    def _video_tokens(self, data: Mapping[str, Any], videos: int, num_clips: int) -> list[int]:
+        """How many tokens each video has, with all its clips."""
+        return [num_clips * self._num_tokens(data["pixel_values_videos"][0])] * videos
+
+    @property
+    def blank_frames(self) -> int:
+        """Frames of a video that has as many tokens as any."""
+        return self.num_clips
 
     def _with_placeholders(self, text: list[str], images: list, videos: list) -> list[str]:
         return text

@@ -12,18 +12,25 @@ import sys
 
 _PACKAGE = __package__.partition(".")[0]
 _REGISTERS_WITH = {
-    "transformers.models.auto.configuration_auto": ("configuration_bt_adapter", "configuration_bt_adapter_chat"),
+    "transformers.models.auto.configuration_auto": (
+        "configuration_bt_adapter",
+        "configuration_bt_adapter_chat",
+        "configuration_bt_adapter_gif_qa",
+    ),
     "transformers.models.auto.modeling_auto": (
         "modeling_bt_adapter",
         "modeling_bt_adapter_vision",
         "modeling_bt_adapter_llava",
         "modeling_bt_adapter_instructblip",
         "modeling_bt_adapter_minigpt4",
+        "modeling_xclip_frames",
+        "modeling_bt_adapter_gif_qa",
     ),
     "transformers.models.auto.processing_auto": (
         "processing_bt_adapter",
         "processing_bt_adapter_llava",
         "processing_bt_adapter_qformer",
+        "processing_bt_adapter_gif_qa",
     ),
     "transformers.models.auto.video_processing_auto": ("video_processing_bt_adapter",),
 }

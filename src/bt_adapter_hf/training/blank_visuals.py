@@ -43,7 +43,7 @@ def blank_row(
         states: where those of videos take the place of their pixels.
     """
     size = processor.video_processor.crop_size
-    frames = np.zeros((processor.num_clips, size["height"], size["width"], 3), np.uint8)
+    frames = np.zeros((processor.blank_frames, size["height"], size["width"], 3), np.uint8)
     part = {"type": kind, kind: frames if kind == "video" else frames[0]}
     encoded = processor.apply_chat_template(
         [[{"role": "user", "content": [part, {"type": "text", "text": "."}]}]],
