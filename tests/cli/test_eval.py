@@ -66,3 +66,18 @@ def test_wrong_options(table, tmp_path, capsys, options, words):
         status = exit.code
     assert status in (1, 2) and words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_temporal(tiny_checkpoint, table, tmp_path, capsys):
+    rows = [json.loads(line) for line in (table / "metadata.jsonl").open()]
+    names = ("red", "green")
+    pairs = [{**row, "no": names[row["text"].startswith("red")]} for row in rows]
+    (table / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    command = ["eval", "temporal", "--model", str(tiny_checkpoint), "-o", str(tmp_path / "out"), "--item-timeout", "9"]
+    assert main([*command, "--data", str(table / "pairs.jsonl"), "--wrong-column", "no"]) == 0
+    printed = capsys.readouterr().out
+    assert "pair" in printed and "no video" in printed and "(chance)" in printed and "over 4 items" in printed
+    assert main([*command, "--data", str(table / "pairs.jsonl")]) == 1
+    assert "looked for 'wrong'" in capsys.readouterr().err
+    assert main([*command, "--data", "rtime"]) == 1
+    assert "name the folder of your copy with --data-root" in capsys.readouterr().err

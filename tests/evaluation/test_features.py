@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from bt_adapter_hf.evaluation import frames as frames_module
 from bt_adapter_hf.evaluation.controls import middle_frame, reverse_frames
 from bt_adapter_hf.evaluation.features import Clip, OtherRunError, encode_clips, read_features
-from bt_adapter_hf.models import video_processing_bt_adapter
 from bt_adapter_hf.search.encoding import VideoEncoder
 from tests import tiny_pairs
 from tests.chat.tiny_hosts import stir
@@ -78,13 +78,13 @@ def test_conditions_equal_the_plain_way(encoder, folder, tmp_path):
 
 def test_every_clip_is_decoded_once(encoder, folder, tmp_path, monkeypatch):
     decoded = []
-    load = video_processing_bt_adapter.load_video
+    load = frames_module.load_video
 
     def counted(video, *args, **kwargs):
         decoded.append(video)
         return load(video, *args, **kwargs)
 
-    monkeypatch.setattr(video_processing_bt_adapter, "load_video", counted)
+    monkeypatch.setattr(frames_module, "load_video", counted)
     encode(encoder, folder, tmp_path / "run", item_timeout=None)
     assert len(decoded) == 8
     encode(encoder, folder, tmp_path / "run", item_timeout=None)

@@ -51,7 +51,11 @@ def test_retrieval_equals_the_metrics_of_features_encoded_by_hand(encoder, folde
         assert result.scores[name].low <= value <= result.scores[name].high
     assert result.items["texts"] == 4 and result.items["videos"] == 3
     assert result.chance["t2v_R1"] == pytest.approx(100 / 3)
-    assert result.controls.keys() == {"shuffled", "reversed", "one_frame", "frame_average"} <= CONTROL_NAMES.keys()
+    assert (
+        result.controls.keys()
+        == {"blind", "shuffled", "reversed", "one_frame", "frame_average"}
+        <= CONTROL_NAMES.keys()
+    )
     assert result.against_frame_average["t2v_R1"].p_mcnemar is not None
 
 

@@ -10,15 +10,22 @@ from ._training import open_table
 from ._training_options import add_item_timeout, add_table_options
 
 
+MOVING_DIGITS = "moving-digits-"
+TEMPORAL_SETS = (
+    *(f"{MOVING_DIGITS}{board}" for board in ("order", "sequence", "count")),
+    *("vinoground", "rtime", "vitatecs", "tempcompass", "tvbench", "ssv2"),
+)
 EPILOG = """\
 examples:
   bt-adapter eval retrieval --data msrvtt_test.json --media-root videos --model my-model -o msrvtt --num-frames 12
   bt-adapter eval recognition --data hmdb51.csv --classes classes.txt --template "a video of {}" -o hmdb
+  bt-adapter eval temporal --data moving-digits-order -o order
+  bt-adapter eval temporal --data vinoground --model my-model -o vinoground
 
-Every score is taken again with frames shuffled, frames reversed, one frame, and with the averaged features of single
-frames: a model that reads time loses there. An interrupted run goes on with the same command. Under torchrun or
-`accelerate launch` the rows are shared out. Exit status: 0; 1 if more rows than the share --max-broken cannot be
-used.
+Every score is taken again without a video, with frames shuffled, frames reversed, one frame, and with the averaged
+features of single frames: a model that reads time loses there. An interrupted run goes on with the same command.
+Under torchrun or `accelerate launch` the rows are shared out. Exit status: 0; 1 if more rows than the share
+--max-broken cannot be used.
 """
 
 
@@ -58,20 +65,40 @@ def register(subparsers) -> None:
         metavar="TEXT",
         help='sentence around each name, such as "a video of {}"; may be repeated, their features are averaged',
     )
+    temporal = tasks.add_parser("temporal", help="texts that only the order of the frames tells apart")
+    _add_common(
+        temporal,
+        "NAME|TABLE",
+        f"{', '.join(TEMPORAL_SETS)}; or a table with a right and a wrong text per video",
+    )
+    temporal.add_argument(
+        "--wrong-column", default="wrong", metavar="NAME", help="wrong text of a table, or a list (default: wrong)"
+    )
+    temporal.add_argument("--aspect-column", metavar="NAME", help="what a row tests; scores are also given by it")
+    temporal.add_argument(
+        "--items", type=whole_number(), default=360, metavar="N", help="of moving digits (default: 360)"
+    )
     parser.set_defaults(run=run)
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", required=True, metavar="TABLE", help="as for `bt-adapter pretrain`")
+def _add_common(
+    parser: argparse.ArgumentParser, metavar: str = "TABLE", data: str = "as for `bt-adapter pretrain`"
+) -> None:
+    parser.add_argument("--data", required=True, metavar=metavar, help=data)
+    parser.add_argument(
+        "--data-root",
+        metavar="DIR",
+        help="copy of the data set that NAME means, in the layout of the Hub (default: it is read from there)",
+    )
     add_table_options(parser)
     parser.add_argument("--split", default="test", metavar="NAME", help="of a Hub dataset (default: test)")
     add_encoder_options(parser)
     parser.add_argument("-o", "--output-dir", required=True, metavar="DIR", help="where features and result.json go")
     parser.add_argument(
         "--controls",
-        default="shuffled,reversed,one_frame,frame_average",
+        default="blind,shuffled,reversed,one_frame,frame_average",
         metavar="LIST",
-        help="(default: shuffled,reversed,one_frame,frame_average)",
+        help="(default: blind,shuffled,reversed,one_frame,frame_average)",
     )
     parser.add_argument(
         "--shuffle-draws", type=whole_number(), default=3, metavar="N", help="orders drawn per video (default: 3)"
@@ -98,11 +125,14 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.features import is_main_process
     from ..evaluation.recognition_run import evaluate_recognition
     from ..evaluation.retrieval_run import evaluate_retrieval
+    from ..evaluation.temporal_run import evaluate_temporal
 
-    table = open_table(args, args.data, args.split)
+    folder = Path(args.output_dir)
+    rows = _open_temporal(args, folder) if args.task == "temporal" else open_table(args, args.data, args.split)
     encoder = load_encoder(args)
     controls = [name.strip() for name in args.controls.split(",") if name.strip()]
-    bar = progress(None, len(table), f"eval {args.task}")
+    total = len(rows.clips) if args.task == "temporal" else len(rows)
+    bar = progress(None, total, f"eval {args.task}")
     options = {
         "controls": controls,
         "draws": args.shuffle_draws,
@@ -111,12 +141,14 @@ def run(args: argparse.Namespace) -> int:
         "item_timeout": args.item_timeout,
         "progress": bar.update,
     }
-    folder = Path(args.output_dir)
     with bar:
-        if args.task == "retrieval":
+        if args.task == "temporal":
+            total = len(rows.items)
+            result = evaluate_temporal(encoder, rows, folder, **options)
+        elif args.task == "retrieval":
             result = evaluate_retrieval(
                 encoder,
-                table,
+                rows,
                 folder,
                 paragraph=args.paragraph,
                 max_text_length=args.max_text_length,
@@ -133,7 +165,7 @@ def run(args: argparse.Namespace) -> int:
                 classes = [line.strip() for line in lines if line.strip()]
             result = evaluate_recognition(
                 encoder,
-                table,
+                rows,
                 folder,
                 classes=classes,
                 label_offset=args.label_offset,
@@ -148,11 +180,26 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(result.table())
         print(f"written to {path}")
-    if len(result.failed) > args.max_broken * len(table):
+    if len(result.failed) > args.max_broken * total:
         print(
-            f"bt-adapter eval: error: {len(result.failed)} of {len(table)} rows could not be used, more than the "
+            f"bt-adapter eval: error: {len(result.failed)} of {total} rows could not be used, more than the "
             f"share --max-broken {args.max_broken:g}",
             file=sys.stderr,
         )
         return 1
     return 0
+
+
+def _open_temporal(args: argparse.Namespace, folder: Path):
+    """The `TemporalSet` that the options describe."""
+    from ..evaluation.temporal_sets import moving_digits_set, open_temporal_set, table_set
+
+    if args.data.startswith(MOVING_DIGITS):
+        return moving_digits_set(args.data.removeprefix(MOVING_DIGITS), folder / "clips", args.items)
+    if args.data in TEMPORAL_SETS:
+        return open_temporal_set(args.data, args.data_root, args.media_root)
+    columns = (args.text_column, args.wrong_column, args.aspect_column)
+    tables = []
+    for column in columns[: 3 if args.aspect_column else 2]:
+        tables.append(open_table(argparse.Namespace(**{**vars(args), "text_column": column}), args.data, args.split))
+    return table_set(*tables)

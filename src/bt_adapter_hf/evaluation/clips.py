@@ -1,12 +1,15 @@
-"""Rows of tables as clips of an evaluation, and what of model and table goes into its protocol."""
+"""The rows of an evaluation, of a table or of a list, and what of model and data goes into its protocol."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from .. import __version__
 from ..data.broken import BrokenItem
 from ..data.files import identity
+from ..data.media import Media
+from ..data.readers import Record, digest
 from ..data.sources import PairTable
 from ..search.encoding import VideoEncoder
 from .features import Clip, ClipFeatures
@@ -15,7 +18,29 @@ from .features import Clip, ClipFeatures
 Values = TypeVar("Values")
 
 
-class TableShard:
+class TableClips:
+    """The rows of a (video, text) table."""
+
+    def __init__(self, table: PairTable):
+        self.table, self.source = table, table.source
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def shards(self, item_timeout: float | None) -> list[Iterable[Clip]]:
+        """The rows, shard by shard."""
+        return [_TableShard(self.table, shard, item_timeout) for shard in range(len(self.table.shard_rows))]
+
+    def describe(self) -> dict[str, Any]:
+        """Which rows, at which state."""
+        return {
+            "data": self.source,
+            "data_fingerprint": self.table.fingerprint,
+            "data_revision": self.table.revision,
+        }
+
+
+class _TableShard:
     """The clips of one shard of a table, read anew each time that it is iterated over."""
 
     def __init__(self, table: PairTable, shard: int, item_timeout: float | None):
@@ -26,8 +51,91 @@ class TableShard:
         for index, record in self.table.records(self.shard, self.item_timeout):
             row = self.first_row + index
             name, info = record.name or f"row {row}", {"texts": record.texts}
-            state = identity(record.video) if isinstance(record.video, str) and os.path.isfile(record.video) else None
-            yield Clip(row, name, record.video, info, record.problem, state)
+            yield Clip(row, name, record.video, info, record.problem, _state_of(record.video))
+
+
+@dataclass(frozen=True)
+class ListedClip:
+    """One clip of a benchmark.
+
+    Attributes:
+        media: where its file lies.
+        paths: of the file in there; the first one that exists is taken.
+        texts: what it shows, where the benchmark has captions.
+        backwards: the clip is the file played backwards.
+        span: the clip is this part of the file, in seconds.
+    """
+
+    media: Media
+    paths: tuple[str, ...]
+    texts: tuple[str, ...] = ()
+    backwards: bool = False
+    span: tuple[float, float] | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the clip, which the same file may show in several ways."""
+        span = "" if self.span is None else f" from {self.span[0]:g} to {self.span[1]:g} s"
+        return self.paths[0] + span + (" backwards" if self.backwards else "")
+
+
+class ListedClips:
+    """Clips that a benchmark lists, in the place of a table.
+
+    Args:
+        source: for messages and results.
+        clips: row by row.
+        revision: commit of a dataset on the Hub.
+
+    Raises:
+        ValueError: there are none.
+    """
+
+    def __init__(self, source: str, clips: Sequence[ListedClip], revision: str | None = None):
+        if not clips:
+            raise ValueError(f"{source} lists no clips.")
+        self.source, self.clips, self.revision = source, list(clips), revision
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __iter__(self) -> Iterator[Clip]:
+        for row, clip in enumerate(self.clips):
+            record = _open(clip)
+            state = _state_of(record.video)
+            info = {"texts": list(clip.texts)}
+            yield Clip(row, clip.name, record.video, info, record.problem, state, clip.backwards, clip.span)
+
+    def shards(self, item_timeout: float | None) -> list[Iterable[Clip]]:
+        """All rows, as one shard."""
+        return [self]
+
+    def describe(self) -> dict[str, Any]:
+        """Which rows, at which state."""
+        rows = digest(*([clip.name, clip.texts] for clip in self.clips))
+        return {"data": self.source, "data_fingerprint": rows, "data_revision": self.revision}
+
+
+Clips = TableClips | ListedClips
+
+
+def as_clips(rows: PairTable | Clips) -> Clips:
+    """Rows of any kind as clips."""
+    return TableClips(rows) if isinstance(rows, PairTable) else rows
+
+
+def _open(clip: ListedClip) -> Record:
+    for path in clip.paths:
+        record = clip.media.record(Record(None, path, []))
+        if isinstance(record.video, str) and not os.path.exists(record.video):
+            record = record._replace(problem=f"{record.video} does not exist.", video=None)
+        if record.problem is None:
+            return record
+    return record
+
+
+def _state_of(video: str | bytes | None) -> str | None:
+    return identity(video) if isinstance(video, str) and os.path.isfile(video) else None
 
 
 def describe_encoder(encoder: VideoEncoder) -> dict[str, Any]:
@@ -38,11 +146,6 @@ def describe_encoder(encoder: VideoEncoder) -> dict[str, Any]:
         "video_processor": encoder.settings,
         "bt_adapter_hf": __version__,
     }
-
-
-def describe_table(table: PairTable) -> dict[str, Any]:
-    """Which rows, at which state."""
-    return {"data": table.source, "data_fingerprint": table.fingerprint, "data_revision": table.revision}
 
 
 def broken_rows(source: str, features: ClipFeatures) -> list[BrokenItem]:

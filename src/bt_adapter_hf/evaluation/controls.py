@@ -116,11 +116,11 @@ def control_features(
             yield "frame_average", frame_average_features(encode_images, videos, frame_mask)
 
 
-def check_controls(controls: Sequence[str]) -> None:
-    """`ValueError` for a name that is not one of `CONTROLS`."""
-    unknown = sorted(set(controls) - set(CONTROLS))
+def check_controls(controls: Sequence[str], known: Sequence[str] = CONTROLS) -> None:
+    """`ValueError` for a name that is not one of the known, or is there twice."""
+    unknown = sorted(set(controls) - set(known))
     if unknown:
-        raise ValueError(f"Unknown controls {unknown}; choose from {list(CONTROLS)}.")
+        raise ValueError(f"Unknown controls {unknown}; choose from {list(known)}.")
     if len(set(controls)) < len(controls):
         raise ValueError(f"A control is there twice in {list(controls)}.")
 

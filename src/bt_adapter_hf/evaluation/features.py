@@ -30,10 +30,13 @@ from ..models.video_errors import VideoError
 from ..search.encoding import VideoEncoder
 from ..search.frame_states import FrameStates
 from .controls import CONTROLS, check_controls, control_features
+from .frames import read_frames
 
 
 PROTOCOL_NAME = "protocol.json"
 FULL = "full"  # the clip as it is, beside the names of `CONTROLS`
+BLIND = "blind"  # no clip at all: what the texts alone give away
+ALL_CONTROLS = (BLIND, *CONTROLS)
 
 
 class Clip(NamedTuple):
@@ -46,6 +49,8 @@ class Clip(NamedTuple):
         info: what belongs to the row (texts, label), plain values; it is kept with the features.
         problem: why there is no video.
         identity: changes with the content of the file; features of another one are made anew.
+        backwards: the frames are taken from last to first.
+        span: only this part of the video is taken, in seconds.
     """
 
     row: int
@@ -54,14 +59,16 @@ class Clip(NamedTuple):
     info: dict[str, Any]
     problem: str | None = None
     identity: str | None = None
+    backwards: bool = False
+    span: tuple[float, float] | None = None
 
 
 @dataclass
 class ClipFeatures:
     """Unit features (P,) by condition and name of the video; the rows; and why the other rows have none.
 
-    Conditions are "full", and those of `control_features`: "shuffled_0", ..., "reversed", "one_frame",
-    "frame_average".
+    Conditions are "full", those of `control_features`: "shuffled_0", ..., "reversed", "one_frame", "frame_average";
+    and "blind".
     """
 
     features: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
@@ -97,7 +104,7 @@ def encode_clips(
         shards: the rows. Several processes take whole shards where there are enough of them, else every n-th row.
         folder: of this run, which keeps the features.
         protocol: what decides the features, for `folder`: a run with another one is refused.
-        controls, draws: see `control_features`.
+        controls, draws: see `control_features`; and "blind", a feature that all clips share, that of grey frames.
         seed: of the shuffled frames.
         workers: videos that are decoded at the same time, each in a process of its own.
         item_timeout: seconds for decoding one video, see `DecodingProcess`; None decodes in this process.
@@ -110,8 +117,9 @@ def encode_clips(
         OtherRunError: `folder` is of another run.
         ValueError: an unknown control.
     """
-    check_controls(controls)
-    protocol = {**protocol, "controls": list(controls), "shuffle_draws": draws, "seed": seed}
+    check_controls(controls, ALL_CONTROLS)
+    of_frames = [control for control in controls if control != BLIND]
+    protocol = {**protocol, "controls": of_frames, "shuffle_draws": draws, "seed": seed}
     rank, processes, wait = _processes()
     if rank == 0:
         claim(folder, protocol)
@@ -125,10 +133,13 @@ def encode_clips(
     )
     with _Decoder(encoder, workers, item_timeout) as decoder:
         while batch := list(islice(todo, 4 * workers)):
-            _write_part(folder, batch, *_encode(encoder, batch, decoder, names, controls, draws, seed))
+            _write_part(folder, batch, *_encode(encoder, batch, decoder, names, of_frames, draws, seed))
             progress(len(batch))
     wait()
-    return read_features(folder)
+    found = read_features(folder)
+    if BLIND in controls:
+        found.features[BLIND] = dict.fromkeys(found.features.get(FULL, ()), _blind_feature(encoder))
+    return found
 
 
 def claim(folder: Path, protocol: dict[str, Any]) -> None:
@@ -216,12 +227,14 @@ class _Decoder:
                 load = self._own.child = DecodingProcess(self._load, self.item_timeout)
                 self._children.append(load)
         try:
-            return torch.from_numpy(load(clip.video))
+            return torch.from_numpy(load(clip.video, clip.backwards, clip.span))
         except VideoError as error:
             return str(error) or repr(error)
 
-    def _load(self, video: str | bytes) -> np.ndarray:
-        return self.processor(videos=[video], return_tensors="pt")["pixel_values_videos"][0].numpy()
+    def _load(self, video: str | bytes, backwards: bool, span: tuple[float, float] | None) -> np.ndarray:
+        frames = read_frames(video, self.processor.video_processor, span)
+        frames = np.ascontiguousarray(frames[::-1]) if backwards else frames
+        return self.processor(videos=[frames], return_tensors="pt")["pixel_values_videos"][0].numpy()
 
 
 @torch.inference_mode()
@@ -277,6 +290,16 @@ def _features_of(
     yield from control_features(
         encode_order, place, controls=controls, encode_images=encode_images, draws=draws, generator=generator
     )
+
+
+@torch.inference_mode()
+def _blind_feature(encoder: VideoEncoder) -> np.ndarray:
+    """Unit feature (P,) of frames that are zero once they are normalised, grey all over."""
+    rules = encoder.processor.video_processor
+    shape = (1, rules.num_frames, 3, rules.crop_size["height"], rules.crop_size["width"])
+    video = torch.zeros(shape, device=encoder.model.device, dtype=encoder.model.dtype)
+    feature = encoder.model.get_video_features(video).pooler_output
+    return torch.nn.functional.normalize(feature.float(), dim=-1)[0].cpu().numpy()
 
 
 def _seed_of(name: str, seed: int) -> int:

@@ -8,9 +8,8 @@ import numpy as np
 from ..data.broken import BrokenItem
 from ..data.sources import PairTable
 from ..search.encoding import VideoEncoder
-from .clips import TableShard, broken_rows, describe_encoder, describe_table, draws_of
-from .controls import CONTROLS
-from .features import FULL, encode_clips
+from .clips import Clips, as_clips, broken_rows, describe_encoder, draws_of
+from .features import ALL_CONTROLS, FULL, encode_clips
 from .results import EvaluationResult
 from .retrieval import cosine_similarity, retrieval_ranks
 from .statistics import compare, mean_interval
@@ -21,13 +20,13 @@ TOP = (1, 5)
 
 def evaluate_recognition(
     encoder: VideoEncoder,
-    table: PairTable,
+    table: PairTable | Clips,
     folder: Path,
     *,
     classes: Sequence[str] | None = None,
     label_offset: int = 0,
     templates: Sequence[str] = ("{}",),
-    controls: Sequence[str] = CONTROLS,
+    controls: Sequence[str] = ALL_CONTROLS,
     draws: int = 3,
     seed: int = 0,
     workers: int = 1,
@@ -52,10 +51,11 @@ def evaluate_recognition(
     for template in templates:
         if "{}" not in template:
             raise ValueError(f"The template {template!r} has no {{}} for the name of the class.")
-    protocol = {"task": "recognition", **describe_encoder(encoder), **describe_table(table)}
+    clips = as_clips(table)
+    protocol = {"task": "recognition", **describe_encoder(encoder), **clips.describe()}
     features = encode_clips(
         encoder,
-        [TableShard(table, shard, item_timeout) for shard in range(len(table.shard_rows))],
+        clips.shards(item_timeout),
         folder,
         protocol,
         controls=controls,
@@ -65,7 +65,7 @@ def evaluate_recognition(
         item_timeout=item_timeout,
         progress=progress,
     )
-    failed = broken_rows(table.source, features)
+    failed = broken_rows(clips.source, features)
     labelled = [(row, name, info["texts"]) for row, (name, info) in sorted(features.rows.items())]
     names = list(classes) if classes is not None else sorted({texts[0] for _, _, texts in labelled if texts})
     if len(names) < 2 or len(set(names)) < len(names):
@@ -78,7 +78,7 @@ def evaluate_recognition(
         number = _class_of(texts[0] if texts else "", numbers, classes is not None, label_offset)
         if number is None:
             reason = f"its label {texts[0]!r} is none of the {len(names)} classes" if texts else "it has no label"
-            failed.append(BrokenItem(source=table.source, index=row, video=name, reason=reason))
+            failed.append(BrokenItem(source=clips.source, index=row, video=name, reason=reason))
         else:
             kept.append(name)
             right.append(number)

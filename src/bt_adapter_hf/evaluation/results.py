@@ -36,6 +36,7 @@ class EvaluationResult:
         failed: names and reasons of what could not be used; the scores are over the rest.
         protocol: everything that decides the scores.
         reference_ties: of retrieval, the scores under the tie rule of the released code.
+        aspects: the scores of parts of the items, by what they test.
     """
 
     task: str
@@ -47,6 +48,7 @@ class EvaluationResult:
     protocol: dict[str, Any]
     failed: list[BrokenItem] = field(default_factory=list)
     reference_ties: dict[str, float] = field(default_factory=dict)
+    aspects: dict[str, dict[str, Interval]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -73,6 +75,9 @@ class EvaluationResult:
         if self.chance:
             cells = (f"{self.chance[name]:.1f}" if name in self.chance else "" for name in names)
             lines.append(f"{'(chance)':<22}" + "".join(f"{cell:>22}" for cell in cells))
+        for aspect, scores in self.aspects.items():
+            cells = (_cell(scores[name]) if name in scores else "" for name in names)
+            lines.append(f"  {aspect[:20]:<20}" + "".join(f"{cell:>22}" for cell in cells))
         for name in names:
             if name in self.against_frame_average:
                 lines.append(f"{name}: {_sentence(self.against_frame_average[name])}")

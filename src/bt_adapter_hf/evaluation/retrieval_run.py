@@ -8,9 +8,8 @@ import numpy as np
 from ..data.broken import BrokenItem
 from ..data.sources import PairTable
 from ..search.encoding import VideoEncoder
-from .clips import TableShard, broken_rows, describe_encoder, describe_table, draws_of
-from .controls import CONTROLS
-from .features import FULL, ClipFeatures, encode_clips
+from .clips import Clips, as_clips, broken_rows, describe_encoder, draws_of
+from .features import ALL_CONTROLS, FULL, ClipFeatures, encode_clips
 from .results import EvaluationResult
 from .retrieval import RECALL_AT, cosine_similarity, rank_metrics, retrieval_ranks
 from .statistics import Interval, compare, mean_interval, median_interval
@@ -18,13 +17,13 @@ from .statistics import Interval, compare, mean_interval, median_interval
 
 def evaluate_retrieval(
     encoder: VideoEncoder,
-    table: PairTable,
+    table: PairTable | Clips,
     folder: Path,
     *,
     paragraph: bool = False,
     max_text_length: int | None = None,
     dual_softmax: bool = False,
-    controls: Sequence[str] = CONTROLS,
+    controls: Sequence[str] = ALL_CONTROLS,
     draws: int = 3,
     seed: int = 0,
     workers: int = 1,
@@ -48,10 +47,11 @@ def evaluate_retrieval(
         ValueError: no video of the table can be read and has a text.
         OtherRunError: `folder` is of another run.
     """
-    protocol = {"task": "retrieval", **describe_encoder(encoder), **describe_table(table)}
+    clips = as_clips(table)
+    protocol = {"task": "retrieval", **describe_encoder(encoder), **clips.describe()}
     features = encode_clips(
         encoder,
-        [TableShard(table, shard, item_timeout) for shard in range(len(table.shard_rows))],
+        clips.shards(item_timeout),
         folder,
         protocol,
         controls=controls,
@@ -64,16 +64,16 @@ def evaluate_retrieval(
     texts_of: dict[str, list[str]] = {}
     for _, (name, info) in sorted(features.rows.items()):
         texts_of.setdefault(name, []).extend(info["texts"])
-    failed = broken_rows(table.source, features)
+    failed = broken_rows(clips.source, features)
     failed += [
-        BrokenItem(source=table.source, index=row, video=name, reason="it has no text")
+        BrokenItem(source=clips.source, index=row, video=name, reason="it has no text")
         for row, (name, _) in sorted(features.rows.items())
         if not texts_of[name]
     ]
     videos = sorted(name for name, texts in texts_of.items() if texts)
     if not videos:
         raise ValueError(
-            f"No row of {table.source} has a video that can be read and a text. The first of {len(failed)}: "
+            f"No row of {clips.source} has a video that can be read and a text. The first of {len(failed)}: "
             f"{failed[0]['video']}: {failed[0]['reason']}"
         )
     if paragraph:
