@@ -26,6 +26,11 @@ def register(subparsers) -> None:
         "--top", type=whole_number(), default=3, metavar="N", help="labels to print per video (default: 3)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--plot",
+        metavar="PNG",
+        help="also write a picture of the labels, beside those of each clip played backwards; reads the files twice",
+    )
     add_model_options(parser)
     parser.set_defaults(run=run)
 
@@ -34,8 +39,12 @@ def run(args: argparse.Namespace) -> int:
     labels = read_labels(args.labels, args.labels_file)
     if "{}" not in args.template:
         raise ValueError(f"the template '{args.template}' has no {{}} for the label to go.")
+    from ..search.contact_sheet import check_sheet_path
     from ..search.files import find_videos
+    from ..search.label_plot import label_both_ways, write_label_plot
 
+    if args.plot:
+        check_sheet_path(args.plot, "plot")
     paths = find_videos(args.files)
     encoder = load_encoder(args)
     texts = encoder.encode_texts([args.template.replace("{}", label) for label in labels])
@@ -53,6 +62,10 @@ def run(args: argparse.Namespace) -> int:
                 "labels": [{"label": labels[i], "probability": p, "cosine": cosine} for i, p, cosine in scores],
             }
         )
+    if args.plot and results:
+        plotted = [label_both_ways(encoder, video["path"], labels, texts, args.top) for video in results]
+        write_label_plot(args.plot, plotted)
+        print(f"plot: {args.plot}", file=sys.stderr)
     if args.json:
         print(json.dumps({"videos": results, "skipped": skipped}, indent=2))
     else:

@@ -33,21 +33,21 @@ class _Strip(NamedTuple):
     error: str | None
 
 
-def check_sheet_path(path: str | os.PathLike) -> None:
+def check_sheet_path(path: str | os.PathLike, what: str = "contact sheet") -> None:
     """Raise `ValueError` or `OSError`, before any work, when no PNG can be written to `path`."""
     path = Path(path)
     if path.suffix.lower() != ".png":
-        raise ValueError(f"the contact sheet '{path}' is a PNG picture: give it a name that ends in .png.")
+        raise ValueError(f"the {what} '{path}' is a PNG picture: give it a name that ends in .png.")
     if path.is_dir():
-        raise IsADirectoryError(f"'{path}' is a folder; name a .png file for the contact sheet.")
+        raise IsADirectoryError(f"'{path}' is a folder; name a .png file for the {what}.")
     if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"the folder '{path.absolute().parent}' for the contact sheet does not exist.")
+        raise FileNotFoundError(f"the folder '{path.absolute().parent}' for the {what} does not exist.")
     try:
         with tempfile.TemporaryFile(dir=path.absolute().parent):
             pass
     except OSError as error:
         raise OSError(
-            f"the contact sheet cannot be written to '{path.absolute().parent}': {error.strerror or error}."
+            f"the {what} cannot be written to '{path.absolute().parent}': {error.strerror or error}."
         ) from error
 
 
