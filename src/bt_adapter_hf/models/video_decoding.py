@@ -337,18 +337,18 @@ def scan_packets(source: Source, container: Any, stream: Any, visit: Callable[[A
     reached = max((float(end * container.streams[index].time_base) for index, end in ends.items()), default=0.0)
     if error is None:
         error = _missing_part(source, formats, stream.frames, packets, container, reached)
-    fps = _frame_rate(stream)
+    fps = frame_rate(stream)
     timed = formats != "avi" and None not in shown  # AVI stores none; what FFmpeg makes up is uneven
-    times = _packet_times(shown, float(stream.time_base)) if timed else _even_times(len(shown), fps)
+    times = packet_times(shown, float(stream.time_base)) if timed else _even_times(len(shown), fps)
     return Scan(formats, stream.codec_context.name, len(shown), hidden, fps, times, timed, error)
 
 
-def _frame_rate(stream: Any) -> float | None:
+def frame_rate(stream: Any) -> float | None:
     rate = stream.average_rate or stream.guessed_rate
     return float(rate) if rate else None
 
 
-def _packet_times(stamps: list[int], time_base: float) -> list[float]:
+def packet_times(stamps: list[int], time_base: float) -> list[float]:
     stamps = sorted(stamps)  # packets come in decoding order
     return [(stamp - stamps[0]) * time_base for stamp in stamps]
 
@@ -399,7 +399,8 @@ def load_pyav(
     seeking = package_part("video_seeking") if on_damage != "check" else None
     with open_container(source) as (container, stream):
         seeker = seeking and seeking.Seeker(container, stream)
-        scan = scan_packets(source, container, stream, seeker and seeker.visit)
+        scan = seeker and seeker.read_index(source)
+        scan = scan or scan_packets(source, container, stream, seeker and seeker.visit)
         if seeker and scan.frames and not scan.damage:
             found = seeker.decode(choose(scan.frames), Painter(stream, source.name, background), source.name)
             if found is not None:

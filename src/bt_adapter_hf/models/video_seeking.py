@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from .video_decoding import FrameCollector, Painter, import_pyav
+from .video_decoding import FrameCollector, Painter, Scan, Source, frame_rate, import_pyav, packet_times
+from .video_mp4_index import HEAD, heads, read_index
 
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,38 @@ class Seeker:
         else:
             self.look = self.look(extradata)
 
+    def read_index(self, source: Source) -> Scan | None:
+        """What the index of an mp4 file says of its packets, of which the first bytes are read; None: scan them."""
+        if self.problem is not None or not self.in_order_of_decoding or not isinstance(self.look, _Nals):
+            return None
+        index = read_index(source, self.stream)
+        if index is None:
+            return None
+        with source.opened() as file:
+            for number in np.flatnonzero(index.keys | ~self.look.shown(heads(source, index))).tolist():
+                file.seek(index.places[number])
+                if not self._take(memoryview(file.read(index.sizes[number])), bool(index.keys[number]), number):
+                    self.problem = "a packet does not make one frame"
+                    return None
+        first = next(self.container.demux(self.stream))
+        if first.pts is None or first.dts != index.dts[0]:
+            self.problem = "its packets are not those of its index"
+        self.stamps = (index.pts + ((first.pts or 0) - index.pts[0])).tolist()
+        self.targets = index.dts.tolist()
+        name, codec = self.container.format.name, self.stream.codec_context.name
+        times = packet_times(self.stamps, float(self.stream.time_base))
+        return Scan(name, codec, len(times), 0, frame_rate(self.stream), times, True, None)
+
+    def _take(self, data: memoryview, key: bool, number: int) -> bool:
+        """Notes whether decoding can start at a packet; whether it makes one frame."""
+        try:
+            shown, entry = self.look(data, key)
+        except IndexError:
+            shown, entry = False, False
+        if entry:
+            self.entries.append(number)
+        return shown
+
     def visit(self, packet: Any) -> None:
         if self.problem is not None:
             return
@@ -60,14 +93,8 @@ class Seeker:
         elif packet.has_sidedata("new_extradata"):
             self.problem = "the codec's settings change on the way"
         else:
-            try:
-                shown, entry = self.look(memoryview(packet), packet.is_keyframe)
-            except IndexError:
-                shown, entry = False, False
-            if not shown:
+            if not self._take(memoryview(packet), packet.is_keyframe, len(self.stamps)):
                 self.problem = "a packet does not make one frame"
-            if entry:
-                self.entries.append(len(self.stamps))
             self.stamps.append(pts)
             self.targets.append(target)
 
@@ -174,6 +201,20 @@ class _Nals(_Packets):
             start = position + width
             found.add(self.kind(data[start]))
             position = start + int.from_bytes(data[position:start], "big")
+        return found
+
+    def shown(self, heads: np.ndarray) -> np.ndarray:
+        """uint8 (packets, HEAD) -> bool (packets,): a picture was found; it may be further on in the others."""
+        found, positions, width = np.zeros(len(heads), bool), np.zeros(len(heads), np.int64), self.length_size
+        left = np.arange(len(heads))
+        while width and len(left):
+            left = left[positions[left] + width < HEAD]
+            starts = positions[left]
+            sizes = sum(heads[left, starts + i].astype(np.int64) << 8 * (width - 1 - i) for i in range(width))
+            pictures = np.isin(self.kind(heads[left, starts + width]), list(self.pictures)) & (sizes > 0)
+            found[left[pictures]] = True
+            positions[left] += width + sizes
+            left = left[~pictures]
         return found
 
     def __call__(self, data: memoryview, key: bool) -> tuple[bool, bool]:
