@@ -6,6 +6,9 @@ import pytest
 
 from bt_adapter_hf.cli.main import main
 from tests import tiny_pairs
+from tests.chat import saved_hosts
+from tests.evaluation import layouts
+from tests.evaluation.judge_server import JudgeServer
 
 
 @pytest.fixture
@@ -81,3 +84,30 @@ def test_temporal(tiny_checkpoint, table, tmp_path, capsys):
     assert "looked for 'wrong'" in capsys.readouterr().err
     assert main([*command, "--data", "rtime"]) == 1
     assert "name the folder of your copy with --data-root" in capsys.readouterr().err
+
+
+def test_questions_and_five_scores(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    native, adapter = saved_hosts.save("llava", tmp_path)
+    layouts.videochatgpt(tmp_path / "bench")
+    layouts.msvd_qa(tmp_path / "msvd")
+    model = ["--model", str(native), "--bt-adapter", str(adapter), "--num-frames", "4", "--device", "cpu"]
+    model += ["--max-new-tokens", "2", "--controls", "blind,frame_average"]
+    qa = ["eval", "qa", "--data", "msvd-qa", "--data-root", str(tmp_path / "msvd"), "-o", str(tmp_path / "qa"), *model]
+    assert main(qa) == 1  # a video is missing
+    captured = capsys.readouterr()
+    assert "1 of 3 rows could not be used" in captured.err and "no video" in captured.out and "relaxed" in captured.out
+    bench = ["eval", "chat-bench", "--data-root", str(tmp_path / "bench"), "-o", str(tmp_path / "out"), *model]
+    assert main(bench) == 1
+    assert "give --judge, or --judge-local" in capsys.readouterr().err
+    with JudgeServer(lambda text, times: '{"score": 3}').running() as server:
+        judge = ["--judge", "m", "--judge-url", server.url]
+        assert main([*bench, *judge, "--dry-run", "--price-in", "1"]) == 0
+        assert "24 prompts to the judge" in capsys.readouterr().out and server.asked == []
+        assert main([*bench, *judge, "--aspects", "temporal,consistency"]) == 0
+    printed = capsys.readouterr().out
+    assert "consistency" in printed and "detail" not in printed and "3.0 [3.0, 3.0]" in printed
+    assert main([*bench, "--judge-url", "http://127.0.0.1:9/v1"]) == 1
+    assert "--judge-url needs --judge" in capsys.readouterr().err
+    assert main([*bench, "--judge", "m", "--judge-local", "n"]) == 1
+    assert "give one" in capsys.readouterr().err

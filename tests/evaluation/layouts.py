@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
 from tests import tiny_pairs
 
@@ -115,3 +116,52 @@ def ssv2(root: Path) -> None:
         clip(root / "20bn-something-something-v2" / f"{name}.mp4").rename(
             root / "20bn-something-something-v2" / f"{name}.webm"
         )
+
+
+def msvd_qa(root: Path) -> None:
+    rows = [
+        {"id": 1, "video_id": 2, "question": "what is red ?", "answer": "square"},
+        {"id": 2, "video_id": 2, "question": "where is the square ?", "answer": "left"},
+        {"id": 3, "video_id": 3, "question": "what happens ?", "answer": "right"},
+    ]
+    dump(root / "test_qa.json", rows)
+    (root / "youtube_mapping.txt").write_text("-4wsuPCjDBc_5_15 vid1\nabc_1_9 vid2\ndef_0_3 vid3\n")
+    clip(root / "YouTubeClips" / "abc_1_9.avi.mp4").rename(root / "YouTubeClips" / "abc_1_9.avi")
+
+
+def msrvtt_qa(root: Path) -> None:
+    row = {"category_id": 14, "id": 158581, "video_id": 7010, "question": "what is red ?", "answer": "square"}
+    dump(root / "test_qa.json", [row])
+    zip_of(root / "TestVideo.zip", "TestVideo/video7010.mp4")
+
+
+def activitynet_qa(root: Path) -> None:
+    row = {"video_name": "1QIUV7WYKXg", "question_id": "v_1QIUV7WYKXg_1", "question": "is it red ?", "answer": "yes"}
+    parquet(root / "data" / "test-00000-of-00001.parquet", [{**row, "type": "3"}])
+    clip(root / "all_test" / "v_1QIUV7WYKXg.mkv.mp4").rename(root / "all_test" / "v_1QIUV7WYKXg.mkv")
+
+
+def tgif_qa(root: Path) -> None:
+    names = {"tumblr_1": "moves", "tumblr_2": "still"}
+    rows = [
+        {"gif_name": name, "question": "what is it ?", "answer": "square", "vid_id": "FRAMEQA_1", "type": "0"}
+        for name in names
+    ]
+    table(root / "Test_frameqa_question.csv", rows, "\t")
+    table(root / "Test_transition_question.csv", [{"gif_name": "x", "question": "?", "a1": "1", "answer": "0"}], "\t")
+    (root / "gifs").mkdir()
+    frames = [Image.new("RGB", (32, 32), (40 * n, 9, 9)) for n in range(5)]
+    frames[0].save(root / "gifs" / "tumblr_1.gif", save_all=True, append_images=frames[1:], duration=100)
+    frames[0].save(root / "gifs" / "tumblr_2.gif")
+
+
+def videochatgpt(root: Path) -> None:
+    none = {"question_1": "None", "question_2": "None", "question": "None"}
+    generic = [{**none, "video_name": "v_a", "question": "what happens ?", "answer": "the red square is left"}]
+    generic.append({**none, "video_name": "v_b", "question": "where is it ?", "answer": "right"})
+    temporal = [{**none, "video_name": "v_a", "question": "what is the square ?", "answer": "left"}]
+    both = {"question_1": "where is the square ?", "question_2": "the square is where ?"}
+    consistency = [{**none, **both, "video_name": "v_b", "answer": "right"}]
+    for part, rows in (("Generic", generic), ("Temporal", temporal), ("Consistency", consistency)):
+        parquet(root / part / "test-00000-of-00001.parquet", rows)
+    zip_of(root / "videos.zip", "Test_Videos/v_a.mp4", "Test_Videos/v_b.mp4")

@@ -1,8 +1,5 @@
 """Features under the temporal controls: equal to the plain way, decoded once, resumable, in several processes."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +12,7 @@ from bt_adapter_hf.evaluation.features import Clip, OtherRunError, encode_clips,
 from bt_adapter_hf.search.encoding import VideoEncoder
 from tests import tiny_pairs
 from tests.chat.tiny_hosts import stir
-
-
-RUN = Path(__file__).with_name("feature_run.py")
+from tests.evaluation.forks import in_processes, killed_after
 
 
 @pytest.fixture(scope="module")
@@ -96,37 +91,14 @@ def test_workers_and_time_limits_change_nothing(encoder, folder, tmp_path):
     assert_equal(encode(encoder, folder, tmp_path / "b", workers=2, item_timeout=30), expected)
 
 
-def run(model, folder, output, *options, processes=1):
-    command = [sys.executable, str(RUN)]
-    if processes > 1:
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={processes}",
-            str(RUN),
-        ]
-    root = str(Path(__file__).parents[2])
-    return subprocess.run(
-        [*command, str(model), str(folder), str(output), *options],
-        env={**os.environ, "PYTHONPATH": root, "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
-def test_killed_and_resumed_and_in_two_processes(tiny_checkpoint, folder, tmp_path):
+def test_killed_and_resumed_and_in_two_processes(encoder, folder, tmp_path):
     """The same features as without a kill and in one process, to the last bit."""
-    encoder = VideoEncoder.from_pretrained(tiny_checkpoint, device="cpu")
     expected = encode(encoder, folder, tmp_path / "a", workers=2)
-    assert run(tiny_checkpoint, folder, tmp_path / "b", "--kill-after", "1").returncode == -9
-    partly = read_features(tmp_path / "b")
-    assert len(partly.features["full"]) == 4
-    done = run(tiny_checkpoint, folder, tmp_path / "b", processes=2)
-    assert done.returncode == 0, done.stderr
-    assert_equal(read_features(tmp_path / "b"), expected, atol=1e-6)
+    assert in_processes(lambda: encode(encoder, folder, tmp_path / "b", progress=killed_after(1)), 1) == [-9]
+    assert len(read_features(tmp_path / "b").features["full"]) == 4
+    assert in_processes(lambda: encode(encoder, folder, tmp_path / "b")) == [0, 0]
+    found = encode(encoder, folder, tmp_path / "b")
+    assert_equal(found, expected, atol=1e-6)
 
 
 def test_another_run_is_refused(encoder, folder, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 from bt_adapter_hf.evaluation.judge import (
     EndpointJudge,
     JudgeError,
+    LocalJudge,
     find_object,
     judge_all,
     prompt_key,
@@ -126,3 +127,38 @@ def test_fields():
             read_score(wrong)
     with pytest.raises(ValueError, match="maybe"):
         read_yes_no({"pred": "maybe", "score": 1})
+
+
+@pytest.fixture(scope="module")
+def local_model(tmp_path_factory):
+    """A random Llama whose last layer knows two words, each an object with a score of 4: one wins, whatever it saw."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from tests.chat.tiny_hosts import text_config
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", '{"score":4}', "{'score':4}", "rate", "this"]
+    backend = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokens = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    folder = tmp_path_factory.mktemp("judge")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(text_config())
+    direction = model.lm_head.weight.data[4].clone()
+    model.lm_head.weight.data.zero_()
+    model.lm_head.weight.data[4], model.lm_head.weight.data[5] = direction, -direction
+    model.save_pretrained(folder / "no-chat")
+    tokens.save_pretrained(folder / "no-chat")
+    model.save_pretrained(folder / "chat")
+    tokens.chat_template = "{% for message in messages %}{{ message.content }} {% endfor %}"
+    tokens.save_pretrained(folder / "chat")
+    return folder
+
+
+def test_a_model_on_this_machine(local_model, tmp_path):
+    judge = LocalJudge(str(local_model / "chat"), "cpu", max_tokens=3)
+    (verdict,) = verdicts(judge, ["rate this"], tmp_path / "replies.jsonl")
+    assert verdict.fields == {"score": 4.0} and judge.name.endswith("(local)")
+    with pytest.raises(ValueError, match="has no chat template"):
+        LocalJudge(str(local_model / "no-chat"), "cpu")

@@ -64,7 +64,7 @@ def register(subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     _check(args)
     quiet_transformers()
-    processor, load_model = _find_model(args)
+    processor, load_model = find_model(args)
     seen = _look(args.files, processor, args.item_timeout)  # before anything large is loaded
     model = load_model()
 
@@ -110,7 +110,7 @@ def _check(args: argparse.Namespace) -> None:
             raise FileNotFoundError(f"'{file}' is not a file.")
 
 
-def _find_model(args: argparse.Namespace):
+def find_model(args: argparse.Namespace):
     """The processor, and a function that loads the model."""
     import bt_adapter_hf
 

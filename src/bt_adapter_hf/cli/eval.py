@@ -5,12 +5,21 @@ import json
 import sys
 from pathlib import Path
 
-from ._options import add_encoder_options, load_encoder, progress, real_number, whole_number
+from ._eval_chat import (
+    QUESTION_SETS,
+    VIDEOCHATGPT,
+    add_bench_options,
+    add_chat_options,
+    add_qa_options,
+    run_chat,
+)
+from ._options import add_device_option, add_encoder_options, load_encoder, progress, real_number, whole_number
 from ._training import open_table
-from ._training_options import add_item_timeout, add_table_options
+from ._training_options import add_item_timeout, add_on_damage, add_table_options
 
 
 MOVING_DIGITS = "moving-digits-"
+CHAT_TASKS = ("qa", "chat-bench")
 TEMPORAL_SETS = (
     *(f"{MOVING_DIGITS}{board}" for board in ("order", "sequence", "count")),
     *("vinoground", "rtime", "vitatecs", "tempcompass", "tvbench", "ssv2"),
@@ -78,13 +87,25 @@ def register(subparsers) -> None:
     temporal.add_argument(
         "--items", type=whole_number(), default=360, metavar="N", help="of moving digits (default: 360)"
     )
+    qa = tasks.add_parser("qa", help="answers of a chat model: exact and relaxed match, and a judge's verdict")
+    _add_common(qa, "NAME|TABLE", f"{', '.join(QUESTION_SETS)}; or a table with questions and answers", chat=True)
+    add_qa_options(qa)
+    add_chat_options(qa, "gives accuracy and a score from 0 to 5 as well")
+    bench = tasks.add_parser("chat-bench", help="the five scores of the VideoChatGPT benchmark, by a judge")
+    _add_common(bench, "NAME", f"(default: {VIDEOCHATGPT})", chat=True)
+    bench.set_defaults(data=VIDEOCHATGPT)
+    add_bench_options(bench)
+    add_chat_options(bench, "scores each answer from 0 to 5")
     parser.set_defaults(run=run)
 
 
 def _add_common(
-    parser: argparse.ArgumentParser, metavar: str = "TABLE", data: str = "as for `bt-adapter pretrain`"
+    parser: argparse.ArgumentParser,
+    metavar: str = "TABLE",
+    data: str = "as for `bt-adapter pretrain`",
+    chat: bool = False,
 ) -> None:
-    parser.add_argument("--data", required=True, metavar=metavar, help=data)
+    parser.add_argument("--data", required="default" not in data, metavar=metavar, help=data)
     parser.add_argument(
         "--data-root",
         metavar="DIR",
@@ -92,7 +113,11 @@ def _add_common(
     )
     add_table_options(parser)
     parser.add_argument("--split", default="test", metavar="NAME", help="of a Hub dataset (default: test)")
-    add_encoder_options(parser)
+    if chat:
+        add_on_damage(parser)
+        add_device_option(parser)
+    else:
+        add_encoder_options(parser)
     parser.add_argument("-o", "--output-dir", required=True, metavar="DIR", help="where features and result.json go")
     parser.add_argument(
         "--controls",
@@ -123,58 +148,13 @@ def run(args: argparse.Namespace) -> int:
     require_package("datasets", "eval")
     require_package("scipy", "eval")
     from ..evaluation.features import is_main_process
-    from ..evaluation.recognition_run import evaluate_recognition
-    from ..evaluation.retrieval_run import evaluate_retrieval
-    from ..evaluation.temporal_run import evaluate_temporal
 
-    folder = Path(args.output_dir)
-    rows = _open_temporal(args, folder) if args.task == "temporal" else open_table(args, args.data, args.split)
-    encoder = load_encoder(args)
     controls = [name.strip() for name in args.controls.split(",") if name.strip()]
-    total = len(rows.clips) if args.task == "temporal" else len(rows)
-    bar = progress(None, total, f"eval {args.task}")
-    options = {
-        "controls": controls,
-        "draws": args.shuffle_draws,
-        "seed": args.seed,
-        "workers": args.workers,
-        "item_timeout": args.item_timeout,
-        "progress": bar.update,
-    }
-    with bar:
-        if args.task == "temporal":
-            total = len(rows.items)
-            result = evaluate_temporal(encoder, rows, folder, **options)
-        elif args.task == "retrieval":
-            result = evaluate_retrieval(
-                encoder,
-                rows,
-                folder,
-                paragraph=args.paragraph,
-                max_text_length=args.max_text_length,
-                dual_softmax=args.dual_softmax,
-                **options,
-            )
-        else:
-            classes = None
-            if args.classes is not None:
-                try:
-                    lines = Path(args.classes).read_text(encoding="utf-8-sig").split("\n")
-                except UnicodeDecodeError as error:
-                    raise ValueError(f"--classes {args.classes}: expected text in UTF-8 ({error}).") from error
-                classes = [line.strip() for line in lines if line.strip()]
-            result = evaluate_recognition(
-                encoder,
-                rows,
-                folder,
-                classes=classes,
-                label_offset=args.label_offset,
-                templates=args.template or ["{}"],
-                **options,
-            )
-    if not is_main_process():
+    found = (run_chat if args.task in CHAT_TASKS else _run_encoder)(args, controls)
+    if found is None or not is_main_process():
         return 0
-    path = result.write(folder)
+    result, total = found
+    path = result.write(Path(args.output_dir))
     if args.json:
         print(json.dumps(result.to_dict(), indent=2))
     else:
@@ -188,6 +168,48 @@ def run(args: argparse.Namespace) -> int:
         )
         return 1
     return 0
+
+
+def _run_encoder(args: argparse.Namespace, controls: list[str]):
+    """The result of a dual encoder, and how many rows there are."""
+    from ..evaluation.recognition_run import evaluate_recognition
+    from ..evaluation.retrieval_run import evaluate_retrieval
+    from ..evaluation.temporal_run import evaluate_temporal
+
+    folder = Path(args.output_dir)
+    rows = _open_temporal(args, folder) if args.task == "temporal" else open_table(args, args.data, args.split)
+    encoder = load_encoder(args)
+    clips = len(rows.clips) if args.task == "temporal" else len(rows)
+    with progress(None, clips, f"eval {args.task}") as bar:
+        options = {
+            "controls": controls,
+            "draws": args.shuffle_draws,
+            "seed": args.seed,
+            "workers": args.workers,
+            "item_timeout": args.item_timeout,
+            "progress": bar.update,
+        }
+        if args.task == "temporal":
+            return evaluate_temporal(encoder, rows, folder, **options), len(rows.items)
+        if args.task == "retrieval":
+            options |= {
+                "paragraph": args.paragraph,
+                "max_text_length": args.max_text_length,
+                "dual_softmax": args.dual_softmax,
+            }
+            return evaluate_retrieval(encoder, rows, folder, **options), len(rows)
+        options |= {"label_offset": args.label_offset, "templates": args.template or ["{}"]}
+        return evaluate_recognition(encoder, rows, folder, classes=_read_classes(args), **options), len(rows)
+
+
+def _read_classes(args: argparse.Namespace) -> list[str] | None:
+    if args.classes is None:
+        return None
+    try:
+        lines = Path(args.classes).read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--classes {args.classes}: expected text in UTF-8 ({error}).") from error
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _open_temporal(args: argparse.Namespace, folder: Path):

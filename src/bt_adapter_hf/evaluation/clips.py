@@ -125,13 +125,16 @@ def as_clips(rows: PairTable | Clips) -> Clips:
 
 
 def _open(clip: ListedClip) -> Record:
+    """The file under the first of its names that exists."""
+    first = None
     for path in clip.paths:
         record = clip.media.record(Record(None, path, []))
         if isinstance(record.video, str) and not os.path.exists(record.video):
             record = record._replace(problem=f"{record.video} does not exist.", video=None)
         if record.problem is None:
             return record
-    return record
+        first = first or record
+    return first
 
 
 def _state_of(video: str | bytes | None) -> str | None:

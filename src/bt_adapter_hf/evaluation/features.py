@@ -7,16 +7,13 @@ either, for the chance of a clip is a function of the seed and the clip's name.
 import hashlib
 import json
 import os
-import threading
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,43 +21,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..adapters.writing import written_whole
-from ..data.decoding_process import DecodingProcess
 from ..models.modeling_bt_adapter import BTAdapterModel
-from ..models.video_errors import VideoError
 from ..search.encoding import VideoEncoder
 from ..search.frame_states import FrameStates
 from .controls import CONTROLS, check_controls, control_features
-from .frames import read_frames
+from .frames import Clip, ClipDecoder, read_clip
 
 
 PROTOCOL_NAME = "protocol.json"
 FULL = "full"  # the clip as it is, beside the names of `CONTROLS`
 BLIND = "blind"  # no clip at all: what the texts alone give away
 ALL_CONTROLS = (BLIND, *CONTROLS)
-
-
-class Clip(NamedTuple):
-    """One row of an evaluation.
-
-    Attributes:
-        row: its number.
-        name: of its video; rows with one name share the video, which is encoded once.
-        video: path, or bytes of the file; None with a `problem`.
-        info: what belongs to the row (texts, label), plain values; it is kept with the features.
-        problem: why there is no video.
-        identity: changes with the content of the file; features of another one are made anew.
-        backwards: the frames are taken from last to first.
-        span: only this part of the video is taken, in seconds.
-    """
-
-    row: int
-    name: str
-    video: str | bytes | None
-    info: dict[str, Any]
-    problem: str | None = None
-    identity: str | None = None
-    backwards: bool = False
-    span: tuple[float, float] | None = None
 
 
 @dataclass
@@ -120,7 +91,7 @@ def encode_clips(
     check_controls(controls, ALL_CONTROLS)
     of_frames = [control for control in controls if control != BLIND]
     protocol = {**protocol, "controls": of_frames, "shuffle_draws": draws, "seed": seed}
-    rank, processes, wait = _processes()
+    rank, processes, wait = processes_now()
     if rank == 0:
         claim(folder, protocol)
     wait()
@@ -128,10 +99,15 @@ def encode_clips(
     names = known.identities
     todo = (
         clip
-        for clip in _mine(shards, rank, processes)
+        for clip in own_clips(shards, rank, processes)
         if clip.row not in known.rows or names.get(clip.name) != clip.identity  # failures: once more
     )
-    with _Decoder(encoder, workers, item_timeout) as decoder:
+
+    def load(video: str | bytes, backwards: bool, span: tuple[float, float] | None) -> np.ndarray:
+        frames = read_clip(video, encoder.processor.video_processor, backwards, span)
+        return encoder.processor(videos=[frames], return_tensors="pt")["pixel_values_videos"][0].numpy()
+
+    with ClipDecoder(load, workers, item_timeout) as decoder:
         while batch := list(islice(todo, 4 * workers)):
             _write_part(folder, batch, *_encode(encoder, batch, decoder, names, of_frames, draws, seed))
             progress(len(batch))
@@ -182,7 +158,8 @@ def read_features(folder: Path) -> ClipFeatures:
     return found
 
 
-def _mine(shards: Sequence[Iterable[Clip]], rank: int, processes: int) -> Iterator[Clip]:
+def own_clips(shards: Sequence[Iterable[Clip]], rank: int, processes: int) -> Iterator[Clip]:
+    """The rows of one process: whole shards where there are enough of them, else every n-th row."""
     if len(shards) >= processes:
         for shard in shards[rank::processes]:
             yield from shard
@@ -193,55 +170,11 @@ def _mine(shards: Sequence[Iterable[Clip]], rank: int, processes: int) -> Iterat
                 yield clip
 
 
-class _Decoder:
-    """Decodes several videos at a time, each in a child process of its own thread."""
-
-    def __init__(self, encoder: VideoEncoder, workers: int, item_timeout: float | None):
-        self.processor, self.item_timeout = encoder.processor, item_timeout
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-        self._own = threading.local()
-        self._children: list[DecodingProcess] = []
-
-    def __enter__(self) -> "_Decoder":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-        for child in self._children:
-            child.close()
-
-    def __call__(self, clips: Iterable[Clip]) -> Iterator[tuple[Clip, torch.Tensor | str]]:
-        """Pixels (T, 3, H, W) of each clip, or the reason why there are none, in order."""
-        futures = deque((clip, self._pool.submit(self._attempt, clip)) for clip in clips)
-        while futures:
-            clip, future = futures.popleft()
-            yield clip, future.result()
-
-    def _attempt(self, clip: Clip) -> torch.Tensor | str:
-        if clip.problem is not None:
-            return clip.problem
-        load = self._load
-        if self.item_timeout is not None:
-            load = getattr(self._own, "child", None)
-            if load is None:
-                load = self._own.child = DecodingProcess(self._load, self.item_timeout)
-                self._children.append(load)
-        try:
-            return torch.from_numpy(load(clip.video, clip.backwards, clip.span))
-        except VideoError as error:
-            return str(error) or repr(error)
-
-    def _load(self, video: str | bytes, backwards: bool, span: tuple[float, float] | None) -> np.ndarray:
-        frames = read_frames(video, self.processor.video_processor, span)
-        frames = np.ascontiguousarray(frames[::-1]) if backwards else frames
-        return self.processor(videos=[frames], return_tensors="pt")["pixel_values_videos"][0].numpy()
-
-
 @torch.inference_mode()
 def _encode(
     encoder: VideoEncoder,
     batch: list[Clip],
-    decoder: _Decoder,
+    decoder: ClipDecoder,
     known: dict[str, str | None],
     controls: Sequence[str],
     draws: int,
@@ -264,8 +197,8 @@ def _encode(
             failed[clip.name] = pixels
             continue
         names.append(clip.name)
-        generator = torch.Generator().manual_seed(_seed_of(clip.name, seed))
-        for condition, feature in _features_of(encoder.model, pixels, controls, draws, generator):
+        generator = torch.Generator().manual_seed(seed_of(clip.name, seed))
+        for condition, feature in _features_of(encoder.model, torch.from_numpy(pixels), controls, draws, generator):
             rows.setdefault(condition, []).append(torch.nn.functional.normalize(feature.float(), dim=-1).cpu())
     known.update((name, new[name].identity) for name in names)
     return names, {condition: torch.cat(values) for condition, values in rows.items()}, failed
@@ -302,7 +235,8 @@ def _blind_feature(encoder: VideoEncoder) -> np.ndarray:
     return torch.nn.functional.normalize(feature.float(), dim=-1)[0].cpu().numpy()
 
 
-def _seed_of(name: str, seed: int) -> int:
+def seed_of(name: str, seed: int) -> int:
+    """The seed of a clip's chance."""
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode("utf-8", "surrogateescape")).digest()[:7])
 
 
@@ -320,10 +254,10 @@ def _write_part(
 
 def is_main_process() -> bool:
     """Whether this process is to write and print results."""
-    return _processes()[0] == 0
+    return processes_now()[0] == 0
 
 
-def _processes() -> tuple[int, int, Callable[[], None]]:
+def processes_now() -> tuple[int, int, Callable[[], None]]:
     """Rank, number of processes, and what waits for all of them."""
     if "RANK" not in os.environ:  # of torchrun and accelerate launch
         return 0, 1, lambda: None

@@ -1,11 +1,16 @@
-"""The frames of a clip of an evaluation, decoded once."""
+"""The clips of an evaluation and their frames, each decoded once."""
 
-from typing import TYPE_CHECKING
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from ..data.decoding_process import DecodingProcess
 from ..data.pairs import decoding_options
-from ..models.video_errors import EmptyVideoError
+from ..models.video_errors import EmptyVideoError, VideoError
 from ..models.video_io import load_video, sample_frame_indices
 
 
@@ -14,6 +19,42 @@ if TYPE_CHECKING:
 
 SPAN_DENSITY = 4  # frames that are decoded for each one wanted of a part of a video
 SPAN_FRAMES = 512  # decoded at most
+
+
+class Clip(NamedTuple):
+    """One row of an evaluation.
+
+    Attributes:
+        row: its number.
+        name: of its video; rows with one name share the video, which is encoded once.
+        video: path, or bytes of the file; None with a `problem`.
+        info: what belongs to the row (texts, label), plain values; it is kept with the features.
+        problem: why there is no video.
+        identity: changes with the content of the file; features of another one are made anew.
+        backwards: the frames are taken from last to first.
+        span: only this part of the video is taken, in seconds.
+    """
+
+    row: int
+    name: str
+    video: str | bytes | None
+    info: dict[str, Any]
+    problem: str | None = None
+    identity: str | None = None
+    backwards: bool = False
+    span: tuple[float, float] | None = None
+
+
+def read_clip(
+    video: str | bytes,
+    video_processor: "BTAdapterVideoProcessor",
+    backwards: bool,
+    span: tuple[float, float] | None,
+    clips: int = 1,
+) -> np.ndarray:
+    """Frames uint8 (T, H, W, 3) of a clip; see `read_frames`."""
+    frames = read_frames(video, video_processor, span, clips)
+    return np.ascontiguousarray(frames[::-1]) if backwards else frames
 
 
 def read_frames(
@@ -61,3 +102,48 @@ def _is_gif(video: str | bytes) -> bool:
         return video[:4] == b"GIF8"
     with open(video, "rb") as file:
         return file.read(4) == b"GIF8"
+
+
+class ClipDecoder:
+    """Decodes several clips at a time, each in a child process of its own thread.
+
+    Args:
+        load: (video, backwards, span) -> an array.
+        workers: at a time.
+        item_timeout: seconds for one, see `DecodingProcess`; None decodes in this process.
+    """
+
+    def __init__(self, load: Callable[..., np.ndarray], workers: int, item_timeout: float | None):
+        self.load, self.item_timeout = load, item_timeout
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+        self._own = threading.local()
+        self._children: list[DecodingProcess] = []
+
+    def __enter__(self) -> "ClipDecoder":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        for child in self._children:
+            child.close()
+
+    def __call__(self, clips: Iterable[Clip]) -> Iterator[tuple[Clip, np.ndarray | str]]:
+        """What was loaded of each clip, or the reason why it could not be, in order."""
+        futures = deque((clip, self._pool.submit(self._attempt, clip)) for clip in clips)
+        while futures:
+            clip, future = futures.popleft()
+            yield clip, future.result()
+
+    def _attempt(self, clip: Clip) -> np.ndarray | str:
+        if clip.problem is not None:
+            return clip.problem
+        load = self.load
+        if self.item_timeout is not None:
+            load = getattr(self._own, "child", None)
+            if load is None:
+                load = self._own.child = DecodingProcess(self.load, self.item_timeout)
+                self._children.append(load)
+        try:
+            return load(clip.video, clip.backwards, clip.span)
+        except VideoError as error:
+            return str(error) or repr(error)

@@ -8,12 +8,14 @@ import ast
 import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from ..import_utils import require_package
 
@@ -73,7 +75,7 @@ class EndpointJudge:
                 f"The judge {model} cannot be asked: {error} Set OPENAI_API_KEY; a server of your own takes any word."
             ) from error
         self.model, self.max_tokens, self.threads = model, max_tokens, threads
-        self.name = f"{model} at {self._client.base_url.host}"
+        self.name = endpoint_name(model, str(self._client.base_url))
         self._error = openai.OpenAIError
 
     def __call__(self, messages: Messages) -> str:
@@ -89,6 +91,17 @@ class EndpointJudge:
         return content
 
 
+def endpoint_name(model: str, base_url: str | None = None) -> str:
+    """What results call a model at an endpoint."""
+    url = base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+    return f"{model} at {urlsplit(url).hostname}"
+
+
+def local_name(model: str) -> str:
+    """What results call a model on this machine."""
+    return f"{model} (local)"
+
+
 class LocalJudge:
     """A chat model of transformers as judge, greedy.
 
@@ -96,6 +109,9 @@ class LocalJudge:
         model: Hub id or folder.
         device: as in `transformers.pipeline`; by default an accelerator where there is one.
         max_tokens: of a reply.
+
+    Raises:
+        ValueError: it is no chat model: its tokenizer has no chat template.
     """
 
     threads = 1
@@ -104,8 +120,10 @@ class LocalJudge:
         from transformers import pipeline
 
         self._pipeline = pipeline("text-generation", model=model, device=device, dtype="auto")
+        if self._pipeline.tokenizer.chat_template is None:
+            raise ValueError(f"The judge {model} has no chat template: name a model that was tuned for conversation.")
         self.max_tokens = max_tokens
-        self.name = f"{model} (local)"
+        self.name = local_name(model)
 
     def __call__(self, messages: Messages) -> str:
         options = {"max_new_tokens": self.max_tokens, "do_sample": False, "return_full_text": False}
@@ -148,10 +166,11 @@ def judge_all(
         for _ in range(attempts):
             try:
                 raw = judge(messages)
-                read(find_object(raw))
             except JudgeError as problem:
                 return key, None, str(problem)  # the client has tried again itself
-            except (ValueError, KeyError, TypeError) as problem:
+            try:
+                read(find_object(raw))
+            except (ValueError, KeyError, TypeError) as problem:  # of `read`, not of the judge
                 error = f"unreadable reply ({problem}): {raw[:200]!r}"
                 continue
             return key, raw, None
@@ -173,6 +192,11 @@ def judge_all(
             yield Verdict(key, None, None, failed[key])
         else:
             yield Verdict(key, known[key], read(find_object(known[key])), None)
+
+
+def known_keys(cache: Path) -> set[str]:
+    """The prompts that have a good reply in the cache."""
+    return {record["key"] for record in _records(cache)}
 
 
 def prompt_key(judge: str, messages: Messages) -> str:

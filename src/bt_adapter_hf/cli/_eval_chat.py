@@ -1,0 +1,172 @@
+"""`bt-adapter eval qa` and `chat-bench`: what a chat model says about videos."""
+
+import argparse
+from pathlib import Path
+
+from ._options import progress, quiet_transformers, real_number, whole_number
+from ._training import open_table
+
+
+MOVING_DIGITS = "moving-digits"
+QUESTION_SETS = (MOVING_DIGITS, "msvd-qa", "msrvtt-qa", "activitynet-qa", "tgif-qa")
+VIDEOCHATGPT = "videochatgpt"
+
+
+def add_chat_options(parser: argparse.ArgumentParser, judge: str) -> None:
+    """The chat model, as for `bt-adapter chat`, and the judge."""
+    parser.add_argument(
+        "--model",
+        metavar="ID_OR_PATH",
+        help="Hub id or folder of a chat model, native or with its adapter in; or of an adapter, LoRA too, that names "
+        "its model (default: the moving-digits chat model inside the package)",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
+    parser.add_argument("--bt-adapter", metavar="ID_OR_PATH", help="adapter for a native model")
+    parser.add_argument(
+        "--num-frames", type=whole_number(), metavar="T", help="frames per clip (default: as the model says)"
+    )
+    parser.add_argument("--num-clips", type=whole_number(), metavar="K", help="clips that each video is cut into")
+    parser.add_argument(
+        "--max-new-tokens", type=whole_number(), default=64, metavar="N", help="per answer (default: 64)"
+    )
+    parser.add_argument(
+        "--batch-size", type=whole_number(), default=8, metavar="N", help="questions at once (default: 8)"
+    )
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="default: as saved"
+    )
+    group = parser.add_argument_group("judge", judge)
+    group.add_argument("--judge", metavar="MODEL", help="its name at an endpoint that speaks OpenAI's protocol")
+    group.add_argument(
+        "--judge-url", metavar="URL", help="of the endpoint, such as http://127.0.0.1:8000/v1 (default: OpenAI's)"
+    )
+    group.add_argument("--judge-local", metavar="ID_OR_PATH", help="a chat model of transformers instead")
+    group.add_argument(
+        "--judge-threads", type=whole_number(), default=8, metavar="N", help="requests at once (default: 8)"
+    )
+    group.add_argument(
+        "--judge-timeout",
+        type=real_number(0, above=True),
+        default=60.0,
+        metavar="S",
+        help="of a request (default: 60)",
+    )
+    group.add_argument(
+        "--judge-retries", type=whole_number(0), default=5, metavar="N", help="of a refused request (default: 5)"
+    )
+    group.add_argument(
+        "--dry-run", action="store_true", help="only say what judging would cost, of the answers that are there"
+    )
+    group.add_argument("--price-in", type=real_number(0), metavar="P", help="of a million tokens of prompts")
+    group.add_argument("--price-out", type=real_number(0), metavar="P", help="of a million tokens of replies")
+
+
+def add_qa_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--question-column", default="question", metavar="NAME", help="of a table (default: question)")
+    parser.add_argument("--answer-column", default="answer", metavar="NAME", help="of a table (default: answer)")
+    parser.add_argument(
+        "--items", type=whole_number(), default=120, metavar="N", help="videos of moving digits (default: 120)"
+    )
+    parser.add_argument("--kind-column", metavar="NAME", help="of a table: scores are also given by it")
+
+
+def add_bench_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--aspects",
+        default="correctness,detail,context,temporal,consistency",
+        metavar="LIST",
+        help="(default: correctness,detail,context,temporal,consistency)",
+    )
+
+
+def open_questions(args: argparse.Namespace):
+    """The `QuestionSet` that the options describe."""
+    from ..evaluation.chat_bench_run import parts_of
+    from ..evaluation.qa_sets import moving_digits_questions, open_chat_bench, open_question_set, table_questions
+
+    if args.task == "chat-bench":
+        if args.data != VIDEOCHATGPT:
+            raise ValueError(f"--data {args.data}: chat-bench scores {VIDEOCHATGPT}; for a table use `eval qa`.")
+        return open_chat_bench(parts_of(aspects_of(args)), args.data_root, args.media_root)
+    if args.data == MOVING_DIGITS:
+        return moving_digits_questions(Path(args.output_dir) / "clips", args.items)
+    if args.data in QUESTION_SETS:
+        return open_question_set(args.data, args.split, args.data_root, args.media_root)
+    columns = (args.question_column, args.answer_column, args.kind_column)
+    tables = [
+        open_table(argparse.Namespace(**{**vars(args), "text_column": column}), args.data, args.split)
+        for column in columns[: 3 if args.kind_column else 2]
+    ]
+    return table_questions(*tables)
+
+
+def aspects_of(args: argparse.Namespace) -> list[str]:
+    return [name.strip() for name in args.aspects.split(",") if name.strip()]
+
+
+def judge_name(args: argparse.Namespace) -> str | None:
+    """What results call the judge; None without one.
+
+    Raises:
+        ValueError: two judges, or an address without a name.
+    """
+    from ..evaluation.judge import endpoint_name, local_name
+
+    if args.judge is not None and args.judge_local is not None:
+        raise ValueError("--judge names a model at an endpoint and --judge-local one on this machine: give one.")
+    if args.judge_url is not None and args.judge is None:
+        raise ValueError("--judge-url needs --judge, the model's name there.")
+    if args.judge is not None:
+        return endpoint_name(args.judge, args.judge_url)
+    return None if args.judge_local is None else local_name(args.judge_local)
+
+
+def make_judge(args: argparse.Namespace):
+    from ..evaluation.judge import EndpointJudge, LocalJudge
+
+    if args.judge is not None:
+        return EndpointJudge(
+            args.judge, args.judge_url, args.judge_timeout, args.judge_retries, threads=args.judge_threads
+        )
+    return None if args.judge_local is None else LocalJudge(args.judge_local, args.device)
+
+
+def run_chat(args: argparse.Namespace, controls: list[str]):
+    """The result of `qa` or `chat-bench`, and how many questions there are; None after a dry run."""
+    from ..evaluation.answering import Answerer, conditions_of
+    from ..evaluation.chat_bench_run import dry_run_cost, evaluate_chat_bench
+    from ..evaluation.qa_run import evaluate_qa
+    from .chat import find_model
+
+    quiet_transformers()
+    name = judge_name(args)
+    if name is None and (args.dry_run or args.task == "chat-bench"):
+        raise ValueError("a judge is missing: give --judge, or --judge-local.")
+    folder = Path(args.output_dir)
+    board = open_questions(args)
+    if args.dry_run:
+        aspects = aspects_of(args) if args.task == "chat-bench" else None
+        cost = dry_run_cost(board, folder, name, aspects, conditions_of(controls, args.shuffle_draws))
+        print(cost.describe(args.price_in, args.price_out))
+        return None
+    judge = make_judge(args)
+    processor, load_model = find_model(argparse.Namespace(**{**vars(args), "files": ["a video"]}))
+    if args.on_damage is not None:
+        processor.video_processor.on_damage = args.on_damage
+    answerer = Answerer(
+        load_model(), processor, args.model or "moving-digits-chat", args.max_new_tokens, args.batch_size
+    )
+    with progress(None, len(board.by_row()), f"eval {args.task}") as bar:
+        options = {
+            "controls": controls,
+            "draws": args.shuffle_draws,
+            "seed": args.seed,
+            "workers": args.workers,
+            "item_timeout": args.item_timeout,
+            "progress": bar.update,
+        }
+        if args.task == "qa":
+            result = evaluate_qa(answerer, board, folder, judge=judge, **options)
+        else:
+            result = evaluate_chat_bench(answerer, board, folder, judge, aspects=aspects_of(args), **options)
+    return result, len(board.questions)

@@ -1,0 +1,224 @@
+"""Questions about videos with reference answers: benchmarks as they are published, and any table."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..data.media import Media
+from ..data.moving_digits_chat import QUESTIONS, answers, write_chat_clips
+from ..data.sources import PairTable
+from .benchmark_files import BenchmarkFiles, field
+from .clips import Clips, ListedClip, ListedClips, TableClips
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about a clip.
+
+    Attributes:
+        row: of the clip.
+        texts: the question; of the consistency score two wordings of it.
+        references: answers, any of which is right.
+        kind: scores are also given by it.
+    """
+
+    row: int
+    texts: tuple[str, ...]
+    references: tuple[str, ...]
+    kind: str = ""
+
+
+@dataclass
+class QuestionSet:
+    """Clips, and the questions about them."""
+
+    clips: Clips
+    questions: list[Question]
+
+    def by_row(self) -> dict[int, list[str]]:
+        """The texts of all questions of each row, in order."""
+        found: dict[int, list[str]] = {}
+        for question in self.questions:
+            found.setdefault(question.row, []).extend(question.texts)
+        return found
+
+
+Asked = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], str]  # paths of the video, wordings, references, kind
+VIDEO_ENDINGS = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".gif")
+
+
+def msvd_qa(files: BenchmarkFiles, split: str) -> Iterator[Asked]:
+    """The authors' json, with youtube_mapping.txt that says which clip "vid7" is."""
+    (path,) = files.find(f"{split}_qa.json", f"**/{split}_qa.json")
+    (mapping,) = files.find("youtube_mapping.txt", "**/youtube_mapping.txt")
+    names = {number: name for name, _, number in (line.strip().partition(" ") for line in files.read(mapping))}
+    for row in files.read(path):
+        number = str(field(row, ["video_id"], path))
+        name = names.get(number if number.startswith("vid") else f"vid{number}")
+        if name is None:
+            raise ValueError(f"{path} asks about the video {number}, which {mapping} does not list.")
+        yield _any_ending(name), *_question(row, path), ""
+
+
+def msrvtt_qa(files: BenchmarkFiles, split: str) -> Iterator[Asked]:
+    """The authors' json: video 7010 is video7010.mp4."""
+    (path,) = files.find(f"{split}_qa.json", f"**/{split}_qa.json")
+    for row in files.read(path):
+        number = str(field(row, ["video_id"], path)).removeprefix("video")
+        yield _any_ending(f"video{number}"), *_question(row, path), ""
+
+
+ACTIVITYNET_KINDS = ("motion", "spatial", "temporal", "yes or no", "colour", "object", "location", "number", "other")
+
+
+def activitynet_qa(files: BenchmarkFiles, split: str) -> Iterator[Asked]:
+    """The copy on the Hub, or the authors' pair of json files."""
+    paths = files.find(f"**/{split}*.parquet", f"{split}_q.json", f"**/{split}_q.json")
+    for path in paths:
+        of_question = {}
+        if path.endswith(".json"):
+            other = path.removesuffix("_q.json") + "_a.json"
+            of_question = {field(row, ["question_id"], other): row for row in files.read(other)}
+        for row in files.read(path):
+            row = {**row, **of_question.get(row.get("question_id"), {})}
+            name, kind = field(row, ["video_name"], path), int(row.get("type", -1))
+            named = ACTIVITYNET_KINDS[kind] if 0 <= kind < len(ACTIVITYNET_KINDS) else ""
+            yield _any_ending(f"v_{name.removeprefix('v_')}"), *_question(row, path), named
+
+
+def tgif_qa(files: BenchmarkFiles, split: str) -> Iterator[Asked]:
+    """The authors' csv files of open answers: FrameQA and counting."""
+    for path in files.find(f"*{split.capitalize()}_*question.csv", f"**/*{split.capitalize()}_*question.csv"):
+        kind = next((kind for kind in ("frameqa", "count") if kind in path.lower()), None)
+        if kind is not None:  # the others are multiple choice
+            for row in files.read(path):
+                name = str(field(row, ["gif_name"], path))
+                yield (f"{name}.gif", f"{name}.mp4"), *_question(row, path), kind
+
+
+def _question(row: Mapping[str, Any], path: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    return (str(field(row, ["question"], path)),), (str(field(row, ["answer"], path)),)
+
+
+READERS: dict[str, tuple[str | None, Callable[[BenchmarkFiles, str], Iterator[Asked]]]] = {
+    "msvd-qa": (None, msvd_qa),
+    "msrvtt-qa": (None, msrvtt_qa),
+    "activitynet-qa": ("lmms-lab/ActivityNetQA", activitynet_qa),
+    "tgif-qa": (None, tgif_qa),
+}
+FOLDERS = ("videos", "YouTubeClips", "MSRVTT_Videos", "video", "all_test", "gifs", "Test_Videos")
+ARCHIVES = ("*.zip", "*.tar")
+
+
+def open_question_set(
+    name: str, split: str = "test", root: str | Path | None = None, media_root: str | Path | None = None
+) -> QuestionSet:
+    """One of `READERS`, from the Hub or from a copy of it.
+
+    Args:
+        split: "test", "val" or "train"; published numbers of MSVD-QA and MSR-VTT-QA are on either of the first two.
+        root, media_root: see `BenchmarkFiles`.
+
+    Raises:
+        ValueError: an unknown name, or files that are not as published.
+    """
+    if name not in READERS:
+        raise ValueError(f"There is no question set {name!r}; there are {', '.join(READERS)}, and tables.")
+    repo, reader = READERS[name]
+    files = BenchmarkFiles(name, repo, root, media_root)
+    return listed_questions(name, files, reader(files, split))
+
+
+# Parts of the VideoChatGPT benchmark: configuration on the Hub and the authors' file, by part.
+BENCH_PARTS = {
+    part: (f"{part.capitalize()}/test*.parquet", f"{part}_qa.json", f"**/{part}_qa.json")
+    for part in ("generic", "temporal", "consistency")
+}
+
+
+def open_chat_bench(
+    parts: tuple[str, ...] = tuple(BENCH_PARTS), root: str | Path | None = None, media_root: str | Path | None = None
+) -> QuestionSet:
+    """The questions of the VideoChatGPT benchmark; the kind of each is its part.
+
+    Args:
+        parts: out of `BENCH_PARTS`.
+        root, media_root: see `BenchmarkFiles`.
+
+    Raises:
+        ValueError: files that are not as published.
+    """
+    files = BenchmarkFiles("videochatgpt", "lmms-lab/VideoChatGPT", root, media_root)
+
+    def read() -> Iterator[Asked]:
+        for part in parts:
+            for path in files.find(*BENCH_PARTS[part]):
+                for row in files.read(path):
+                    wordings = [("question_1", "Q1"), ("question_2", "Q2")]
+                    names = wordings if part == "consistency" else [("question", "Q")]
+                    texts = tuple(str(field(row, keys, path)) for keys in names)
+                    answer = str(field(row, ["answer", "A"], path))
+                    yield _any_ending(str(field(row, ["video_name"], path))), texts, (answer,), part
+
+    return listed_questions("videochatgpt", files, read())
+
+
+def listed_questions(name: str, files: BenchmarkFiles, asked: Iterator[Asked]) -> QuestionSet:
+    """Questions as they come from a reader; a video of several questions has one row."""
+    media = files.media(FOLDERS, ARCHIVES)
+    rows: dict[tuple[str, ...], int] = {}
+    questions = []
+    for paths, texts, references, kind in asked:
+        questions.append(Question(rows.setdefault(paths, len(rows)), texts, references, kind))
+    return QuestionSet(ListedClips(name, [ListedClip(media, paths) for paths in rows], files.revision), questions)
+
+
+def table_questions(questions: PairTable, references: PairTable, kinds: PairTable | None = None) -> QuestionSet:
+    """A table of videos, questions and answers (one, or a list of right ones).
+
+    Args:
+        questions, references, kinds: the same table, opened with these columns.
+
+    Raises:
+        ValueError: a row has no question or no answer.
+    """
+    found = []
+    first: dict[str, int] = {}
+    named = kinds.texts() if kinds is not None else ([] for _ in range(len(questions)))
+    for row, (texts, right, kind) in enumerate(zip(questions.texts(), references.texts(), named, strict=True)):
+        if not texts or not right:
+            raise ValueError(f"Row {row} of {questions.source} has no {'answer' if texts else 'question'}.")
+        # of rows in place the video is read once, for the first of its questions
+        shown = row if questions.needs_store else first.setdefault(questions.name(row), row)
+        found.append(Question(shown, (texts[0],), tuple(right), kind[0] if kind else ""))
+    return QuestionSet(TableClips(questions), found)
+
+
+def _any_ending(name: str) -> tuple[str, ...]:
+    if name.lower().endswith(VIDEO_ENDINGS):
+        return (name,)
+    return tuple(f"{name}{ending}" for ending in VIDEO_ENDINGS)
+
+
+def moving_digits_questions(folder: Path, count: int = 120, seed: int = 77) -> QuestionSet:
+    """Every kind of question about clips and films of moving digits that no training has seen.
+
+    Args:
+        folder: gets the videos, where they are not there yet.
+        count: of videos, half of them clips and half films of two motions.
+    """
+    table = folder / "metadata.jsonl"
+    if not table.exists():
+        write_chat_clips(folder, "test", count, seed)
+    media = Media(str(folder.resolve()))
+    clips, questions = [], []
+    for line in table.read_text(encoding="utf-8").splitlines()[:count]:
+        facts = json.loads(line)
+        name = facts.pop("file_name")
+        facts.pop("text")
+        for kind, answer in answers(facts).items():
+            questions.append(Question(len(clips), QUESTIONS[kind][:1], (answer,), kind))
+        clips.append(ListedClip(media, (name,)))
+    return QuestionSet(ListedClips("moving-digits", clips), questions)
