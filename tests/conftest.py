@@ -43,6 +43,16 @@ def deprecations_in_our_code():
     logging.getLogger("transformers").removeHandler(handler)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def float32_by_default():
+    """What tests compare are numbers of float32, also on a machine where the commands would take bfloat16."""
+    import torch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cpu, "get_capabilities", dict)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory) -> Path:
     """Folder of a random `BTAdapterModel` with its processor: 16 pixels, 4 frames, 12-wide features."""

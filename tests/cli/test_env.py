@@ -22,6 +22,7 @@ def test_report_of_a_healthy_environment(capsys):
     assert report["builds"]["torchvision"].startswith(report["packages"]["torchvision"]["version"].partition("+")[0])
     assert report["video_decoders"]["pyav"] is None
     assert report["devices"][0].startswith("cpu")
+    assert report["precision"]["dtype"] in ("float32", "bfloat16") and report["precision"]["reason"]
     assert report["chat"] == "answers"
     assert report["versions"]["transformers"]["installed"] == transformers.__version__
     assert report["versions"]["transformers"]["range"].startswith(">=5.23")
@@ -30,6 +31,7 @@ def test_report_of_a_healthy_environment(capsys):
     out = capsys.readouterr().out
     state = env._describe(report["versions"]["transformers"])
     assert re.search(rf"^transformers +{re.escape(transformers.__version__)} +{re.escape(state)}$", out, re.MULTILINE)
+    assert re.search("^precision +(float32|bfloat16) on [^:]+: .+$", out, re.MULTILINE)
     assert re.search("^chat model +answers$", out, re.MULTILINE)
     assert "decoders         pyav" in out
     assert out.endswith("no problem found\n")

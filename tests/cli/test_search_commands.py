@@ -59,6 +59,8 @@ def test_index_options(tiny_checkpoint, clips, tmp_path, capsys):
     index = VideoIndex.load(tmp_path / "idx")
     assert index.info["dtype"] == "bfloat16"
     assert len(index.rows[0]["timestamps"]) == index.info["settings"]["num_frames"] == 2
+    assert main(["index", str(clips / "*.gif"), *map(str, argv[2:8]), "--device", "cpu"]) == 0  # goes on in bfloat16
+    assert "0 videos added, 1 already there" in capsys.readouterr().out
     # the text meets the videos in the dtype of the index
     assert main(["search", str(tmp_path / "idx"), "a dog", "--device", "cpu"]) == 0
     assert "grey.gif" in capsys.readouterr().out

@@ -88,9 +88,7 @@ def add_encoder_options(parser: argparse.ArgumentParser) -> None:
         help="skip a file that is cut, use the frames before the damage, or skip files with damage anywhere, which "
         "means to decode all of each (default: as the model says)",
     )
-    parser.add_argument(
-        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="default: as saved"
-    )
+    add_dtype_option(parser)
     add_device_option(parser)
 
 
@@ -101,6 +99,16 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--workers", type=whole_number(), metavar="N", help="threads that decode (default: one per core, at most 4)"
+    )
+
+
+def add_dtype_option(parser: argparse.ArgumentParser, elsewhere: str = "float32") -> None:
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help=f"default: auto, which is bfloat16 where the processor or accelerator has units for it, and {elsewhere} "
+        "elsewhere; `bt-adapter env` says which",
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.writing import no_character
-from ._options import add_device_option, quiet_transformers
+from ._options import add_device_option, add_dtype_option, quiet_transformers
 from ._training_options import add_item_timeout
 
 
@@ -52,9 +52,7 @@ def register(subparsers) -> None:
         "--num-clips", type=int, metavar="K", help="cut each video into K clips, for K times the frames and tokens"
     )
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="per answer (default: 256)")
-    parser.add_argument(
-        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="default: as saved"
-    )
+    add_dtype_option(parser, "as it was saved")
     add_device_option(parser)
     add_item_timeout(parser)
     parser.add_argument("--json", action="store_true", help="print JSON; needs --question")
@@ -129,25 +127,23 @@ def find_model(args: argparse.Namespace):
     )
 
     def load():
-        import torch
         from transformers import AutoModelForImageTextToText
 
+        from ..hub.precision import machine_dtype, usable_device
+
         folder = None if adapter is None else resolve_adapter(adapter)
-        device = args.device
-        if device is None:
-            device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+        device = usable_device(args.device)
+        dtype = args.dtype
+        if dtype == "auto" and machine_dtype(device)[0] == "bfloat16":  # else as saved: float32 may not fit
+            dtype = "bfloat16"
         if folder is not None and is_peft_folder(folder):  # LoRA with a branch
-            native = AutoModelForImageTextToText.from_pretrained(name, revision=revision, dtype=args.dtype)
+            native = AutoModelForImageTextToText.from_pretrained(name, revision=revision, dtype=dtype)
             model = bt_adapter_hf.load_bt_adapter(native, folder)
         else:
             model = getattr(bt_adapter_hf, f"BTAdapter{HOSTS[model_type]}ForConditionalGeneration").from_pretrained(
-                name, revision=revision, bt_adapter=folder, dtype=args.dtype
+                name, revision=revision, bt_adapter=folder, dtype=dtype
             )
-        try:
-            model.to(device)
-        except (RuntimeError, AssertionError) as error:  # torch's ways to say that there is no such device
-            raise ValueError(f"device '{device}' cannot be used: {str(error).splitlines()[0]}") from error
-        return model.eval()
+        return model.to(device).eval()
 
     return processor, load
 

@@ -83,6 +83,7 @@ def environment_report() -> dict:
         "versions": versions,
         "builds": {"torch": _torch_build(torch_works), "torchvision": _torchvision_build()},
         "devices": _devices() if torch_works else [],
+        "precision": _precision() if torch_works else None,
         "video_decoders": decoders,
         "chat": chat,
         "problems": problems,
@@ -222,6 +223,15 @@ def _devices() -> list[str]:
     return devices
 
 
+def _precision() -> dict[str, str]:
+    """What `--dtype auto` stands for on the device that the commands take, and why."""
+    from ..hub.precision import machine_dtype, usable_device
+
+    device = usable_device(None)
+    dtype, reason = machine_dtype(device)
+    return {"device": str(device), "dtype": dtype, "reason": reason}
+
+
 def _decoders() -> tuple[dict[str, str | None], str | None]:
     """Each video backend with None, or what keeps it from being used; and why that cannot be told."""
     try:
@@ -281,6 +291,8 @@ def _print_report(report: dict) -> None:
         print(line.rstrip())
     print()
     print(f"devices          {', '.join(report['devices']) or 'unknown: torch does not import'}")
+    if report["precision"]:
+        print("precision        {dtype} on {device}: {reason}".format(**report["precision"]))
     usable = [name for name, problem in report["video_decoders"].items() if problem is None]
     print(f"decoders         {', '.join(usable) or 'unknown: see the problems'}")
     print(f"chat model       {report['chat']}")

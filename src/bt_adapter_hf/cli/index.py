@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from pathlib import Path
 
 from ._options import add_model_options, load_encoder, print_skipped, progress
 
@@ -28,10 +29,13 @@ def register(subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..search.files import find_videos
     from ..search.index import IndexWriter
-    from ..search.store import check_writable
+    from ..search.store import check_writable, read_info
 
     paths = find_videos(args.videos)
     check_writable(args.output)
+    known = read_info(Path(args.output))
+    if known is not None and args.dtype == "auto":  # wherever it was made
+        args.dtype = known["dtype"]
     encoder = load_encoder(args)
     with IndexWriter(args.output, encoder) as writer:
         update = writer.update(

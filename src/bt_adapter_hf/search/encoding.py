@@ -18,6 +18,7 @@ from ..adapters.fingerprint import weights_digest
 from ..adapters.writing import no_character, printable
 from ..assets import default_model_path
 from ..hub.dual_encoder import load_dual_encoder
+from ..hub.precision import machine_dtype, usable_device
 from ..models.modeling_bt_adapter import BTAdapterModel
 from ..models.processing_bt_adapter import BTAdapterProcessor
 from ..models.video_errors import VideoError
@@ -71,7 +72,8 @@ class VideoEncoder:
             on_damage: "raise", "salvage" or "check", what is done with damaged files, instead of what the saved
                 processor says.
             device: "cpu", "cuda", "cuda:1", "mps"; by default an accelerator where there is one.
-            dtype: "auto" (as saved), "float32", "bfloat16" or "float16".
+            dtype: "float32", "bfloat16" or "float16"; "auto" is what the device computes fastest of the first two,
+                see [`machine_dtype`].
 
         Raises:
             ValueError: the source holds a model of another kind (a plain CLIP has no trained branch), or a bad value.
@@ -80,6 +82,9 @@ class VideoEncoder:
         name = os.fspath(default_model_path() if source is None else source)
         if os.path.isdir(name):
             name = os.path.abspath(name)  # an index outlives the working directory
+        device = usable_device(device)
+        if dtype == "auto":
+            dtype, _ = machine_dtype(device)
         model, processor, commit = load_dual_encoder(name, revision, dtype=dtype)
         if num_frames is not None:
             if num_frames < 1:
@@ -87,12 +92,7 @@ class VideoEncoder:
             processor.video_processor.num_frames = num_frames
         if on_damage is not None:
             processor.video_processor.on_damage = on_damage
-        device = _default_device() if device is None else device
-        try:
-            model.to(device)
-        except (RuntimeError, AssertionError) as error:  # torch's ways to say that there is no such device
-            raise ValueError(f"device '{device}' cannot be used: {str(error).splitlines()[0]}") from error
-        return cls(model.eval(), processor, None if source is None else name, commit)
+        return cls(model.to(device).eval(), processor, None if source is None else name, commit)
 
     @property
     def name(self) -> str:
@@ -242,10 +242,6 @@ def _describe(metadata: Any) -> dict[str, Any]:
         value = value.item() if isinstance(value, np.generic) else value
         facts[name] = None if isinstance(value, float) and not math.isfinite(value) else value
     return facts
-
-
-def _default_device() -> str:
-    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
 
 
 def _stable(fields: Any) -> Any:

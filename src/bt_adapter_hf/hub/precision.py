@@ -1,0 +1,46 @@
+"""Which number format the commands compute in, where the user does not say."""
+
+import torch
+
+
+def default_device() -> str:
+    """An accelerator where there is one."""
+    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+
+
+def usable_device(device: str | None) -> torch.device:
+    """The device of this name, or an accelerator where there is one.
+
+    Raises:
+        ValueError: this machine has no such device.
+    """
+    try:
+        return torch.empty(0, device=default_device() if device is None else device).device
+    except (RuntimeError, AssertionError) as error:  # torch's ways to say so
+        raise ValueError(f"device '{device}' cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def machine_dtype(device: torch.device) -> tuple[str, str]:
+    """The dtype that `--dtype auto` stands for, and why.
+
+    bfloat16 where the processor or accelerator has units for it, which halves the time and more; float32 elsewhere,
+    where bfloat16 would be made up of float32 and slower.
+
+    Returns:
+        "bfloat16" or "float32", and the reason in words.
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        has_units = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "xpu":
+        name, has_units = torch.xpu.get_device_name(device), torch.xpu.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        found = torch.cpu.get_capabilities()
+        units = {"AMX": found.get("amx_bf16"), "AVX512-BF16": found.get("avx512_bf16")}
+        name, has_units = "the CPU", any(units.values())
+        if has_units:
+            return "bfloat16", f"{name} has {' and '.join(unit for unit, there in units.items() if there)}"
+        return "float32", f"{name} has neither AMX nor AVX512-BF16"
+    else:
+        return "float32", f"{device.type} is not known to be faster in bfloat16"
+    return ("bfloat16", f"{name} has units for it") if has_units else ("float32", f"{name} has no units for bfloat16")
