@@ -165,3 +165,57 @@ def videochatgpt(root: Path) -> None:
     for part, rows in (("Generic", generic), ("Temporal", temporal), ("Consistency", consistency)):
         parquet(root / part / "test-00000-of-00001.parquet", rows)
     zip_of(root / "videos.zip", "Test_Videos/v_a.mp4", "Test_Videos/v_b.mp4")
+
+
+def msrvtt(root: Path) -> None:
+    rows = [{"video_id": f"video{n}", "video": f"video{n}.mp4", "caption": text} for n, text in ((7, "a"), (8, "b"))]
+    dump(root / "msrvtt_test_1k.json", rows)
+    zip_of(root / "MSRVTT_Videos.zip", "video/video7.mp4", "video/video8.mp4")
+
+
+def didemo(root: Path) -> None:
+    dump(root / "test.json", {"1_2.mp4": ["a b", "c d"], "3_4.mp4": ["e"]})
+    for name in ("1_2", "3_4"):
+        clip(root / "videos" / f"{name}.mp4")
+
+
+def activitynet(root: Path) -> None:
+    row = {"duration": 9.0, "timestamps": [[0, 1], [2, 3]]}
+    dump(root / "val_1.json", {"v_a": {**row, "sentences": [" a. ", "b."]}, "v_b": {**row, "sentences": ["c."]}})
+    clip(root / "videos" / "v_a.mp4")
+    clip(root / "videos" / "v_b.mkv.mp4").rename(root / "videos" / "v_b.mkv")
+
+
+def lsmdc(root: Path) -> None:
+    names = [f"1004_Juno_00.00.3{n}.967-00.00.35.458" for n in range(2)]
+    lines = [f"{name}\t00.00.32.967\t00.00.35.458\t00.00.32\t00.00.35\tsomeone walks {name[-1]}" for name in names]
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "LSMDC16_challenge_1000_publictect.csv").write_text("\n".join(lines))
+    for name in names:
+        clip(root / "videos" / "1004_Juno" / f"{name}.mp4").rename(root / "videos" / "1004_Juno" / f"{name}.avi")
+
+
+def k400(root: Path) -> None:
+    rows = [
+        {"label": label, "youtube_id": f"id{label[0]}", "time_start": 7, "time_end": 17, "split": "validate"}
+        for label in ("abseiling", "zumba")
+    ]
+    table(root / "annotations" / "val.csv", rows)
+    for label in ("abseiling", "zumba"):
+        clip(root / "val" / f"id{label[0]}_000007_000017.mp4")
+
+
+def hmdb51(root: Path) -> None:
+    (root / "splits").mkdir(parents=True)
+    for name in ("brush_hair", "cartwheel"):
+        (root / "splits" / f"{name}_test_split1.txt").write_text(f"a_{name}.avi 2 \nb_{name}.avi 1 \nc.avi 0 \n")
+        clip(root / "videos" / name / f"a_{name}.mp4").rename(root / "videos" / name / f"a_{name}.avi")
+
+
+def ucf101(root: Path) -> None:
+    (root / "ucfTrainTestlist").mkdir(parents=True)
+    (root / "ucfTrainTestlist" / "classInd.txt").write_text("1 ApplyEyeMakeup\n2 Archery\n")
+    names = ["ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi", "Archery/v_Archery_g01_c01.avi"]
+    (root / "ucfTrainTestlist" / "testlist01.txt").write_text("\n".join(names))
+    for name in names:
+        clip(root / "UCF-101" / f"{name}.mp4").rename(root / "UCF-101" / name)

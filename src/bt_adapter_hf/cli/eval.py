@@ -24,6 +24,8 @@ TEMPORAL_SETS = (
     *(f"{MOVING_DIGITS}{board}" for board in ("order", "sequence", "count")),
     *("vinoground", "rtime", "vitatecs", "tempcompass", "tvbench", "ssv2"),
 )
+RETRIEVAL_SETS = ("msrvtt", "didemo", "activitynet", "lsmdc", "rtime-hard")
+RECOGNITION_SETS = ("k400", "hmdb51", "ucf101")
 EPILOG = """\
 examples:
   bt-adapter eval retrieval --data msrvtt_test.json --media-root videos --model my-model -o msrvtt --num-frames 12
@@ -49,7 +51,7 @@ def register(subparsers) -> None:
     )
     tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
     retrieval = tasks.add_parser("retrieval", help="text to video and back: R@1, R@5, R@10, median and mean rank")
-    _add_common(retrieval)
+    _add_common(retrieval, "NAME|TABLE", f"{', '.join(RETRIEVAL_SETS)}; or a table, as for `bt-adapter pretrain`")
     retrieval.add_argument("--paragraph", action="store_true", help="join the captions of a video into one text")
     retrieval.add_argument(
         "--max-text-length",
@@ -63,7 +65,7 @@ def register(subparsers) -> None:
         help="weigh scores by a softmax over all queries, as some papers do; a search cannot",
     )
     recognition = tasks.add_parser("recognition", help="zero-shot labels: top-1 and top-5")
-    _add_common(recognition)
+    _add_common(recognition, "NAME|TABLE", f"{', '.join(RECOGNITION_SETS)}; or a table of videos and labels")
     recognition.add_argument("--classes", metavar="TXT", help="names, a line each (default: all labels of the table)")
     recognition.add_argument(
         "--label-offset", type=whole_number(0), default=0, metavar="N", help="number of the first class (default: 0)"
@@ -177,7 +179,7 @@ def _run_encoder(args: argparse.Namespace, controls: list[str]):
     from ..evaluation.temporal_run import evaluate_temporal
 
     folder = Path(args.output_dir)
-    rows = _open_temporal(args, folder) if args.task == "temporal" else open_table(args, args.data, args.split)
+    rows, classes = _open_rows(args, folder)
     encoder = load_encoder(args)
     clips = len(rows.clips) if args.task == "temporal" else len(rows)
     with progress(None, clips, f"eval {args.task}") as bar:
@@ -199,17 +201,32 @@ def _run_encoder(args: argparse.Namespace, controls: list[str]):
             }
             return evaluate_retrieval(encoder, rows, folder, **options), len(rows)
         options |= {"label_offset": args.label_offset, "templates": args.template or ["{}"]}
-        return evaluate_recognition(encoder, rows, folder, classes=_read_classes(args), **options), len(rows)
+        classes = classes if args.classes is None else _read_classes(args.classes)
+        return evaluate_recognition(encoder, rows, folder, classes=classes, **options), len(rows)
 
 
-def _read_classes(args: argparse.Namespace) -> list[str] | None:
-    if args.classes is None:
-        return None
+def _read_classes(path: str) -> list[str]:
     try:
-        lines = Path(args.classes).read_text(encoding="utf-8-sig").split("\n")
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"--classes {args.classes}: expected text in UTF-8 ({error}).") from error
+        raise ValueError(f"--classes {path}: expected text in UTF-8 ({error}).") from error
     return [line.strip() for line in lines if line.strip()]
+
+
+def _open_rows(args: argparse.Namespace, folder: Path):
+    """What is scored, and the classes that a named set of recognition has."""
+    from ..evaluation.caption_sets import RETRIEVAL_SETS as PROTOCOLS, open_recognition_set, open_retrieval_set
+
+    if args.task == "temporal":
+        return _open_temporal(args, folder), None
+    if args.task == "recognition" and args.data in RECOGNITION_SETS:
+        return open_recognition_set(args.data, args.data_root, args.media_root)
+    if args.task == "retrieval" and args.data in RETRIEVAL_SETS:
+        if args.data in PROTOCOLS:
+            args.paragraph = args.paragraph or PROTOCOLS[args.data].paragraph
+            args.max_text_length = args.max_text_length or PROTOCOLS[args.data].max_text_length
+        return open_retrieval_set(args.data, args.data_root, args.media_root), None
+    return open_table(args, args.data, args.split), None
 
 
 def _open_temporal(args: argparse.Namespace, folder: Path):

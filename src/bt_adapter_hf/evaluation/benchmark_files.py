@@ -60,6 +60,20 @@ class BenchmarkFiles:
                 return sorted(file.removeprefix(f"{self.root}/") for file in files)
         raise ValueError(f"{self.name} has no file {' or '.join(patterns)} in {self.root}.")
 
+    def lines(self, path: str) -> list[str]:
+        """The lines of a text file that are not empty.
+
+        Raises:
+            ValueError: it is not UTF-8.
+        """
+        with open_file(f"{self.root}/{path}") as file:
+            content = file.read()
+        try:
+            check_encoding(content)
+            return [line for line in content.decode("utf-8-sig").splitlines() if line.strip()]
+        except ValueError as error:
+            raise ValueError(f"{self.root}/{path} cannot be read: {unicode_reason(error) or error}") from error
+
     def read(self, path: str) -> Any:
         """The content of an annotation file: of `.json` whatever it holds, else a list of rows.
 
@@ -90,7 +104,7 @@ class BenchmarkFiles:
                 return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
         except (ValueError, csv.Error) as error:
             raise ValueError(f"{whole} cannot be read: {unicode_reason(error) or error}") from error
-        return [line for line in text.split("\n") if line.strip()]
+        raise ValueError(f"{whole} is neither .json, .jsonl, .csv, .tsv nor .parquet.")
 
     def media(self, folders: Sequence[str] = ("",), archives: Sequence[str] = ()) -> Media:
         """The videos: below the media root that the user gave, in one of these folders, or in archives.

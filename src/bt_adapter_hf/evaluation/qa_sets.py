@@ -53,7 +53,7 @@ def msvd_qa(files: BenchmarkFiles, split: str) -> Iterator[Asked]:
     """The authors' json, with youtube_mapping.txt that says which clip "vid7" is."""
     (path,) = files.find(f"{split}_qa.json", f"**/{split}_qa.json")
     (mapping,) = files.find("youtube_mapping.txt", "**/youtube_mapping.txt")
-    names = {number: name for name, _, number in (line.strip().partition(" ") for line in files.read(mapping))}
+    names = {number: name for name, _, number in (line.strip().partition(" ") for line in files.lines(mapping))}
     for row in files.read(path):
         number = str(field(row, ["video_id"], path))
         name = names.get(number if number.startswith("vid") else f"vid{number}")
