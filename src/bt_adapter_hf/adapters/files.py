@@ -95,6 +95,12 @@ class AdapterConfig:
             )
         return config
 
+    @classmethod
+    def of_peft(cls, content: Mapping[str, Any]) -> "AdapterConfig":
+        """What `adapter_config.json` of peft says, of a model without a branch."""
+        base, revision = (content.get(name) for name in ("base_model_name_or_path", "revision"))
+        return cls({}, [], {}, {}, base_model_name_or_path=base, revision=revision)
+
     def to_json(self) -> str:
         """Content of the file."""
         return json.dumps(asdict(self), indent=2) + "\n"

@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import re
+import sys
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -57,6 +58,12 @@ def backbone_fingerprint(backbone: PreTrainedModel, last_layer: int) -> Fingerpr
             weight = _value(f"{path}.{leaf}", module, leaf)
             parts[own] = parts.get(own, 0.0) + _sketch(f"{name}.{leaf}", weight)
     return {part: [float(f"{value:.6g}") for value in sketch] for part, sketch in parts.items()}
+
+
+def xclip_fingerprint(tower: PreTrainedModel) -> Fingerprint:
+    """The same of an X-CLIP tower of frames: of its vision model and, as "mit. ...", of what integrates its frames."""
+    vision, mit = (backbone_fingerprint(part, sys.maxsize) for part in (tower.vision_model, tower.mit))
+    return vision | {f"mit.{part}": sketch for part, sketch in mit.items()}
 
 
 def distances(fingerprint: Fingerprint, reference: Fingerprint) -> dict[str, float]:

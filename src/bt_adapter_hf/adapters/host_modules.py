@@ -31,6 +31,11 @@ def find_tower(model: nn.Module) -> PreTrainedModel:
     )
 
 
+def has_branch(model: nn.Module) -> bool:
+    """Whether there is a BT-Adapter in it; the model of GIF question answering may have an X-CLIP instead."""
+    return any(isinstance(module, BTAdapterVisionModel) for module in model.modules())
+
+
 def path_of(model: nn.Module, module: nn.Module) -> str:
     """Path of a module inside a model."""
     return next(path for path, found in model.named_modules() if found is module)

@@ -8,13 +8,14 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ..import_utils import require_package
 from ..models.modeling_bt_adapter_chat import BTAdapterChatMixin
 from .attachment import empty_model
 from .description import adapter_state, describe_adapter
 from .files import PEFT_WEIGHTS_NAME, AdapterConfig, AdapterError, write_adapter
-from .host_modules import projector_path
+from .host_modules import has_branch, projector_path
 
 
 require_package("peft", "train")
@@ -25,16 +26,20 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict  # noqa: E402
 class BTAdapterLoraConfig(LoraConfig):
     """A `LoraConfig` whose `save_pretrained`, which that of a peft model calls, also describes the branch.
 
+    A model without a branch, which GIF question answering with X-CLIP is, is described by peft's files alone.
+
     With `bt_adapter_config.json` beside peft's files `load_bt_adapter` restores all of them in one call; with branch
     and projector as they were before tuning, peft's `disable_adapter()` gives that model again.
     """
 
     # No fields: peft writes its own file without them.
-    branch_description: AdapterConfig
+    branch_description: AdapterConfig | None = None
     before: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]  # branch and projector before tuning
 
     def remember(self, model: PreTrainedModel) -> None:
         """Takes down what the branch is, and with the projector what it holds before peft makes copies that learn."""
+        if not has_branch(model):
+            return
         description = describe_adapter(model)
         description.extra_modules = [projector_path(model)]
         self.branch_description = description
@@ -42,7 +47,8 @@ class BTAdapterLoraConfig(LoraConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)
-        write_adapter(Path(save_directory), self.branch_description, *self.before)
+        if self.branch_description is not None:
+            write_adapter(Path(save_directory), self.branch_description, *self.before)
 
 
 def lora_config(
@@ -74,32 +80,36 @@ def lora_config(
     linear = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
-        if "language_model." in name and isinstance(module, nn.Linear) and module is not output
+        if "language_model." in name and isinstance(module, (nn.Linear, Conv1D)) and module is not output
     }
     wanted = linear if target_modules is None else set(target_modules)
     if not wanted or wanted - linear:
         raise ValueError(
             f"The language model has no linear layers named {sorted(wanted - linear)}; it has {sorted(linear)}."
         )
+    parts = ["bt_adapter"] if has_branch(model) else []
     config = BTAdapterLoraConfig(
         target_modules=rf"(?:.*\.)?language_model\.(?:.*\.)?(?:{'|'.join(sorted(wanted))})",
-        modules_to_save=["bt_adapter", projector_path(model).rpartition(".")[2], *(modules_to_save or [])],
+        modules_to_save=[*parts, projector_path(model).rpartition(".")[2], *(modules_to_save or [])],
         **fields,
     )
     config.remember(model)
     return config
 
 
-def load_lora(model: PreTrainedModel, folder: Path, description: AdapterConfig) -> PeftModel:
+def load_lora(model: PreTrainedModel, folder: Path, description: AdapterConfig | None) -> PeftModel:
     """A peft model around a model with a branch, with all that peft saved in a folder; it learns on.
+
+    Of a model without a branch there is no description.
 
     Raises:
         AdapterError: if the model lacks a part that the folder has weights for, or the other way round.
     """
     config = BTAdapterLoraConfig(**LoraConfig.from_pretrained(folder).to_dict())
     config.remember(model)
-    config.branch_description.base_model_name_or_path = description.base_model_name_or_path
-    config.branch_description.revision = description.revision
+    if description is not None:
+        config.branch_description.base_model_name_or_path = description.base_model_name_or_path
+        config.branch_description.revision = description.revision
     config.inference_mode = False  # peft saves it as True
     with safe_open(folder / PEFT_WEIGHTS_NAME, framework="pt") as file:
         saved = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)

@@ -31,6 +31,7 @@ from .host_modules import (
     execution_device,
     fill_parameter,
     find_tower,
+    has_branch,
     is_peft_model,
     is_quantized,
     learning_copy,
@@ -91,12 +92,17 @@ def attach_adapter(
     allow_backbone_mismatch: bool = False,
 ) -> nn.Module:
     """Attaches the adapter in a folder to a model in memory: `load_bt_adapter` behind the search for the folder."""
-    adapter_config = read_config(folder)
+    plain_lora = is_peft_folder(folder) and isinstance(model, BTAdapterChatMixin) and not has_branch(model)
+    adapter_config = None if plain_lora else read_config(folder)
     if is_peft_folder(folder) and is_peft_model(model):
         raise AdapterError(
             f"{folder} brings LoRA along, and the model is a peft model. Pass model.get_base_model() without its "
             "adapters (model.unload()), or use peft's model.load_adapter if the model has a branch."
         )
+    if plain_lora:
+        from .lora import load_lora
+
+        return load_lora(model, folder, None)
     inner = _InsidePeft(model)
     tower = find_tower(inner.model)
     former = (tower.bt_adapter, tower.config) if isinstance(tower, BTAdapterVisionModel) else None

@@ -21,6 +21,7 @@ HOSTS = {
     "bt_adapter_instructblip": "InstructBlip",
     "blip-2": "MiniGPT4",
     "bt_adapter_minigpt4": "MiniGPT4",
+    "bt_adapter_gif_qa": "GifQA",
 }
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # a GIF is a video
 
@@ -29,9 +30,10 @@ def register(subparsers) -> None:
     parser = subparsers.add_parser(
         "chat",
         help="ask about videos and images",
-        description="Ask a LLaVA, InstructBLIP or MiniGPT-4 with a BT-Adapter about videos and images: the given "
-        "questions one after the other, or without any what is typed (or piped in), line by line. Answers are "
-        "greedy and appear as they are made; the number of visual tokens goes to stderr first.",
+        description="Ask a LLaVA, InstructBLIP or MiniGPT-4 with a BT-Adapter about videos and images, or a model of "
+        "GIF question answering about GIFs: the given questions one after the other, or without any what is typed (or "
+        "piped in), line by line. Answers are greedy and appear as they are made; the number of visual tokens goes to "
+        "stderr first.",
         epilog='example: bt-adapter chat clip.mp4 --question "How does it move?"',
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

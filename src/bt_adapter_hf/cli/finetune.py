@@ -4,6 +4,7 @@ import argparse
 import time
 from typing import Any
 
+from ..import_utils import require_package
 from ._options import progress, real_number, whole_number
 from ._training import begin, chat_processor, end, run_training
 from ._training_options import TRAINING_OPTIONS, add_item_timeout, add_on_damage, add_run_options, add_training_options
@@ -49,7 +50,10 @@ def register(subparsers) -> None:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_run_options(parser, model="LLaVA, InstructBLIP or MiniGPT-4, native or with its adapter in")
+    add_run_options(
+        parser,
+        model="LLaVA, InstructBLIP or MiniGPT-4, native or with its adapter in; or a model of GIF question answering",
+    )
     parser.add_argument(
         "--bt-adapter",
         "--adapter",
@@ -121,6 +125,8 @@ def run(args: argparse.Namespace) -> int:
     started = time.time()
     from ..training.arguments import InstructionArguments
 
+    if args.load_in_4bit:
+        require_package("bitsandbytes", "quantization")
     packages = ("accelerate", "matplotlib", *(["peft"] if args.lora else []))
     training_args, checkpoint = begin(args, InstructionArguments, packages, OPTIONS)
 
@@ -192,7 +198,10 @@ def load_model(args: argparse.Namespace, training_args):
     options: dict[str, Any] = {"dtype": torch.bfloat16 if training_args.bf16 else torch.float32}
     if args.load_in_4bit:
         options["quantization_config"] = bt_adapter_hf.quantization_config(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=options["dtype"]
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=options["dtype"],
         )
         options["device_map"] = {"": training_args.device}
     verbosity = logging.get_verbosity()

@@ -1,6 +1,7 @@
 """Where an adapter comes from, a folder or the Hub, and the base model that it names."""
 
 import contextlib
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -122,9 +123,12 @@ def find_adapter(name: str | os.PathLike, hub: Mapping[str, Any]) -> tuple[Path,
         folder = resolve_adapter(name, whole_models=False, **arguments)
     except (OSError, AdapterError):
         return None  # the caller has an error of its own, of the same cause
-    if not (folder / CONFIG_NAME).is_file():
-        return None
-    return folder, AdapterConfig.read(folder)
+    if (folder / CONFIG_NAME).is_file():
+        return folder, AdapterConfig.read(folder)
+    if is_peft_folder(folder):  # LoRA of a model without a branch
+        content = json.loads((folder / PEFT_CONFIG_NAME).read_text(encoding="utf-8"))
+        return folder, AdapterConfig.of_peft(content)
+    return None
 
 
 def base_of(folder: Path, name: str | os.PathLike, adapter: AdapterConfig) -> tuple[str, str | None]:

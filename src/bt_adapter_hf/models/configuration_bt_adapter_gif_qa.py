@@ -137,6 +137,13 @@ class BTAdapterGifQAConfig(PreTrainedConfig):
                 f"tower are {tower.hidden_size} wide: set qformer_config.encoder_hidden_size={tower.hidden_size}."
             )
 
+    def fit_branch(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """As of the other hosts of a BT-Adapter, which read the tokens and not the pooled feature."""
+        return {**fields, "output_fusion": "sum"} if fields.get("token_fusion", "mean") == "mean" else fields
+
+    def last_state(self, depth: int) -> int:
+        return depth
+
     @property
     def frames_per_group(self) -> int | None:
         """Frames that X-CLIP takes at a time; None: the tower takes any number."""

@@ -27,7 +27,7 @@ from .configuration_bt_adapter_gif_qa import BTAdapterGifQAConfig, XCLIPFramesCo
 from .modeling_bt_adapter_qformer import BTAdapterQFormerChatMixin
 from .modeling_bt_adapter_vision import BTAdapterPreTrainedModel, BTAdapterVisionModel
 from .modeling_gif_connectors import CONNECTORS
-from .modeling_xclip_frames import XCLIPFramesModel
+from .modeling_xclip_frames import XCLIPFramesModel, in_groups
 
 
 class BTAdapterGifQAForConditionalGeneration(BTAdapterQFormerChatMixin, PreTrainedModel, GenerationMixin):
@@ -139,8 +139,9 @@ class BTAdapterGifQAForConditionalGeneration(BTAdapterQFormerChatMixin, PreTrain
     @can_return_tuple
     def get_video_features(
         self,
-        pixel_values_videos: torch.FloatTensor,
+        pixel_values_videos: torch.FloatTensor | None = None,
         frame_mask: torch.Tensor | None = None,
+        backbone_states: dict[int, torch.Tensor] | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
         """GIFs to tokens of the language model.
@@ -148,6 +149,7 @@ class BTAdapterGifQAForConditionalGeneration(BTAdapterQFormerChatMixin, PreTrain
         Args:
             pixel_values_videos: (V, T, 3, H, W).
             frame_mask: (V, T), nonzero = a real frame.
+            backbone_states: in place of the pixels, what `encode_frames` of the tower gave.
 
         Returns:
             `last_hidden_state` (G, N, D), the states of the tower, and `pooler_output`, a list of V tensors
@@ -156,50 +158,61 @@ class BTAdapterGifQAForConditionalGeneration(BTAdapterQFormerChatMixin, PreTrain
         Raises:
             ValueError: if the GIFs are not 5-D, or the tower does not take so many frames.
         """
-        if pixel_values_videos.ndim != 5:
-            raise ValueError(
-                f"pixel_values_videos has shape {tuple(pixel_values_videos.shape)}; expected (V, T, 3, H, W)."
-            )
+        if backbone_states is None and pixel_values_videos.ndim != 5:
+            shape = tuple(pixel_values_videos.shape)
+            raise ValueError(f"pixel_values_videos has shape {shape}; expected (V, T, 3, H, W).")
         if not isinstance(self.vision_model, XCLIPFramesModel):
-            states = self.vision_model(pixel_values_videos, frame_mask=frame_mask, return_dict=True).last_hidden_state
+            given = {"frame_mask": frame_mask, "backbone_states": backbone_states, "return_dict": True}
+            states = self.vision_model(pixel_values_videos, **given).last_hidden_state
             return BaseModelOutputWithPooling(
                 last_hidden_state=states, pooler_output=list(self.language_projection(states))
             )
-        V, T = pixel_values_videos.shape[:2]
         size = self.config.frames_per_group
-        if frame_mask is None:
-            frame_mask = torch.ones(V, T, dtype=torch.bool, device=pixel_values_videos.device)
-        frame_mask = frame_mask.to(pixel_values_videos.device, torch.bool)
-        if not frame_mask.any(dim=1).all():
-            raise ValueError("frame_mask leaves a GIF without any frame; every row needs at least one.")
-        if not self.config.group_frames and (size != T or not frame_mask.all()):
-            counts = sorted(set(frame_mask.sum(dim=1).tolist()))
-            raise ValueError(
-                f"The GIFs have {', '.join(map(str, counts))} frames, and this X-CLIP takes {size}: set "
-                f"num_frames={size} in the processor, or group_frames=True in the model's config for groups of {size}."
-            )
-        lengths = frame_mask.sum(dim=1)
-        groups = (lengths + size - 1) // size
-        pixels, mask = _grouped(pixel_values_videos, frame_mask, size)
-        states = self.vision_model(pixels, frame_mask=mask, return_dict=True).last_hidden_state
-        mask = mask if not mask.all() else None
-        tokens = self.language_projection(states, mask)
-        if self.config.tokens_per_group is None and mask is not None:
-            tokens = [part[keep] for part, keep in zip(tokens, mask, strict=True)]
-        joined = []
-        for part in torch.arange(len(tokens)).split(groups.tolist()):
-            joined.append(torch.cat([tokens[index] for index in part.tolist()]))
+        seen = pixel_values_videos if backbone_states is None else backbone_states[0][:, :, 0].to(self.dtype)
+        frames = self._real_frames(seen, frame_mask, size)
+        groups, masks = zip(*(in_groups(video, size) for video in frames), strict=True)
+        states, mask = torch.cat(groups), torch.cat(masks)
+        if backbone_states is None:
+            states = self.vision_model(states, frame_mask=mask, return_dict=True).last_hidden_state
+        states = states.masked_fill(~mask[..., None], 0)
+        tokens = self.language_projection(states, None if mask.all() else mask)
+        joined = [part.flatten(0, 1) for part in tokens.split([len(group) for group in groups])]
+        if self.config.tokens_per_group is None:
+            joined = [part[: len(video)] for part, video in zip(joined, frames, strict=True)]
         return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=joined)
 
-    def _features(self, input_ids, pixel_values_videos, frame_mask) -> dict[str, BaseModelOutputWithPooling]:
+    def _real_frames(self, seen: torch.Tensor, frame_mask: torch.Tensor | None, size: int) -> list[torch.Tensor]:
+        """(V, T, ...) -> the real frames of each video.
+
+        Raises:
+            ValueError: if one has none, or they are not to be grouped and not `size`.
+        """
+        if frame_mask is None:
+            frames = list(seen)
+        else:
+            frames = [video[real] for video, real in zip(seen, frame_mask.to(seen.device, torch.bool), strict=True)]
+        counts = {len(video) for video in frames}
+        if 0 in counts:
+            raise ValueError("frame_mask leaves a GIF without any frame; every row needs at least one.")
+        if not self.config.group_frames and counts != {size}:
+            raise ValueError(
+                f"The GIFs have {', '.join(map(str, sorted(counts)))} frames, and this X-CLIP takes {size}: set "
+                f"num_frames={size} in the processor, or group_frames=True in the model's config for groups of {size}."
+            )
+        return frames
+
+    def _features(
+        self, input_ids, pixel_values_videos, frame_mask, backbone_states=None
+    ) -> dict[str, BaseModelOutputWithPooling]:
         if input_ids is None:
             raise ValueError(
                 "GIFs find their places by the placeholders in input_ids: pass what the processor of this model "
                 "returns."
             )
-        if pixel_values_videos is None:
+        if pixel_values_videos is None and backbone_states is None:
             return {}
-        return {"video": self.get_video_features(pixel_values_videos, frame_mask, return_dict=True)}
+        features = self.get_video_features(pixel_values_videos, frame_mask, backbone_states, return_dict=True)
+        return {"video": features}
 
     @can_return_tuple
     def forward(
@@ -209,6 +222,7 @@ class BTAdapterGifQAForConditionalGeneration(BTAdapterQFormerChatMixin, PreTrain
         pixel_values_videos: torch.FloatTensor | None = None,
         frame_mask: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
+        backbone_states: dict[int, torch.Tensor] | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """
@@ -218,12 +232,13 @@ class BTAdapterGifQAForConditionalGeneration(BTAdapterQFormerChatMixin, PreTrain
             pixel_values_videos: (V, T, 3, H, W), in the order of the batch.
             frame_mask: (V, T), nonzero = a real frame, where the GIFs differ in length.
             labels: (B, S), -100 where no loss is wanted.
+            backbone_states: in place of pixel_values_videos, see [`get_video_features`].
             kwargs: for the language model.
 
         Raises:
             ValueError: if placeholders and tokens of GIFs differ in number, or the prompt is too long for the model.
         """
-        encoded = self._features(input_ids, pixel_values_videos, frame_mask)
+        encoded = self._features(input_ids, pixel_values_videos, frame_mask, backbone_states)
         answer = self._answer(input_ids, encoded, attention_mask, labels, **kwargs)
         speech = answer.pop("language_model_outputs")
         return CausalLMOutputWithPast(**answer, hidden_states=speech.hidden_states, attentions=speech.attentions)
@@ -242,17 +257,6 @@ class BTAdapterGifQAForConditionalGeneration(BTAdapterQFormerChatMixin, PreTrain
         encoded = self._features(input_ids, pixel_values_videos, frame_mask)
         generate_kwargs.setdefault("generation_config", self.generation_config)
         return self._generate(input_ids, attention_mask, encoded, **generate_kwargs)
-
-
-def _grouped(pixels: torch.Tensor, frame_mask: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """GIFs (V, T, ...) -> groups (G, size, ...) of their real frames, and which of these are no padding (G, size)."""
-    groups, masks = [], []
-    for video, real in zip(pixels, frame_mask, strict=True):
-        for part in video[real].split(size):
-            missing = size - len(part)
-            groups.append(torch.cat([part, part.new_zeros(missing, *part.shape[1:])]) if missing else part)
-            masks.append(torch.arange(size, device=pixels.device) < len(part))
-    return torch.stack(groups), torch.stack(masks)
 
 
 for _auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):

@@ -123,5 +123,33 @@ class XCLIPFramesModel(XCLIPPreTrainedModel):
         hidden = (states,) if output_hidden_states not in (None, False) else None
         return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=pooled, hidden_states=hidden)
 
+    # As those of a BT-Adapter tower, for states that are computed once.
+
+    def backbone_is_frozen(self) -> bool:
+        return not any(parameter.requires_grad for parameter in self.parameters())
+
+    def needed_states(self, output_hidden_states: int | list[int] | None = None) -> list[int]:
+        return [0]
+
+    def encode_frames(
+        self, pixel_values: torch.FloatTensor, output_hidden_states: int | list[int] | None = None
+    ) -> dict[int, torch.Tensor]:
+        """Videos of any length (B, T, 3, H, W), in groups of `num_frames` -> their states {0: (B, T, 1, P)}."""
+        states = [self._encode_groups(video) for video in pixel_values]
+        return {0: torch.stack(states)[:, :, None]}
+
+    def _encode_groups(self, frames: torch.Tensor) -> torch.Tensor:
+        """Frames of one video (T, 3, H, W) -> their states (T, P). The last group is padded and masked."""
+        groups, mask = in_groups(frames, self.config.num_frames)
+        return self(groups, frame_mask=mask).last_hidden_state.flatten(0, 1)[: len(frames)]
+
+
+def in_groups(frames: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(T, ...) -> (groups, size, ...), the last one padded with zeros, and what is no padding, bool (groups, size)."""
+    T, count = len(frames), -(-len(frames) // size)
+    padding = frames.new_zeros(count * size - T, *frames.shape[1:])
+    mask = torch.arange(count * size, device=frames.device) < T
+    return torch.cat([frames, padding]).unflatten(0, (count, size)), mask.unflatten(0, (count, size))
+
 
 AutoModel.register(XCLIPFramesConfig, XCLIPFramesModel, exist_ok=True)

@@ -22,12 +22,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from ..adapters.fingerprint import CAST_DISTANCE, backbone_fingerprint, distances
+from ..adapters.fingerprint import CAST_DISTANCE, backbone_fingerprint, distances, xclip_fingerprint
 from ..adapters.host_modules import execution_device, find_tower
 from ..adapters.writing import PARTIAL, written_whole
 from ..data.archives import MediaArchives
 from ..data.conversations import read_media
 from ..data.decoding_process import DecodingProcess
+from ..models.modeling_xclip_frames import XCLIPFramesModel
 from ..models.video_errors import VideoError, VideoNotFoundError
 
 
@@ -75,6 +76,12 @@ def video_key(video: str, archives: MediaArchives | None = None) -> str:
     return hashlib.sha256(b"".join([str(size).encode(), *ends])).hexdigest()
 
 
+def frozen_tower(model: PreTrainedModel) -> PreTrainedModel:
+    """The tower whose states are kept: of an X-CLIP all, of a BT-Adapter what its branch reads."""
+    found = [module for module in model.modules() if isinstance(module, XCLIPFramesModel)]
+    return found[0] if found else find_tower(model)
+
+
 def selected_states(model: PreTrainedModel) -> int | list[int]:
     """Which of the tower's hidden states the model reads: LLaVA says so; a Q-Former reads the last."""
     layer = getattr(model.config, "vision_feature_layer", None)
@@ -89,7 +96,7 @@ def describe_states(model: PreTrainedModel, processor: "BTAdapterChatProcessorMi
     """
     if dtype not in DTYPES:
         raise ValueError(f"The dtype of frozen states is {dtype!r}; expected one of {', '.join(DTYPES)}.")
-    tower, rules = find_tower(model), processor.video_processor
+    tower, rules = frozen_tower(model), processor.video_processor
     if not tower.backbone_is_frozen():
         raise ValueError("The image backbone learns: its states change, and cannot be computed before.")
     if rules.sampling == "jitter":
@@ -98,15 +105,19 @@ def describe_states(model: PreTrainedModel, processor: "BTAdapterChatProcessorMi
             'them: use "centers" or "uniform".'
         )
     states = tower.needed_states(selected_states(model))
-    size, patch = rules.crop_size, tower.config.patch_size
-    tokens = tower.family.num_cls + (size["height"] // patch) * (size["width"] // patch)
+    if isinstance(tower, XCLIPFramesModel):
+        tokens, fingerprint = 1, xclip_fingerprint(tower)
+    else:
+        size, patch = rules.crop_size, tower.config.patch_size
+        tokens = tower.family.num_cls + (size["height"] // patch) * (size["width"] // patch)
+        fingerprint = backbone_fingerprint(tower.vision_model, states[-1])
     description = {
         "version": 1,
         "dtype": dtype,
         "states": states,
         "shape": [processor.num_clips, len(states), rules.num_frames, tokens, tower.config.hidden_size],
         "pixels": {name: getattr(rules, name) for name in _PIXEL_FIELDS},
-        "fingerprint": backbone_fingerprint(tower.vision_model, states[-1]),
+        "fingerprint": fingerprint,
     }
     return json.loads(json.dumps(description, default=str))  # as it is read
 
@@ -280,7 +291,7 @@ def build_states(
     broken = dict(plan.broken) if process == 0 else {}
     shard: dict[str, torch.Tensor] = {}
     size = 0
-    tower = find_tower(model)
+    tower = frozen_tower(model)
     device, select = execution_device(tower.vision_model), selected_states(model)
     for (key, video), pixels in zip(own, progress(loader), strict=True):
         if isinstance(pixels, str):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..adapters.host_modules import find_tower, is_peft_model, is_quantized, projector_path
+from ..adapters.host_modules import find_tower, has_branch, is_peft_model, is_quantized, projector_path
 from ..import_utils import require_package
 from ..models.modeling_bt_adapter_chat import BTAdapterChatMixin
 from .arguments import InstructionArguments
@@ -55,7 +55,8 @@ def prepare_for_tuning(model: PreTrainedModel, lora: Mapping[str, Any] | None = 
     elif is_quantized(model):
         raise ValueError("The language model is quantized: it takes LoRA to train such a model (lora, --lora).")
     else:
-        find_tower(model).bt_adapter.requires_grad_(True)
+        if has_branch(model):
+            find_tower(model).bt_adapter.requires_grad_(True)
         model.get_submodule(projector_path(model)).requires_grad_(True)
     for parameter in model.parameters():
         if parameter.requires_grad:

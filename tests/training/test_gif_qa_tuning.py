@@ -1,0 +1,132 @@
+"""GIF question answering on the rails of instruction tuning: LoRA on 4 bits, frozen states, the commands."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from bt_adapter_hf import (
+    BTAdapterGifQAForConditionalGeneration,
+    BTAdapterGifQAProcessor,
+    load_bt_adapter,
+    lora_config,
+)
+from bt_adapter_hf.cli.main import main
+from tests.chat import tiny_gif_qa
+
+
+# peft asks transformers by names that the latter deprecates
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Folder with `base`, a model and its processor, and `train.jsonl` about four GIFs."""
+    folder = tmp_path_factory.mktemp("gif_qa")
+    parts = tiny_gif_qa.save_components(folder)
+    model = BTAdapterGifQAForConditionalGeneration.from_components(**parts)
+    model.save_pretrained(folder / "base")
+    BTAdapterGifQAProcessor.from_components(model.config, **parts).save_pretrained(folder / "base")
+    rows = []
+    for n in range(4):
+        tiny_gif_qa.write_gif(folder / f"{n}.gif", frames=3 + n, seed=n)
+        seen = [{"type": "video", "path": f"{n}.gif"}, {"type": "text", "text": "what happens ?"}]
+        answer = "the red square is left ." if n % 2 else "right"
+        rows.append({"messages": [{"role": "user", "content": seen}, {"role": "assistant", "content": answer}]})
+    rows.append({"messages": [{"role": "user", "content": "what ?"}, {"role": "assistant", "content": "left"}]})
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def finetune(folder, output, *options):
+    return main(
+        ["finetune", "--model", str(folder / "base"), "--train", str(folder / "train.jsonl"), "--output-dir",
+         str(output), "--device", "cpu", "--max-steps", "3", "--batch-size", "2", "--learning-rate", "0.01",
+         "--logging-steps", "1", "--max-broken", "0.5", "--item-timeout", "0", *options]
+    )  # fmt: skip
+
+
+def losses(output):
+    (state,) = output.glob("checkpoint-*/trainer_state.json")
+    return [entry["loss"] for entry in json.loads(state.read_text())["log_history"] if "loss" in entry]
+
+
+def test_lora_on_4_bits_with_and_without_frozen_states(saved, tmp_path, capsys):
+    plain, cached = tmp_path / "plain", tmp_path / "cached"
+    lora = ("--lora", "--lora-r", "4", "--load-in-4bit")
+    assert finetune(saved, plain, *lora) == 0
+    summary = json.loads((plain / "run_summary.json").read_text())
+    assert "no GIF" in str(summary["broken_reasons"]["train"])  # counted, and skipped
+    states = ("--cache-states", str(tmp_path / "states"), "--cache-dtype", "fp32")
+    assert finetune(saved, cached, *lora, *states) == 0
+    assert "1 states x 4 frames x 1 tokens x 16" in capsys.readouterr().out
+    assert losses(cached) == pytest.approx(losses(plain), rel=1e-4)
+    # what was trained is written, and nothing else; it goes back into the base
+    assert not (plain / "bt_adapter_config.json").exists() and not (plain / "model.safetensors").exists()
+    base = AutoModelForImageTextToText.from_pretrained(saved / "base")
+    tuned = load_bt_adapter(base, plain)
+    names = {name for name, parameter in tuned.named_parameters() if parameter.requires_grad}
+    assert any("lora_A" in name for name in names) and any("language_projection.modules_to_save" in n for n in names)
+    assert not any("vision_model" in name for name in names)
+    chat = [
+        "chat",
+        str(saved / "0.gif"),
+        "-q",
+        "what happens ?",
+        "--max-new-tokens",
+        "3",
+        "--json",
+        "--item-timeout",
+        "0",
+    ]
+    assert main([*chat, "--model", str(saved / "base"), "--bt-adapter", str(plain), "--device", "cpu"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["visual_tokens"] == 4 and found["files"][0]["kind"] == "video"
+    assert main([*chat, "--model", str(plain), "--device", "cpu"]) == 0  # the folder names its base
+    assert json.loads(capsys.readouterr().out)["answers"] == found["answers"]
+
+
+def test_more_frames_than_the_tower_takes(saved, capsys):
+    chat = ["chat", str(saved / "3.gif"), "-q", "what ?", "--max-new-tokens", "2", "--json", "--model"]
+    assert main([*chat, str(saved / "base"), "--num-frames", "10", "--device", "cpu", "--item-timeout", "0"]) == 0
+    assert json.loads(capsys.readouterr().out)["visual_tokens"] == 10
+
+
+@pytest.mark.parametrize("language", ["gpt2", "qwen2"])
+def test_lora_finds_the_layers_of_any_language_model(language):
+    peft = pytest.importorskip("peft")
+    for tower in ("xclip", "bt"):
+        model = tiny_gif_qa.model("attention", language, tower)
+        wrapped = peft.get_peft_model(model, lora_config(model, r=2))
+        learning = {name for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
+        assert any("language_model" in name and "lora_B" in name for name in learning)
+        assert any("bt_adapter" in name for name in learning) == (tower == "bt")
+        assert not any("vision_model.vision_model" in name for name in learning)
+
+
+def test_a_branch_and_lora_come_back(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = tiny_gif_qa.model("mlp", "llama", "bt")
+    model.save_pretrained(tmp_path / "base")
+    wrapped = peft.get_peft_model(model, lora_config(model, r=2))
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    wrapped.save_pretrained(tmp_path / "lora")
+    again = load_bt_adapter(AutoModelForImageTextToText.from_pretrained(tmp_path / "base"), tmp_path / "lora").eval()
+    ids = torch.tensor([[1, *[19] * model.config.tokens_per_group, 5, 6]])
+    seen = {"input_ids": ids, "pixel_values_videos": torch.randn(1, 4, 3, 32, 32)}
+    with torch.no_grad():
+        torch.testing.assert_close(again(**seen).logits, wrapped.eval()(**seen).logits)
+
+
+def test_4_bits_without_bitsandbytes(saved, tmp_path, monkeypatch, capsys):
+    from bt_adapter_hf import import_utils
+
+    monkeypatch.setattr(
+        import_utils, "import_error", lambda name: ModuleNotFoundError(f"No module named {name!r}", name=name)
+    )
+    assert finetune(saved, tmp_path, "--lora", "--load-in-4bit") != 0
+    assert "needs the package 'bitsandbytes'" in capsys.readouterr().err
