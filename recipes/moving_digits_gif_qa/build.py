@@ -12,6 +12,7 @@ import logging
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,12 +49,14 @@ from bt_adapter_hf.data.moving_digits_gif_qa import (
     THEN,
     facts_of,
     questions,
+    states_of,
     told,
     write_gif_questions,
 )
 from bt_adapter_hf.data.tgif_qa import TASKS, load_tgif_qa
 from bt_adapter_hf.evaluation.controls import reverse_frames, shuffle_frames
 from bt_adapter_hf.evaluation.tgif_qa import score_tgif_qa
+from bt_adapter_hf.models.video_io import sample_frame_indices
 
 from ..shared import TEST_SEED, TRAIN_SEED, make, parse_arguments
 
@@ -62,7 +65,8 @@ TRAIN_GIFS, TEST_GIFS = 2000, 240
 NUM_FRAMES, SIDE, PATCH, WIDTH, LAYERS = 16, 32, 8, 64, 3
 TOWER = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
          "image_size": SIDE, "patch_size": PATCH}  # fmt: skip
-TOWER_STEPS, TOWER_BATCH, TOWER_LR = 600, 32, 1.5e-3
+IMAGE_STEPS, IMAGE_BATCH, IMAGE_LR = 600, 400, 2e-3
+TOWER_STEPS, TOWER_BATCH, TOWER_LR = 450, 32, 1e-3
 SPEECH = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
           "max_position_embeddings": 256, "initializer_range": 0.1}  # fmt: skip
 SPEECH_STEPS, SPEECH_BATCH, SPEECH_LR = 500, 48, 2e-3
@@ -92,14 +96,76 @@ def all_pixels(folder: Path, split: str, seed: int, count: int) -> torch.Tensor:
     return torch.load(kept, weights_only=True)
 
 
-def new_tower(kind: str) -> nn.Module:
+def learn(name: str, steps: int, rate: float, modules: list[nn.Module], loss_of: Callable[[int], dict]) -> None:
+    """Plain training: `loss_of(step)` gives the loss, first, and figures for the log."""
+    learning = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=rate, weight_decay=0.05, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 50, 0.5 * (1 + np.cos(np.pi * step / steps)))
+    )
+    kept = []
+    for step in range(steps):
+        figures = loss_of(step)
+        optimizer.zero_grad()
+        figures["loss"].backward()
+        nn.utils.clip_grad_norm_(learning, 1.0)
+        optimizer.step()
+        schedule.step()
+        kept.append(
+            {key: float(value.detach() if torch.is_tensor(value) else value) for key, value in figures.items()}
+        )
+        if step % 50 == 49:
+            means = {key: round(float(np.mean([row[key] for row in kept[-50:]])), 3) for key in figures}
+            logging.info("%s, step %d: %s", name, step + 1, means)
+
+
+def shifted(videos: torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Moved by up to three pixels; the background is dark, and no edge is seen."""
+    move = rng.integers(-3, 4, size=2)
+    return torch.roll(videos, move.tolist(), dims=(-2, -1)), torch.tensor([0.0, move[1], move[0]]) * 2
+
+
+def train_images(gifs: Path, folder: Path) -> None:
+    """The image part from scratch, on single frames: which digit, where and how big. X-CLIP too starts from a CLIP."""
+    set_seed(TRAIN_SEED)
+    pixels = all_pixels(gifs / "train", "train", TRAIN_SEED, TRAIN_GIFS)
+    digits = torch.tensor([DIGITS.index(facts_of(index)["digit"]) for index in range(TRAIN_GIFS)])
+    places = []
+    for index in range(TRAIN_GIFS):
+        states = states_of("train", TRAIN_SEED, index)
+        places.append(states[sample_frame_indices(len(states), NUM_FRAMES, "centers")])
+    places = torch.tensor(np.stack(places), dtype=torch.float32)  # (GIFs, T, 3)
+    clip, rng = CLIPVisionModel(CLIPVisionConfig(**TOWER)).train(), np.random.default_rng(TRAIN_SEED)
+    heads = nn.ModuleDict({"digit": nn.Linear(WIDTH, len(DIGITS)), "place": nn.Linear(WIDTH, 3)})
+
+    def loss_of(step: int) -> dict[str, torch.Tensor]:
+        rows, frames = (torch.from_numpy(rng.integers(0, top, IMAGE_BATCH)) for top in (TRAIN_GIFS, NUM_FRAMES))
+        images, move = shifted(pixels[rows, frames].float(), rng)
+        wanted = places[rows, frames] + move
+        seen = ((wanted > 6) & (wanted < 58)).all(dim=1)
+        features = clip(images).pooler_output[seen]
+        logits, digit = heads["digit"](features), digits[rows][seen]
+        place = F.mse_loss(heads["place"](features), (wanted[seen] - 32) / 16)
+        loss = F.cross_entropy(logits, digit) + place
+        return {"loss": loss, "place": place, "digit": (logits.argmax(dim=-1) == digit).float().mean()}
+
+    learn("images", IMAGE_STEPS, IMAGE_LR, [clip, heads], loss_of)
+    clip.save_pretrained(folder)
+
+
+def new_tower(kind: str, images: Path) -> nn.Module:
+    """Around the image part: what is X-CLIP's or BT-Adapter's own is new."""
+    clip = CLIPVisionModel.from_pretrained(images)
     if kind == "xclip":
         mit = {"mit_hidden_size": WIDTH, "mit_intermediate_size": 2 * WIDTH, "mit_num_attention_heads": 4}
-        return XCLIPFramesModel(XCLIPFramesConfig(backbone={**TOWER, **mit, "num_frames": NUM_FRAMES,
-                                                            "mit_num_hidden_layers": 2}))  # fmt: skip
-    clip = CLIPVisionModel(CLIPVisionConfig(**TOWER))
-    tower = BTAdapterVisionModel.from_backbone(clip, 2, output_fusion="sum", num_trained_frames=NUM_FRAMES)
-    tower.requires_grad_(True)  # nothing here is pretrained
+        fields = {**TOWER, **mit, "num_frames": NUM_FRAMES, "mit_num_hidden_layers": 2}
+        tower = XCLIPFramesModel(XCLIPFramesConfig(backbone=fields))
+        state = {key.replace("pre_layrnorm", "pre_layernorm"): value for key, value in clip.state_dict().items()}
+        unknown = tower.vision_model.load_state_dict(state, strict=False).unexpected_keys
+        assert not unknown, unknown
+    else:
+        tower = BTAdapterVisionModel.from_backbone(clip, 2, output_fusion="sum", num_trained_frames=NUM_FRAMES)
+    tower.requires_grad_(True)  # the image part learns on, of both
     return tower
 
 
@@ -125,41 +191,26 @@ class Heads(nn.Module):
         return loss, right
 
 
-def train_tower(kind: str, gifs: Path, folder: Path) -> None:
-    """A tower from scratch on the facts of the training GIFs, under the same budget whichever it is."""
+def train_tower(kind: str, images: Path, gifs: Path, folder: Path) -> None:
+    """A tower on the facts of the training GIFs, under the same budget whichever it is."""
     set_seed(TRAIN_SEED)
     pixels = all_pixels(gifs / "train", "train", TRAIN_SEED, TRAIN_GIFS)
     facts = [facts_of(index) for index in range(TRAIN_GIFS)]
-    tower, heads = new_tower(kind).train(), Heads()
-    learning = [*tower.parameters(), *heads.parameters()]
-    optimizer = torch.optim.AdamW(learning, lr=TOWER_LR, weight_decay=0.05, betas=(0.9, 0.98))
-    warmup, rng = 60, np.random.default_rng(TRAIN_SEED)
-    rate = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, 0.5 * (1 + np.cos(np.pi * step / TOWER_STEPS)))
-    )
-    kept = []
-    for step in range(TOWER_STEPS):
+    tower, heads, rng = new_tower(kind, images).train(), Heads(), np.random.default_rng(TRAIN_SEED)
+
+    def loss_of(step: int) -> dict[str, torch.Tensor]:
         rows = rng.choice(TRAIN_GIFS, TOWER_BATCH, replace=False)
-        videos = pixels[torch.from_numpy(rows)].float()
-        shift = rng.integers(-3, 4, size=2).tolist()
-        videos = torch.roll(videos, shift, dims=(-2, -1))  # the background is dark: no edge is seen
+        videos, _ = shifted(pixels[torch.from_numpy(rows)].float(), rng)
         loss, right = heads(tower(videos).pooler_output, [facts[row] for row in rows])
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(learning, 1.0)
-        optimizer.step()
-        rate.step()
-        kept.append({"loss": loss.item(), **right})
-        if step % 50 == 49:
-            means = {name: round(float(np.mean([row[name] for row in kept[-50:]])), 3) for name in kept[-1]}
-            logging.info("%s step %d: %s", kind, step + 1, means)
+        return {"loss": loss, **right}
+
+    learn(folder.name, TOWER_STEPS, TOWER_LR, [tower, heads], loss_of)
     tower.eval()
     test = all_pixels(gifs / "test", "test", TEST_SEED, TEST_GIFS)
-    test_facts = [facts_of(index) for index in range(TEST_GIFS)]
     with torch.no_grad():
         pooled = torch.cat([tower(part.float()).pooler_output for part in test.split(50)])
-        _, right = heads.eval()(pooled, test_facts)
-    logging.info("%s held out: %s", kind, right)
+        _, right = heads.eval()(pooled, [facts_of(index) for index in range(TEST_GIFS)])
+    logging.info("%s held out: %s", folder.name, right)
     tower.save_pretrained(folder)
     (folder / "heads.json").write_text(json.dumps(right) + "\n")
 
@@ -192,12 +243,9 @@ def train_speech(folder: Path) -> None:
     model = LlamaForCausalLM(
         LlamaConfig(**SPEECH, vocab_size=len(tokens) + 8, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=SPEECH_LR, weight_decay=0.02, betas=(0.9, 0.98))
-    rate = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 50, 0.5 * (1 + np.cos(np.pi * step / SPEECH_STEPS)))
-    )
-    rng, losses = np.random.default_rng(TRAIN_SEED), []
-    for step in range(SPEECH_STEPS):
+    rng = np.random.default_rng(TRAIN_SEED)
+
+    def loss_of(step: int) -> dict[str, torch.Tensor]:
         rows = []
         for _ in range(SPEECH_BATCH):
             fact = facts[rng.integers(len(facts))]
@@ -210,15 +258,9 @@ def train_speech(folder: Path) -> None:
             nn.utils.rnn.pad_sequence([torch.tensor(row[part]) for row in rows], batch_first=True, padding_value=value)
             for part, value in ((0, 0), (1, -100))
         )
-        loss = model(input_ids=ids, labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        rate.step()
-        losses.append(loss.item())
-        if step % 50 == 49:
-            logging.info("words, step %d: loss %.4f", step + 1, np.mean(losses[-50:]))
+        return {"loss": model(input_ids=ids, labels=labels).loss}
+
+    learn("words", SPEECH_STEPS, SPEECH_LR, [model], loss_of)
     model.save_pretrained(folder)
     tokens.save_pretrained(folder)
 
@@ -327,11 +369,12 @@ def main() -> None:
             join_tables(gifs / split, split)
 
     steps = [("gifs", gifs / "train" / "train_all.jsonl", write)]
-    speech = output / "speech"
+    images, speech = output / "images", output / "speech"
+    steps.append(("images", images / "model.safetensors", lambda: train_images(gifs, images)))
     steps.append(("speech", speech / "tokenizer_config.json", lambda: train_speech(speech)))
     for kind in ("xclip", "bt"):
         folder = output / f"tower-{kind}"
-        steps.append((folder.name, folder / "heads.json", partial(train_tower, kind, gifs, folder)))
+        steps.append((folder.name, folder / "heads.json", partial(train_tower, kind, images, gifs, folder)))
     scores_file = output / "scores.json"
     for kind, connector in SYSTEMS:
         base, tuned = output / f"base-{kind}-{connector}", output / f"tuned-{kind}-{connector}"

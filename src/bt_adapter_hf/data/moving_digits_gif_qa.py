@@ -39,14 +39,22 @@ def gif(split: str, seed: int, index: int, times: Sequence[int] = range(1, MOST_
     Args:
         times: the counts that there are; of more than `MOST_TIMES` a GIF has as many more frames.
     """
+    scene, states = _plan(split, seed, index, times)
+    return np.stack([scene.frame(*state) for state in states]), facts_of(index, times)
+
+
+def states_of(split: str, seed: int, index: int, times: Sequence[int] = range(1, MOST_TIMES + 1)) -> np.ndarray:
+    """Side and centre of the digit in each frame of a GIF, (T, 3) in pixels; nothing is drawn."""
+    return _plan(split, seed, index, times)[1]
+
+
+def _plan(split: str, seed: int, index: int, times: Sequence[int]) -> tuple[_Scene, np.ndarray]:
     rng, facts = _generator(split, seed, index, kind=3), facts_of(index, times)
     scene = _Scene(_draw_glyph(split, facts["digit"], rng), str(rng.choice(list(COLOURS))), rng)
     T = int(rng.integers(*FRAMES)) * max(1, max(times) // MOST_TIMES)
     if index % 2:
-        states = _transition(facts["first"], facts["then"], T, rng)
-    else:
-        states = _repetition(facts["action"], facts["count"], T, rng)
-    return np.stack([scene.frame(*state) for state in states]), facts
+        return scene, _transition(facts["first"], facts["then"], T, rng)
+    return scene, _repetition(facts["action"], facts["count"], T, rng)
 
 
 def facts_of(index: int, times: Sequence[int] = range(1, MOST_TIMES + 1)) -> dict[str, Any]:
