@@ -29,7 +29,7 @@ CORE = [
 
 EXTRAS = {
     "train": ["accelerate>=1.12", "datasets>=4.0", "matplotlib>=3.9", "peft>=0.20"],
-    "eval": ["accelerate>=1.12", "datasets>=4.0", "ftfy>=6.1", "openai>=1.56", "scipy>=1.13"],
+    "eval": ["accelerate>=1.12", "datasets>=4.0", "ftfy>=6.1", "matplotlib>=3.9", "openai>=1.56", "scipy>=1.13"],
     "quickstart": ["scikit-learn>=1.5"],
     "quantization": ["bitsandbytes>=0.50"],
     "torchcodec": ["torchcodec>=0.12"],  # a further decoder; needs FFmpeg's libraries

@@ -32,6 +32,7 @@ examples:
   bt-adapter eval recognition --data hmdb51.csv --classes classes.txt --template "a video of {}" -o hmdb
   bt-adapter eval temporal --data moving-digits-order -o order
   bt-adapter eval temporal --data vinoground --model my-model -o vinoground
+  bt-adapter eval report order vinoground -o report.html
 
 Every score is taken again without a video, with frames shuffled, frames reversed, one frame, and with the averaged
 features of single frames: a model that reads time loses there. An interrupted run goes on with the same command.
@@ -98,6 +99,13 @@ def register(subparsers) -> None:
     bench.set_defaults(data=VIDEOCHATGPT)
     add_bench_options(bench)
     add_chat_options(bench, "scores each answer from 0 to 5")
+    report = tasks.add_parser("report", help="one table of several results, as markdown or as a page with plots")
+    report.add_argument("results", nargs="+", metavar="RESULT", help="result.json files, or their folders")
+    report.add_argument(
+        "--name", action="append", dest="names", metavar="NAME", help="of each result in the table, in their order"
+    )
+    report.add_argument("-o", "--output", metavar="FILE", help="ends in .md or .html (default: markdown is printed)")
+    report.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
     parser.set_defaults(run=run)
 
 
@@ -145,6 +153,8 @@ def _add_common(
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.task == "report":
+        return _report(args)
     from ..import_utils import require_package
 
     require_package("datasets", "eval")
@@ -169,6 +179,25 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 1
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from ..adapters.writing import written_whole
+    from ..evaluation.report import html_report, markdown_report, read_results
+
+    results = read_results(args.results, args.names)
+    if args.output is None:
+        print(markdown_report(results), end="")
+        return 0
+    writers = {".md": markdown_report, ".html": html_report}
+    write = writers.get(Path(args.output).suffix.lower())
+    if write is None:
+        raise ValueError(f"--output {args.output}: expected a name that ends in {' or '.join(writers)}.")
+    text = write(results)
+    with written_whole(args.output) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    print(f"written to {args.output}")
     return 0
 
 

@@ -1,0 +1,206 @@
+"""One table of several results, for people: markdown for a model card, or a page with plots."""
+
+import html
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..import_utils import require_package
+from .results import CONTROL_NAMES, HEADLINES, RESULT_NAME
+
+
+FIELDS = ("task", "scores", "controls", "chance", "items", "protocol", "failed")
+# What of a protocol a reader compares first; the rest is in the result files.
+COMPARED = (
+    *("model", "data", "data_revision", "video_processor", "max_text_length", "templates", "paragraph"),
+    *("dual_softmax", "num_clips", "decoding", "judge", "judge_prompts", "shuffle_draws", "seed"),
+)
+MODEL = "model"
+
+
+@dataclass(frozen=True)
+class NamedResult:
+    """A result file and what it is called in the table."""
+
+    name: str
+    content: dict[str, Any]
+
+    @property
+    def rows(self) -> list[tuple[str, dict[str, dict[str, float]]]]:
+        """(what was shown, scores), the model first."""
+        controls = self.content["controls"]
+        return [
+            (MODEL, self.content["scores"]),
+            *((CONTROL_NAMES.get(name, name), controls[name]) for name in controls),
+        ]
+
+
+def read_results(paths: Sequence[str | Path], names: Sequence[str] | None = None) -> list[NamedResult]:
+    """Result files, or the folders that hold them.
+
+    Args:
+        names: for the table; by default those of the folders.
+
+    Raises:
+        ValueError: there are none, one is no result file, or there is another number of names.
+    """
+    if not paths:
+        raise ValueError("Name one or more result files, or the folders that hold them.")
+    if names is not None and len(names) != len(paths):
+        raise ValueError(f"There are {len(names)} names for {len(paths)} results.")
+    results = []
+    for number, path in enumerate(map(Path, paths)):
+        file = path / RESULT_NAME if path.is_dir() else path
+        if not file.is_file():
+            raise ValueError(f"{path} is no result file, and no folder with a {RESULT_NAME}.")
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file} cannot be read: {error}") from error
+        missing = [name for name in FIELDS if not isinstance(content, dict) or name not in content]
+        if missing:
+            raise ValueError(f"{file} is no result of `bt-adapter eval`: it has no {', '.join(missing)}.")
+        name = names[number] if names else (file.resolve().parent.name if file.name == RESULT_NAME else file.stem)
+        results.append(NamedResult(name, content))
+    return results
+
+
+def markdown_report(results: Sequence[NamedResult]) -> str:
+    """A section for each task: scores with intervals and controls, paired tests, what differs, what failed."""
+    sections = []
+    for task in dict.fromkeys(result.content["task"] for result in results):
+        of_task = [result for result in results if result.content["task"] == task]
+        lines = [f"## {task}", "", *_table(_score_rows(of_task)), ""]
+        lines += [f"- {note}" for note in _notes(of_task)]
+        differing = _protocol_rows(of_task)
+        if len(differing) > 1:
+            lines += ["", *_table(differing)]
+        sections.append("\n".join(lines))
+    return "\n\n".join(sections) + "\n"
+
+
+def html_report(results: Sequence[NamedResult]) -> str:
+    """The same as a page of its own, with a plot for each task. Nothing on it is loaded from elsewhere."""
+    require_package("matplotlib", "eval")
+    parts = []
+    for task in dict.fromkeys(result.content["task"] for result in results):
+        of_task = [result for result in results if result.content["task"] == task]
+        notes = "".join(f"<li>{html.escape(note)}</li>" for note in _notes(of_task))
+        parts.append(
+            f"<h2>{html.escape(task)}</h2>{_plot(of_task)}{_html_table(_score_rows(of_task))}<ul>{notes}</ul>"
+        )
+        differing = _protocol_rows(of_task)
+        if len(differing) > 1:
+            parts.append(_html_table(differing))
+    style = (
+        "body{font-family:sans-serif;margin:2em;max-width:75em}table{border-collapse:collapse;margin:1em 0}"
+        "td,th{border-bottom:1px solid #ccc;padding:.3em .8em;text-align:right;vertical-align:top}"
+        "td:first-child,th:first-child{text-align:left}svg{max-width:100%;height:auto}"
+    )
+    return (
+        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>bt-adapter eval</title>'
+        f"<style>{style}</style></head><body><h1>Evaluation</h1>{''.join(parts)}</body></html>\n"
+    )
+
+
+def _headlines(results: Sequence[NamedResult]) -> list[str]:
+    return [name for name in HEADLINES if any(name in result.content["scores"] for result in results)]
+
+
+def _score_rows(results: Sequence[NamedResult]) -> list[list[str]]:
+    columns = _headlines(results)
+    rows = [["", *columns]]
+    for result in results:
+        for shown, scores in result.rows:
+            label = result.name if shown == MODEL else f"– {shown}"
+            rows.append([label, *(_cell(scores.get(column)) for column in columns)])
+        chance = result.content["chance"]
+        if chance:
+            rows.append(["– (chance)", *(f"{chance[column]:.1f}" if column in chance else "" for column in columns)])
+    return rows
+
+
+def _cell(score: dict[str, float] | None) -> str:
+    return "" if score is None else f"{score['value']:.1f} [{score['low']:.1f}, {score['high']:.1f}]"
+
+
+def _notes(results: Sequence[NamedResult]) -> list[str]:
+    notes = []
+    for result in results:
+        content = result.content
+        for name, test in content.get("against_frame_average", {}).items():
+            if name in HEADLINES:
+                p = f"paired bootstrap p = {test['p_bootstrap']:.2g}"
+                p += "" if test["p_mcnemar"] is None else f", McNemar p = {test['p_mcnemar']:.2g}"
+                notes.append(f"{result.name}, {name}: {_cell(test['difference'])} above frame-averaged CLIP ({p})")
+        counts = ", ".join(f"{count} {what}" for what, count in content["items"].items())
+        failed = content["failed"]["items"]
+        notes.append(f"{result.name}: over {counts}" + (f"; {failed} could not be used" if failed else ""))
+        if content["protocol"].get("dual_softmax"):
+            notes.append(f"{result.name}: scores are weighed by all queries at once (dual softmax)")
+    if len({result.content["protocol"].get("data_fingerprint") for result in results}) > 1:
+        notes.append("The results are not over the same data: their differences say little.")
+    notes.append("In brackets 95 % intervals over videos.")
+    return notes
+
+
+def _protocol_rows(results: Sequence[NamedResult]) -> list[list[str]]:
+    """Of several results what differs, of one what was done."""
+    rows = [["", *(result.name for result in results)]]
+    for name in COMPARED:
+        values = [result.content["protocol"].get(name) for result in results]
+        if isinstance(values[0], dict):
+            keys = dict.fromkeys(key for value in values for key in value or {})
+            nested = {f"{name}.{key}": [(value or {}).get(key) for value in values] for key in keys}
+        else:
+            nested = {name: values}
+        for label, each in nested.items():
+            differs = any(value != each[0] for value in each)
+            if differs or (len(results) == 1 and name != "video_processor" and each[0] is not None):
+                rows.append([label, *("" if value is None else str(value) for value in each)])
+    return rows
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    cleaned = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    head, *body = [f"| {' | '.join(row)} |" for row in cleaned]
+    return [head, "|---" * len(rows[0]) + "|", *body]
+
+
+def _html_table(rows: list[list[str]]) -> str:
+    def line(row: list[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
+
+    return f"<table>{line(rows[0], 'th')}{''.join(line(row, 'td') for row in rows[1:])}</table>"
+
+
+def _plot(results: Sequence[NamedResult]) -> str:
+    """The first score of the task as SVG: bars for the model and its controls, intervals, and chance as a line."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    score = _headlines(results)[0]
+    shown = list(dict.fromkeys(what for result in results for what, _ in result.rows))
+    figure = Figure(figsize=(2 + 1.3 * len(shown), 3.2), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes, width = figure.subplots(), 0.8 / len(results)
+    for number, result in enumerate(results):
+        scores = {what: scores[score] for what, scores in result.rows if score in scores}
+        places = [shown.index(what) + (number - (len(results) - 1) / 2) * width for what in scores]
+        values = [found["value"] for found in scores.values()]
+        below = [found["value"] - found["low"] for found in scores.values()]
+        above = [found["high"] - found["value"] for found in scores.values()]
+        axes.bar(places, values, width, yerr=[below, above], capsize=3, label=result.name)
+        if score in result.content["chance"]:
+            axes.axhline(result.content["chance"][score], linestyle="--", color="grey", linewidth=1)
+    axes.set_xticks(range(len(shown)), shown)
+    axes.set_ylabel(score)
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    with io.StringIO() as file:
+        figure.savefig(file, format="svg", metadata={"Date": None})
+        svg = file.getvalue()
+    return svg[svg.index("<svg") :]
