@@ -7,9 +7,9 @@ import pytest
 
 from bt_adapter_hf.data.pairs import load_table
 from bt_adapter_hf.evaluation.recognition_run import evaluate_recognition
-from bt_adapter_hf.evaluation.results import CONTROL_NAMES
 from bt_adapter_hf.evaluation.retrieval import retrieval_metrics
 from bt_adapter_hf.evaluation.retrieval_run import dual_softmax_scores, evaluate_retrieval
+from bt_adapter_hf.hub.result_files import CONTROL_NAMES
 from bt_adapter_hf.search.encoding import VideoEncoder
 from tests import tiny_pairs
 

@@ -20,6 +20,7 @@ from bt_adapter_hf import (
 )
 from bt_adapter_hf.hub.card import MARKER, model_card
 from bt_adapter_hf.hub.push import push_to_hub
+from bt_adapter_hf.hub.result_files import read_results
 from tests import tiny_pairs
 from tests.chat import saved_hosts
 from tests.hub import metadata
@@ -316,3 +317,29 @@ def test_the_template_of_the_package_is_the_one_beside_the_cards():
     from bt_adapter_hf.hub.card import TEMPLATE
 
     assert (ROOT / "model_cards" / "template.md").read_text() == TEMPLATE.read_text()
+
+
+def test_scores_of_result_files(tmp_path, tiny_checkpoint):
+    """The card and its metadata hold what the files say, and no path of the user's."""
+    score, control = {"value": 41.23, "low": 39.0, "high": 43.5}, {"value": 20.0, "low": 18.0, "high": 22.0}
+    result = {
+        "task": "retrieval",
+        "scores": {"t2v_R1": score, "t2v_MnR": {"value": 3.0, "low": 2.0, "high": 4.0}},
+        "controls": {"reversed": {"t2v_R1": control}},
+        "chance": {"t2v_R1": 0.1},
+        "items": {"videos": 1000},
+        "protocol": {"data": "/home/me/secret/val.csv", "video_processor": {"num_frames": 12}, "dual_softmax": True},
+        "failed": {"items": 3, "reasons": {}, "list": []},
+    }
+    (tmp_path / "msrvtt").mkdir()
+    (tmp_path / "msrvtt" / "result.json").write_text(json.dumps(result))
+    card = model_card(tiny_checkpoint, "me/tiny", results=read_results([tmp_path / "msrvtt"]))
+    text = str(card)
+    assert "| model | 41.2 [39.0, 43.5] |" in text and "| – frames reversed | 20.0 [18.0, 22.0] |" in text
+    assert "Retrieval, on `val.csv`; over 1000 videos; 12 frames per video; dual softmax; 3 could not be used" in text
+    assert "secret" not in text and "Nothing has been measured" not in text
+    (found,) = card.data.eval_results
+    assert (found.metric_type, found.metric_value, found.dataset_type) == ("recall_at_1", 41.23, "private")
+    assert "model-index" in card.data.to_dict() and "Nothing has been measured" in str(
+        model_card(tiny_checkpoint, "me/t")
+    )

@@ -184,7 +184,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _report(args: argparse.Namespace) -> int:
     from ..adapters.writing import written_whole
-    from ..evaluation.report import html_report, markdown_report, read_results
+    from ..evaluation.report import html_report, markdown_report
+    from ..hub.result_files import read_results
 
     results = read_results(args.results, args.names)
     if args.output is None:

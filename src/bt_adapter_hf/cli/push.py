@@ -45,6 +45,13 @@ def register(subparsers) -> None:
         metavar="FILE",
         help="publish this file of the folder too, or what a pattern matches; may be repeated",
     )
+    parser.add_argument(
+        "--results",
+        nargs="+",
+        default=[],
+        metavar="RESULT",
+        help="results of `bt-adapter eval`, files or folders, whose scores go into the card",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
@@ -66,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
         with_code=not args.without_code,
         card={"license": args.license, "language": args.language},
         include=args.include,
+        results=args.results,
     )
     if args.json:
         print(json.dumps(dataclasses.asdict(pushed)))

@@ -2,70 +2,17 @@
 
 import html
 import io
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
+from ..hub.result_files import HEADLINES, NamedResult, cell, headlines, markdown_table, score_rows
 from ..import_utils import require_package
-from .results import CONTROL_NAMES, HEADLINES, RESULT_NAME
 
 
-FIELDS = ("task", "scores", "controls", "chance", "items", "protocol", "failed")
 # What of a protocol a reader compares first; the rest is in the result files.
 COMPARED = (
     *("model", "data", "data_revision", "video_processor", "max_text_length", "templates", "paragraph"),
     *("dual_softmax", "num_clips", "decoding", "judge", "judge_prompts", "shuffle_draws", "seed"),
 )
-MODEL = "model"
-
-
-@dataclass(frozen=True)
-class NamedResult:
-    """A result file and what it is called in the table."""
-
-    name: str
-    content: dict[str, Any]
-
-    @property
-    def rows(self) -> list[tuple[str, dict[str, dict[str, float]]]]:
-        """(what was shown, scores), the model first."""
-        controls = self.content["controls"]
-        return [
-            (MODEL, self.content["scores"]),
-            *((CONTROL_NAMES.get(name, name), controls[name]) for name in controls),
-        ]
-
-
-def read_results(paths: Sequence[str | Path], names: Sequence[str] | None = None) -> list[NamedResult]:
-    """Result files, or the folders that hold them.
-
-    Args:
-        names: for the table; by default those of the folders.
-
-    Raises:
-        ValueError: there are none, one is no result file, or there is another number of names.
-    """
-    if not paths:
-        raise ValueError("Name one or more result files, or the folders that hold them.")
-    if names is not None and len(names) != len(paths):
-        raise ValueError(f"There are {len(names)} names for {len(paths)} results.")
-    results = []
-    for number, path in enumerate(map(Path, paths)):
-        file = path / RESULT_NAME if path.is_dir() else path
-        if not file.is_file():
-            raise ValueError(f"{path} is no result file, and no folder with a {RESULT_NAME}.")
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{file} cannot be read: {error}") from error
-        missing = [name for name in FIELDS if not isinstance(content, dict) or name not in content]
-        if missing:
-            raise ValueError(f"{file} is no result of `bt-adapter eval`: it has no {', '.join(missing)}.")
-        name = names[number] if names else (file.resolve().parent.name if file.name == RESULT_NAME else file.stem)
-        results.append(NamedResult(name, content))
-    return results
 
 
 def markdown_report(results: Sequence[NamedResult]) -> str:
@@ -73,11 +20,11 @@ def markdown_report(results: Sequence[NamedResult]) -> str:
     sections = []
     for task in dict.fromkeys(result.content["task"] for result in results):
         of_task = [result for result in results if result.content["task"] == task]
-        lines = [f"## {task}", "", *_table(_score_rows(of_task)), ""]
+        lines = [f"## {task}", "", *markdown_table(score_rows(of_task)), ""]
         lines += [f"- {note}" for note in _notes(of_task)]
         differing = _protocol_rows(of_task)
         if len(differing) > 1:
-            lines += ["", *_table(differing)]
+            lines += ["", *markdown_table(differing)]
         sections.append("\n".join(lines))
     return "\n\n".join(sections) + "\n"
 
@@ -89,9 +36,7 @@ def html_report(results: Sequence[NamedResult]) -> str:
     for task in dict.fromkeys(result.content["task"] for result in results):
         of_task = [result for result in results if result.content["task"] == task]
         notes = "".join(f"<li>{html.escape(note)}</li>" for note in _notes(of_task))
-        parts.append(
-            f"<h2>{html.escape(task)}</h2>{_plot(of_task)}{_html_table(_score_rows(of_task))}<ul>{notes}</ul>"
-        )
+        parts.append(f"<h2>{html.escape(task)}</h2>{_plot(of_task)}{_html_table(score_rows(of_task))}<ul>{notes}</ul>")
         differing = _protocol_rows(of_task)
         if len(differing) > 1:
             parts.append(_html_table(differing))
@@ -106,27 +51,6 @@ def html_report(results: Sequence[NamedResult]) -> str:
     )
 
 
-def _headlines(results: Sequence[NamedResult]) -> list[str]:
-    return [name for name in HEADLINES if any(name in result.content["scores"] for result in results)]
-
-
-def _score_rows(results: Sequence[NamedResult]) -> list[list[str]]:
-    columns = _headlines(results)
-    rows = [["", *columns]]
-    for result in results:
-        for shown, scores in result.rows:
-            label = result.name if shown == MODEL else f"– {shown}"
-            rows.append([label, *(_cell(scores.get(column)) for column in columns)])
-        chance = result.content["chance"]
-        if chance:
-            rows.append(["– (chance)", *(f"{chance[column]:.1f}" if column in chance else "" for column in columns)])
-    return rows
-
-
-def _cell(score: dict[str, float] | None) -> str:
-    return "" if score is None else f"{score['value']:.1f} [{score['low']:.1f}, {score['high']:.1f}]"
-
-
 def _notes(results: Sequence[NamedResult]) -> list[str]:
     notes = []
     for result in results:
@@ -135,7 +59,7 @@ def _notes(results: Sequence[NamedResult]) -> list[str]:
             if name in HEADLINES:
                 p = f"paired bootstrap p = {test['p_bootstrap']:.2g}"
                 p += "" if test["p_mcnemar"] is None else f", McNemar p = {test['p_mcnemar']:.2g}"
-                notes.append(f"{result.name}, {name}: {_cell(test['difference'])} above frame-averaged CLIP ({p})")
+                notes.append(f"{result.name}, {name}: {cell(test['difference'])} above frame-averaged CLIP ({p})")
         counts = ", ".join(f"{count} {what}" for what, count in content["items"].items())
         failed = content["failed"]["items"]
         notes.append(f"{result.name}: over {counts}" + (f"; {failed} could not be used" if failed else ""))
@@ -164,12 +88,6 @@ def _protocol_rows(results: Sequence[NamedResult]) -> list[list[str]]:
     return rows
 
 
-def _table(rows: list[list[str]]) -> list[str]:
-    cleaned = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
-    head, *body = [f"| {' | '.join(row)} |" for row in cleaned]
-    return [head, "|---" * len(rows[0]) + "|", *body]
-
-
 def _html_table(rows: list[list[str]]) -> str:
     def line(row: list[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
@@ -182,7 +100,7 @@ def _plot(results: Sequence[NamedResult]) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    score = _headlines(results)[0]
+    score = headlines(results)[0]
     shown = list(dict.fromkeys(what for result in results for what, _ in result.rows))
     figure = Figure(figsize=(2 + 1.3 * len(shown), 3.2), layout="constrained")
     FigureCanvasSVG(figure)

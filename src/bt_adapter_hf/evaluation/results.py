@@ -8,22 +8,8 @@ from typing import Any
 
 from ..adapters.writing import written_whole
 from ..data.broken import BrokenItem, count_reasons
-from .chat_bench import ASPECTS
+from ..hub.result_files import CONTROL_NAMES, HEADLINES, RESULT_NAME
 from .statistics import Comparison, Interval
-
-
-RESULT_NAME = "result.json"
-HEADLINES = (  # what a table shows
-    *("t2v_R1", "t2v_R5", "t2v_R10", "v2t_R1", "top1", "top5", "pair", "group"),
-    *("exact", "relaxed", "judged", "judge_score", *ASPECTS, "average"),
-)
-CONTROL_NAMES = {
-    "frame_average": "frame-averaged CLIP",
-    "one_frame": "one frame only",
-    "shuffled": "frames shuffled",
-    "reversed": "frames reversed",
-    "blind": "no video",
-}
 
 
 @dataclass

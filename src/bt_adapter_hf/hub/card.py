@@ -1,5 +1,6 @@
 """Model cards, filled from the files of a folder and from nothing else."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from . import card_text as text
 from .card_example import example, example_without_package
 from .contents import CHAT_CLASSES, SUMMARY_NAME, Contents, read_json
+from .result_files import NamedResult, card_results, card_section
 
 
 TEMPLATE = Path(__file__).parents[1] / "assets" / "model-card" / "template.md"
@@ -16,6 +18,7 @@ TEMPLATE = Path(__file__).parents[1] / "assets" / "model-card" / "template.md"
 MARKER = (
     "<!-- Written by bt_adapter_hf from the files of this repository. Delete this line to keep your own edits. -->"
 )
+_UNMEASURED = "Nothing has been measured with these weights."
 _UNFILLED = "# Model Card for Model ID"  # title of the template that peft and huggingface_hub leave in a folder
 
 
@@ -33,6 +36,7 @@ def model_card(
     with_code: bool = False,
     summary: dict[str, Any] | None = None,
     metadata: dict[str, Any] | None = None,
+    results: Sequence[NamedResult] = (),
 ) -> ModelCard:
     """The card of a folder.
 
@@ -44,6 +48,7 @@ def model_card(
         with_code: whether the repository carries the code of its classes.
         summary: content of `run_summary.json`; by default that of the folder.
         metadata: fields of `huggingface_hub.ModelCardData`, such as `license` and `language`; they take precedence.
+        results: of `bt-adapter eval`; see `read_results`.
     """
     contents = Contents.of(folder)
     if summary is None:
@@ -52,7 +57,7 @@ def model_card(
         base = contents.config["base_model_name_or_path"], contents.config.get("revision")
     elif summary.get("model"):
         base = summary["model"], summary.get("revision")
-    data = _metadata(contents, repo_id, base, summary)
+    data = _metadata(contents, repo_id, base, summary, results)
     data |= {key: value for key, value in (metadata or {}).items() if value is not None}
     if own is not None:
         try:
@@ -63,7 +68,7 @@ def model_card(
             if card.data.get(key) is None:
                 setattr(card.data, key, value)
         return card
-    results, controls = text.figures(summary)
+    measured, controls = text.figures(summary)
     return ModelCard.from_template(
         ModelCardData(**data),
         template_path=str(TEMPLATE),
@@ -76,10 +81,11 @@ def model_card(
         data=text.data_section(summary),
         recipe=text.recipe(summary),
         settings=text.settings(summary),
-        figures=text.protocol(summary) if results else "Nothing has been measured with these weights.",
-        results=results,
+        figures=text.protocol(summary) if measured else "" if results else _UNMEASURED,
+        results=measured,
         controls=controls,
-        limits=text.limits(contents, summary, bool(results)),
+        evaluation=card_section(results) if results else None,
+        limits=text.limits(contents, summary, bool(measured or results)),
         licence=text.licence(data.get("license"), base, with_code),
         marker=MARKER,
     )
@@ -97,7 +103,9 @@ def _read_summary(path: Path) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------ metadata
 
 
-def _metadata(contents: Contents, repo_id: str, base: tuple, summary: dict[str, Any]) -> dict[str, Any]:
+def _metadata(
+    contents: Contents, repo_id: str, base: tuple, summary: dict[str, Any], evaluated: Sequence[NamedResult]
+) -> dict[str, Any]:
     adapter = contents.kind in ("adapter", "LoRA adapter")
     chat = contents.kind == "chat model" or contents.model_type in CHAT_CLASSES
     data = {"library_name": {"adapter": "bt_adapter_hf", "LoRA adapter": "peft"}.get(contents.kind, "transformers")}
@@ -109,7 +117,7 @@ def _metadata(contents: Contents, repo_id: str, base: tuple, summary: dict[str, 
     sources = [part["source"] for part in text.parts(summary).values() if text.is_hub_id(part.get("source"))]
     if sources:
         data["datasets"] = sorted({text.hub_name(source) for source in sources})
-    results = _eval_results(summary, chat)
+    results = _eval_results(summary, chat) + card_results(evaluated)
     if results:
         data |= {"model_name": repo_id.rpartition("/")[2], "eval_results": results}
     return data

@@ -28,6 +28,7 @@ from .card import is_generated, model_card
 from .compat import git_hash
 from .contents import Contents, collect_files
 from .remote_code import add_code, code_files, without_code
+from .result_files import read_results
 
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ def push_to_hub(
     max_shard_size: int | str = "50GB",
     card: Mapping[str, Any] | None = None,
     include: Sequence[str] = (),
+    results: Sequence[str | Path] = (),
 ) -> Pushed:
     """Publishes a model, an adapter or a processor with a model card, in one commit: all of it or nothing.
 
@@ -98,6 +100,8 @@ def push_to_hub(
         max_shard_size: of the weights files of a model in memory.
         card: metadata of the card that the files do not tell, such as `{"license": "mit", "language": "en"}`.
         include: further files of the folder, by their path in it or by a pattern such as "images/*.png".
+        results: result files of `bt-adapter eval`, or their folders: their scores go into the card. The files
+            themselves, which name paths of yours, are not published.
 
     Raises:
         ValueError: if the source is nothing of this package, is incomplete, or has a token of the Hub in one of its
@@ -108,6 +112,7 @@ def push_to_hub(
     validate_repo_id(repo_id)
     if create_pr and revision is not None:
         raise ValueError("A pull request goes to the default branch: pass revision or create_pr, not both.")
+    read = read_results(results) if results else []
     with tempfile.TemporaryDirectory() as scratch:
         base = (None, None)
         folder = Path(source) if isinstance(source, str | Path) else Path(scratch, "source")
@@ -134,7 +139,11 @@ def push_to_hub(
                 return readme  # it tells of the model that the processor belongs to
             own = None if readme is None or is_generated(readme) else readme
             coded = with_code and bool(code_files(described))
-            return str(model_card(described, repo_id, own=own, base=base, with_code=coded, metadata=dict(card or {})))
+            return str(
+                model_card(
+                    described, repo_id, own=own, base=base, with_code=coded, metadata=dict(card or {}), results=read
+                )
+            )
 
         changed = code_files(described) if with_code else without_code(described)
         return publish(
