@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -47,8 +48,13 @@ def test_index_and_again(tiny_checkpoint, clips, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "4 videos added, 0 already there, 2 skipped" in out
     assert "empty.mp4: " in out and "skipped.jsonl" in out  # the first few, and where all are
+    times = re.search(r"^where the time went: (.*)$", out, re.MULTILINE)[1]
+    shares = dict(re.findall(r"(\w+) (\d+)%", times))
+    assert shares.keys() == {"decode", "preprocess", "transfer", "tower", "write"}
+    assert 95 <= sum(map(int, shares.values())) <= 105
     assert main([*argv, "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
+    assert summary.pop("seconds").keys() == {"decode", "write"}  # of the two that are tried again
     assert summary == {"index": str(tmp_path / "idx"), "added": 0, "present": 4, "gone": 0, "skipped": 2}
 
 

@@ -131,7 +131,7 @@ def find_model(args: argparse.Namespace):
     def load():
         from transformers import AutoModelForImageTextToText
 
-        from ..hub.precision import machine_dtype, usable_device
+        from ..hub.machine import machine_dtype, usable_device
 
         folder = None if adapter is None else resolve_adapter(adapter)
         device = usable_device(args.device)

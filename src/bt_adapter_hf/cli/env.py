@@ -225,7 +225,7 @@ def _devices() -> list[str]:
 
 def _precision() -> dict[str, str]:
     """What `--dtype auto` stands for on the device that the commands take, and why."""
-    from ..hub.precision import machine_dtype, usable_device
+    from ..hub.machine import machine_dtype, usable_device
 
     device = usable_device(None)
     dtype, reason = machine_dtype(device)

@@ -48,10 +48,14 @@ def run(args: argparse.Namespace) -> int:
     skipped = len(update.skipped)
     if args.json:
         summary = {"index": args.output, "added": update.added, "present": update.present}
-        print(json.dumps({**summary, "gone": update.gone, "skipped": skipped}, indent=2))
+        seconds = {stage: round(value, 3) for stage, value in encoder.stopwatch.seconds.items()}
+        print(json.dumps({**summary, "gone": update.gone, "skipped": skipped, "seconds": seconds}, indent=2))
     else:
         gone = f", {update.gone} gone and taken out" if update.gone else ""
         print(f"{args.output}: {update.added} videos added, {update.present} already there, {skipped} skipped{gone}")
+        if update.added:
+            shares = (f"{stage} {share:.0%}" for stage, share in encoder.stopwatch.shares().items())
+            print(f"where the time went: {', '.join(shares)}")
         print_skipped(update.skipped, sys.stdout)
         if skipped:
             print(f"all skipped files and why: {args.output}/skipped.jsonl")

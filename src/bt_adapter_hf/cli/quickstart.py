@@ -44,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
 
     require_package("sklearn", "quickstart")
     quiet_transformers()
+    import torch
+
     from ..data.moving_digits import MOTIONS, clip_caption, write_clips
     from ..evaluation.moving_digits import evaluate_moving_digits, format_scores
     from ..search.contact_sheet import write_contact_sheet
@@ -59,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
     folder = Path(args.output)
     clips_folder, index_folder, sheet = folder / "clips", folder / "index", folder / "contact-sheet.png"
     check_writable(index_folder)
+    torch.set_num_threads(1)  # the models are so small that several would mostly wait for each other
     encoder = VideoEncoder.from_pretrained(device=args.device)
 
     say(f"1. {CLIPS} clips, one for each caption, of digits that no training has seen")

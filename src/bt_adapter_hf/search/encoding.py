@@ -3,25 +3,25 @@
 import json
 import math
 import os
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import BatchFeature
 
 from ..adapters.fingerprint import weights_digest
 from ..adapters.writing import no_character, printable
 from ..assets import default_model_path
 from ..hub.dual_encoder import load_dual_encoder
-from ..hub.precision import machine_dtype, usable_device
+from ..hub.machine import available_cores, machine_dtype, usable_device
 from ..models.modeling_bt_adapter import BTAdapterModel
 from ..models.processing_bt_adapter import BTAdapterProcessor
 from ..models.video_errors import VideoError
+from ..models.video_io import load_video
+from .pipeline import Stopwatch, in_order, torch_threads
 
 
 # Fields of a saved config or processor that do not change what it computes.
@@ -44,12 +44,14 @@ class VideoEncoder:
     Attributes:
         source: the Hub id or folder that both were loaded from; None for the model inside the package.
         revision: the commit on the Hub, where there is one.
+        stopwatch: what the stages of `encode_videos` have taken.
     """
 
     model: BTAdapterModel
     processor: BTAdapterProcessor
     source: str | None
     revision: str | None = None
+    stopwatch: Stopwatch = field(default_factory=Stopwatch, repr=False, compare=False)
 
     @classmethod
     def from_pretrained(
@@ -155,58 +157,108 @@ class VideoEncoder:
     def encode_videos(
         self, paths: Sequence[str], batch_size: int = 8, workers: int | None = None
     ) -> Iterator["EncodedVideo"]:
-        """Features of video files, in the order of `paths`, decoded `batch_size` and a few ahead in threads.
+        """Features of video files, in the order of `paths`, decoded a few ahead in threads.
 
         A file that cannot be read comes back with its error instead of a feature; nothing else is swallowed.
 
+        On a CPU each thread takes its videos all the way and computes with its share of the cores; an accelerator is
+        fed by the threads. Threads of Python and of torch together are not more than the cores, unless `workers` are.
+        What the stages have taken is in `stopwatch`.
+
         Args:
-            batch_size: videos that pass the model at once.
-            workers: threads that decode and preprocess; by default one per core, at most 4.
+            batch_size: videos that pass the model at once, on a CPU in all threads together.
+            workers: threads; by default one per core of a CPU, and at most 4 beside an accelerator.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: expected at least 1.")
-        workers = min(4, os.cpu_count() or 1) if workers is None else workers
+        on_cpu, cores = self.model.device.type == "cpu", available_cores()
+        workers = (cores if on_cpu else min(4, cores)) if workers is None else workers
         if workers < 1:
             raise ValueError(f"workers={workers}: expected at least 1.")
-        with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
-            remaining = iter(paths)
-            queue: deque[tuple[str, Future]] = deque()
-            try:
-                while True:
-                    for path in islice(remaining, batch_size + workers - len(queue)):
-                        queue.append((path, pool.submit(self._prepare, path)))
-                    if not queue:
-                        return
-                    batch = [queue.popleft() for _ in range(min(batch_size, len(queue)))]
-                    yield from self._encode_batch([(path, future.result()) for path, future in batch])
-            finally:
-                for _, future in queue:
-                    future.cancel()
+        workers = max(1, min(workers, len(paths)))
+        with (
+            torch_threads(max(1, cores // workers) if on_cpu else 1),
+            ThreadPoolExecutor(workers, thread_name_prefix="encode") as pool,
+        ):
+            if on_cpu:
+                size = max(1, batch_size // workers)
+                batches = (paths[start : start + size] for start in range(0, len(paths), size))
+                for encoded in in_order(pool, self._encode_paths, batches, workers + 1):
+                    yield from encoded
+            else:
+                yield from self._encode_stream(in_order(pool, self._prepare, paths, batch_size + workers), batch_size)
 
-    def _prepare(self, path: str) -> BatchFeature | VideoError:
+    def _encode_paths(self, paths: Sequence[str]) -> list["EncodedVideo"]:
+        return self._finish(*self._start([self._prepare(path) for path in paths]))
+
+    def _encode_stream(self, prepared: Iterator["_Prepared"], batch_size: int) -> Iterator["EncodedVideo"]:
+        """While the accelerator computes one batch, the next one is copied to it."""
+        device = self.model.device
+        copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        running = None
+        while batch := list(islice(prepared, batch_size)):
+            started = self._start(batch, copies)
+            if running is not None:
+                yield from self._finish(*running)
+            running = started
+        if running is not None:
+            yield from self._finish(*running)
+
+    def _prepare(self, path: str) -> "_Prepared":
+        video = self.processor.video_processor
         try:
-            return self.processor(videos=[path], return_metadata=True, return_tensors="pt")
+            with self.stopwatch("decode"):
+                frames, metadata = load_video(
+                    path,
+                    num_frames=video.num_frames if video.do_sample_frames else None,
+                    sampling=video.sampling,
+                    backend=video.video_backend,
+                    on_damage=video.on_damage,
+                    background=video.background,
+                )
+            with self.stopwatch("preprocess"):
+                inputs = self.processor(videos=[frames], do_sample_frames=False, return_tensors="pt")
         except VideoError as error:
-            return error
+            return _Prepared(path, None, {}, error)
+        return _Prepared(path, inputs["pixel_values_videos"][0], _describe(metadata), None)
 
     @torch.inference_mode()
-    def _encode_batch(self, batch: list[tuple[str, BatchFeature | VideoError]]) -> list["EncodedVideo"]:
-        good = [(path, inputs) for path, inputs in batch if not isinstance(inputs, VideoError)]
-        rows = iter(())
-        if good:
-            videos = [inputs["pixel_values_videos"][0] for _, inputs in good]  # each (T, 3, H, W)
+    def _start(
+        self, batch: list["_Prepared"], copies: "torch.cuda.Stream | None" = None
+    ) -> tuple[list["_Prepared"], torch.Tensor | None]:
+        """Features (good ones, P) of a batch, which an accelerator may not have computed yet."""
+        videos = [video.pixels for video in batch if video.pixels is not None]
+        if not videos:
+            return batch, None
+        device, dtype = self.model.device, self.model.dtype
+        with self.stopwatch("transfer"):
             pixel_values, frame_mask = _pad(videos)
-            output = self.model.get_video_features(
-                pixel_values.to(self.model.device, self.model.dtype), frame_mask=frame_mask.to(self.model.device)
-            )
-            rows = iter(_unit_rows(output.pooler_output, [path for path, _ in good]))
-        encoded = []
-        for path, inputs in batch:
-            if isinstance(inputs, VideoError):
-                encoded.append(EncodedVideo(path, None, {}, inputs))
+            if copies is None:
+                pixel_values = pixel_values.to(device, dtype)
             else:
-                encoded.append(EncodedVideo(path, next(rows), _describe(inputs["video_metadata"][0]), None))
-        return encoded
+                with torch.cuda.stream(copies):
+                    pixel_values = pixel_values.pin_memory().to(device, non_blocking=True)
+                torch.cuda.current_stream(device).wait_stream(copies)
+                pixel_values.record_stream(torch.cuda.current_stream(device))
+        with self.stopwatch("tower"):
+            output = self.model.get_video_features(pixel_values.to(dtype), frame_mask=frame_mask)
+        return batch, output.pooler_output
+
+    def _finish(self, batch: list["_Prepared"], features: torch.Tensor | None) -> list["EncodedVideo"]:
+        rows = iter(())
+        if features is not None:
+            with self.stopwatch("tower"):  # an accelerator is waited for
+                rows = iter(_unit_rows(features, [video.path for video in batch if video.error is None]))
+        return [EncodedVideo(path, None if error else next(rows), facts, error) for path, _, facts, error in batch]
+
+
+class _Prepared(NamedTuple):
+    """One file: its frames (T, 3, H, W) and facts, or its error."""
+
+    path: str
+    pixels: torch.Tensor | None
+    facts: dict[str, Any]
+    error: VideoError | None
 
 
 class EncodedVideo(NamedTuple):

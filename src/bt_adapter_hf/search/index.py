@@ -168,8 +168,9 @@ class IndexWriter:
 
     def __exit__(self, *exc_info: object) -> None:
         try:
-            self._flush()
-            self._write_skipped()
+            with self.encoder.stopwatch("write"):
+                self._flush()
+                self._write_skipped()
         finally:
             self._unlock()
 
@@ -225,8 +226,9 @@ class IndexWriter:
         else:
             self.skipped.append({"path": video.path, "reason": " ".join(str(video.error).split())})
         if len(self._rows) >= PART_ROWS or time.monotonic() - self._flushed_at > FLUSH_SECONDS:
-            self._flush()
-            self._write_skipped()
+            with self.encoder.stopwatch("write"):
+                self._flush()
+                self._write_skipped()
 
     def _read(self) -> None:
         for left in self.folder.glob(f".*{PARTIAL}"):  # by a process that was killed

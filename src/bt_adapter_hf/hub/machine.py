@@ -1,4 +1,6 @@
-"""Which number format the commands compute in, where the user does not say."""
+"""What this machine has: devices, cores, and the number format that it computes fastest in."""
+
+import os
 
 import torch
 
@@ -18,6 +20,13 @@ def usable_device(device: str | None) -> torch.device:
         return torch.empty(0, device=default_device() if device is None else device).device
     except (RuntimeError, AssertionError) as error:  # torch's ways to say so
         raise ValueError(f"device '{device}' cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def available_cores() -> int:
+    """Those that this process may use, not all that there are: a container or `taskset` may leave it fewer."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def machine_dtype(device: torch.device) -> tuple[str, str]:

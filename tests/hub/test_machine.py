@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bt_adapter_hf.hub.precision import machine_dtype, usable_device
+from bt_adapter_hf.hub.machine import machine_dtype, usable_device
 from bt_adapter_hf.search.encoding import VideoEncoder
 
 

@@ -1,0 +1,66 @@
+"""Many items through a pool of threads, in order and a few ahead, and where the time goes."""
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import islice
+from threading import Lock
+from typing import TypeVar
+
+import torch
+
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
+
+
+def in_order(
+    pool: ThreadPoolExecutor, work: Callable[[Item], Result], items: Iterable[Item], ahead: int
+) -> Iterator[Result]:
+    """`work` of each item, in the order of the items; at most `ahead` are begun or done before they are asked for."""
+    items = iter(items)
+    queue: deque[Future[Result]] = deque()
+    try:
+        while True:
+            queue.extend(pool.submit(work, item) for item in islice(items, ahead - len(queue)))
+            if not queue:
+                return
+            yield queue.popleft().result()
+    finally:
+        for future in queue:
+            future.cancel()
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Each thread of Python that computes here does so with `count` of torch's at most, none of them beyond those that
+    the user allows (`OMP_NUM_THREADS`)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, count))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Stopwatch:
+    """Seconds of each stage, summed over threads."""
+
+    def __init__(self):
+        self.seconds: Counter[str] = Counter()
+        self._lock = Lock()
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.seconds[stage] += time.perf_counter() - start
+
+    def shares(self) -> dict[str, float]:
+        """Of the sum; the longest first."""
+        total = sum(self.seconds.values()) or 1.0
+        return {stage: seconds / total for stage, seconds in self.seconds.most_common()}
