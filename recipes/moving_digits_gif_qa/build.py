@@ -71,7 +71,7 @@ SPEECH = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "
           "max_position_embeddings": 256, "initializer_range": 0.1}  # fmt: skip
 SPEECH_STEPS, SPEECH_BATCH, SPEECH_LR = 500, 48, 2e-3
 CONNECTORS = ("mlp", "attention", "qformer")
-TUNING = {"max_steps": 900, "batch_size": 32, "learning_rate": 3e-3}
+TUNING = {"max_steps": 400, "batch_size": 32, "learning_rate": 4e-3}
 SYSTEMS = (("xclip", "mlp"), ("bt", "mlp"), ("xclip", "attention"), ("xclip", "qformer"))
 
 
@@ -81,7 +81,12 @@ SYSTEMS = (("xclip", "mlp"), ("bt", "mlp"), ("xclip", "attention"), ("xclip", "q
 def video_processor() -> BTAdapterVideoProcessor:
     size = {"height": SIDE, "width": SIDE}
     return BTAdapterVideoProcessor(
-        size={"shortest_edge": SIDE}, crop_size=size, num_frames=NUM_FRAMES, sampling="centers"
+        size={"shortest_edge": SIDE},
+        crop_size=size,
+        num_frames=NUM_FRAMES,
+        sampling="centers",
+        image_mean=[0.1] * 3,  # the background is nearly zero then
+        image_std=[0.2] * 3,
     )
 
 

@@ -7,7 +7,14 @@ from typing import Any
 from ..import_utils import require_package
 from ._options import progress, real_number, whole_number
 from ._training import begin, chat_processor, end, run_training
-from ._training_options import TRAINING_OPTIONS, add_item_timeout, add_on_damage, add_run_options, add_training_options
+from ._training_options import (
+    TRAINING_OPTIONS,
+    add_data_limits,
+    add_item_timeout,
+    add_on_damage,
+    add_run_options,
+    add_training_options,
+)
 
 
 EPILOG = """\
@@ -32,9 +39,8 @@ Check the table first: bt-adapter check-data videos/train.jsonl --model llava-hf
 On several GPUs: torchrun --nproc-per-node 8 -m bt_adapter_hf.cli.main finetune ...
 """
 
-# Those of the shared options that there are here, and their fields.
 OPTIONS = {
-    **{name: field for name, field in TRAINING_OPTIONS.items() if name not in ("chunk_rows", "max_disk")},
+    **TRAINING_OPTIONS,
     "adapter_only": "adapter_only",
 }
 LORA_OPTIONS = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
@@ -66,13 +72,14 @@ def register(subparsers) -> None:
         "--train",
         required=True,
         metavar="TABLE",
-        help=".jsonl or .json file of conversations, local or hf://datasets/...",
+        help=".jsonl or .json file of conversations, or a .csv of TGIF-QA, local or hf://datasets/...",
     )
     data.add_argument("--validation", metavar="TABLE", help="table to measure the loss on")
     data.add_argument(
         "--media-root",
         metavar="DIR",
-        help="where relative paths start: a folder, or .zip and .tar archives (default: folder of the table)",
+        help="where relative paths start: a folder, or .zip and .tar archives; or a .tsv with the addresses of the "
+        "videos (default: folder of the table)",
     )
     data.add_argument(
         "--dataset-revision", metavar="NAME", help="branch, tag or commit of the tables, if they are on the Hub"
@@ -80,9 +87,7 @@ def register(subparsers) -> None:
     data.add_argument(
         "--num-frames", type=whole_number(), metavar="T", help="frames per video (default: as the processor says)"
     )
-    data.add_argument(
-        "--max-broken", type=real_number(0, 1), metavar="SHARE", help="broken items that stop the run (default: 0.1)"
-    )
+    add_data_limits(data)
     add_item_timeout(data)
     add_on_damage(data)
     data.add_argument(

@@ -24,6 +24,7 @@ from .decoding_process import DecodingProcess
 from .files import PEEK_BYTES, is_remote, open_file, split_hub_path
 from .instructions import InstructionDataset, check_length
 from .sources import PairTable, Record, usable
+from .tgif_qa import TABLE_SUFFIXES, is_tgif_qa
 
 
 # Of a table whose rows have to be fetched, a sample takes this many from each shard that it opens.
@@ -347,7 +348,7 @@ def spread(values: array) -> list[float] | None:
 
 def holds_conversations(source: str, revision: str | None = None) -> bool:
     """Whether a `.json` or `.jsonl` file is a table for `load_instructions`, by the fields of its first row."""
-    if not source.endswith((".json", ".jsonl")) or has_magic(source):
+    if not source.endswith((".json", ".jsonl", *TABLE_SUFFIXES)) or has_magic(source):
         return False
     try:
         if is_remote(source):
@@ -358,6 +359,8 @@ def holds_conversations(source: str, revision: str | None = None) -> bool:
             head = file.read(1 << 20).decode(errors="replace")
     except (OSError, ValueError):
         return False  # the reader of the table will say what is wrong with it
+    if source.endswith(TABLE_SUFFIXES):
+        return is_tgif_qa(head)
     try:
         first, _ = json.JSONDecoder().raw_decode(head, head.index("{"))
     except ValueError:

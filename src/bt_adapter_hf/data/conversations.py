@@ -5,10 +5,11 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from glob import has_magic
-from pathlib import Path
-from typing import Any, ClassVar
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HTTPError
@@ -17,13 +18,20 @@ from PIL import Image
 from ..adapters.writing import no_character
 from ..hub.access import explain, http_cause, retried
 from ..models.image_io import load_image
-from ..models.video_errors import VideoError, VideoNotFoundError
+from ..models.video_errors import VideoAccessError, VideoError, VideoNotFoundError
+from .addresses import Addresses, AddressReader, is_address
 from .archives import ARCHIVE_SUFFIXES, MediaArchives
 from .files import check_encoding, find_files, is_remote, join, repository, split_hub_path, unicode_reason
+from .sources import NothingToFetch, PairTable
+from .tgif_qa import TABLE_SUFFIXES, GifQuestion, read_tgif_qa
+
+
+if TYPE_CHECKING:
+    from .chunk_store import ChunkStore
 
 
 # Where a VideoChatGPT row names a video without its ending.
-VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi")
+VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".gif")
 
 Messages = list[dict[str, Any]]
 
@@ -39,26 +47,69 @@ class InstructionTable:
     Attributes:
         source: the file.
         rows: one JSON text per row, not parsed yet.
-        media: folder that relative paths start from, or the archives that hold them.
+        media: folder that relative paths start from, the archives that hold them, or a list of their addresses.
         fingerprint: of the file's content.
         revision: commit of a file on the Hub, else None.
-        needs_store: all is on the local disk; see `PairTable`.
     """
-
-    needs_store: ClassVar[bool] = False
 
     source: str
     rows: list[str]
-    media: Path | MediaArchives
+    media: Path | MediaArchives | Addresses
     fingerprint: str
     revision: str | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    @cached_property
+    def _fetched(self) -> PairTable | None:
+        """The rows as a table of videos to be fetched; None where all is on the disk."""
+        if not isinstance(self.media, Addresses) and not any(re.search(r'"https?://', row) for row in self.rows):
+            return None
+        return PairTable(self.source, AddressReader(len(self.rows), self.fingerprint, replace(self)._address_of), None)
+
+    def _address_of(self, row: int) -> str | None:
+        try:
+            videos = visuals_of(self.messages(row), "video")
+        except UnusableRow:  # reported when it is its turn
+            return None
+        return next(filter(is_address, videos), None)
+
+    @property
+    def needs_store(self) -> bool:
+        """Whether videos are at addresses: training fetches them ahead, see `PairTable`."""
+        return self._fetched is not None
+
+    @property
+    def store(self) -> "ChunkStore | None":
+        return None if self._fetched is None else self._fetched.store
+
+    @store.setter
+    def store(self, store: "ChunkStore | None") -> None:
+        self._fetched.store = store
+
+    def use_store(self, *args: Any, **kwargs: Any) -> "ChunkStore | NothingToFetch":
+        """As of a `PairTable`."""
+        return NothingToFetch() if self._fetched is None else self._fetched.use_store(*args, **kwargs)
+
+    def fetched(self, row: int, path: str) -> str | bytes:
+        """A path of the messages of a row; or the video, where a store holds it. Waits until it does.
+
+        Raises:
+            VideoError: it could not be fetched.
+        """
+        if self.store is None or not is_address(path):
+            return path
+        record = self._fetched.record(row)
+        if record.name != path:  # of several addresses the first is in the store
+            return path
+        if record.problem is not None:
+            raise VideoAccessError(record.problem)
+        return record.video
+
     @property
     def shard_rows(self) -> list[int]:
-        return [len(self.rows)]
+        return [len(self.rows)] if self._fetched is None else self._fetched.shard_rows
 
     def messages(self, row: int) -> Messages:
         """The conversation of a row, ending with an answer.
@@ -81,6 +132,12 @@ class InstructionTable:
             messages = content["messages"]
         elif {"q", "a", "video_id"} <= content.keys():
             messages = self._video_chatgpt(content, row)
+        elif "tgif_qa" in content:  # of `_tgif_qa`
+            if content["tgif_qa"] is not None:
+                raise UnusableRow(content["tgif_qa"])
+            path = self._with_ending(self._place(content["gif"]))
+            seen = [{"type": "video", "path": path}, {"type": "text", "text": content["question"]}]
+            messages = [{"role": "user", "content": seen}, {"role": "assistant", "content": content["answer"]}]
         else:
             raise UnusableRow(
                 f"it has the fields {', '.join(content) or 'none'}; expected messages, or q, a and video_id."
@@ -109,7 +166,20 @@ class InstructionTable:
         """What `load_video` takes for a path of `messages`; see `read_media`."""
         return read_media(path, self.archives)
 
+    def _with_ending(self, path: str) -> str:
+        """The file of a video that is named without its ending; without a file the usual name, for the report."""
+        if self.archives is not None or is_address(path) or Path(path).suffix in VIDEO_SUFFIXES:
+            return path
+        names = [path + suffix for suffix in VIDEO_SUFFIXES]
+        return next((name for name in names if Path(name).is_file()), names[0])
+
     def _place(self, path: str) -> str:
+        if isinstance(self.media, Addresses) and not is_remote(path):
+            name = PurePosixPath(path)
+            name = name.stem if name.suffix in VIDEO_SUFFIXES else name.name
+            if name not in self.media.by_name:
+                raise UnusableRow(f"{path} is not in the list of addresses {self.media.source}.")
+            return self.media.by_name[name]
         if path.startswith("data:") or (self.archives is not None and not is_remote(path)):
             return path  # the content itself, or a name in the archives
         folder = str(self.media) if isinstance(self.media, Path) else None
@@ -124,11 +194,7 @@ class InstructionTable:
 
     def _video_chatgpt(self, content: Mapping[str, Any], row: int) -> Messages:
         """As released, the video stands behind the question in even rows and before it in odd ones."""
-        path = self._place(str(content["video_id"]))
-        if self.archives is None:
-            # without a file: the usual name, for the report
-            names = [path + suffix for suffix in VIDEO_SUFFIXES]
-            path = next((name for name in names if Path(name).is_file()), names[0])
+        path = self._with_ending(self._place(str(content["video_id"])))
         video = {"type": "video", "path": path}
         for field in ("q", "a"):
             if not isinstance(content[field], (str, int, float)):
@@ -208,12 +274,18 @@ def load_instructions(
       "What happens?"}]}, {"role": "assistant", "content": "A dog jumps."}]}`: any number of turns, images too, with or
       without a system message; `"url"`, `"video"` or `"image"` in place of `"path"`;
     - `{"q": ..., "a": ..., "video_id": ...}`, VideoChatGPT-100K's: the video is `<media_root>/<video_id>` with one of
-      the endings .mp4, .webm, .mkv, .avi.
+      the endings .mp4, .webm, .mkv, .avi, .gif.
+
+    A table of TGIF-QA, a `.csv` or `.tsv` file, works as it is: each question is a conversation about one GIF, see
+    `GifQuestion`.
+
+    Videos may be at http(s) addresses: in training they are fetched ahead, in bounded disk.
 
     Args:
         source: the file: a path, or `hf://datasets/owner/name[@revision]/path`, which is downloaded.
         media_root: where relative paths start: a folder on the disk, or a `.zip` or `.tar` with the videos (or a
-            pattern that fits several), which are read where they are. The folder of the file by default.
+            pattern that fits several), which are read where they are; or a list of addresses, a `.tsv` or `.txt`
+            file, by the names of the files (TGIF's `tgif-v1.0.tsv`). The folder of the file by default.
         revision: branch, tag or commit of a file on the Hub.
 
     Raises:
@@ -221,8 +293,11 @@ def load_instructions(
             is not there.
     """
     source, commit = str(source), None
-    if not source.endswith((".json", ".jsonl")):
-        raise ValueError(f"Cannot read the table {source}: a table of conversations is a .jsonl or a .json file.")
+    if not source.endswith((".json", ".jsonl", *TABLE_SUFFIXES)):
+        raise ValueError(
+            f"Cannot read the table {source}: a table of conversations is a .jsonl or a .json file, or a .csv or .tsv "
+            "file of TGIF-QA."
+        )
     try:
         path = Path(source).expanduser()
         if is_remote(source):
@@ -233,6 +308,8 @@ def load_instructions(
         text = content.decode("utf-8-sig")
         if path.suffix == ".jsonl":
             rows = [line for line in text.split("\n") if line.strip()]
+        elif path.suffix in TABLE_SUFFIXES:
+            rows = [_tgif_qa(question) for question in read_tgif_qa(text, source)]
         else:
             rows = json.loads(text)
             if not isinstance(rows, list):
@@ -252,6 +329,14 @@ def load_instructions(
     )
 
 
+def _tgif_qa(question: GifQuestion | str) -> str:
+    """A question, or why there is none, as a row of a table."""
+    if isinstance(question, str):
+        return json.dumps({"tgif_qa": question})
+    fields = {"gif": question.gif, "question": question.prompt, "answer": question.answer}
+    return json.dumps({"tgif_qa": None, **fields}, ensure_ascii=False)
+
+
 def _download(source: str, revision: str | None) -> tuple[Path, str]:
     """A table on the Hub: the local copy, and its commit."""
     repo, written, path = split_hub_path(source)
@@ -263,7 +348,7 @@ def _download(source: str, revision: str | None) -> tuple[Path, str]:
     return Path(file), re.search(r"snapshots[/\\]([0-9a-f]{40})[/\\]", file)[1]
 
 
-def _open_media(root: str | Path | None) -> Path | MediaArchives:
+def _open_media(root: str | Path | None) -> Path | MediaArchives | Addresses:
     if root is None:
         raise ValueError("it is on the Hub: name the folder or the archives of its videos on the disk with media_root")
     if is_remote(str(root)):
@@ -272,10 +357,12 @@ def _open_media(root: str | Path | None) -> Path | MediaArchives:
             "folder or the archives with media_root"
         )
     folder = Path(root).expanduser()
+    if folder.suffix in (".tsv", ".txt") and folder.is_file():
+        return Addresses.read(folder)
     if not folder.is_dir() and (folder.suffix in ARCHIVE_SUFFIXES or has_magic(str(root))):
         return MediaArchives(find_files(str(root), ARCHIVE_SUFFIXES, "", None, None).paths)
     if not folder.is_dir():
-        raise ValueError(f"media_root {root} is neither a folder nor a .zip or .tar file")
+        raise ValueError(f"media_root {root} is neither a folder, a .zip or .tar file nor a list of addresses")
     return folder.resolve()
 
 

@@ -109,7 +109,7 @@ class InstructionDataset(torch.utils.data.Dataset):
         item_timeout: float | None = 60.0,
     ):
         self.table, self.processor, self.states = table, processor, states
-        self.max_length, self.seed = max_length, seed
+        self.max_length, self.seed, self.item_timeout = max_length, seed, item_timeout
         self._decode = self._arrays if item_timeout is None else DecodingProcess(self._arrays, item_timeout)
         template = (
             processor.chat_template if isinstance(processor.chat_template, str) else processor.chat_template["default"]
@@ -144,7 +144,7 @@ class InstructionDataset(torch.utils.data.Dataset):
             try:
                 messages = self.table.messages(candidate)
                 name = name_of(messages, candidate)
-                return {**self._item(messages, generator), "broken": broken}
+                return {**self._item(messages, candidate, generator), "broken": broken}
             except (VideoError, UnusableRow) as error:
                 broken.append(broken_item(self.table.source, candidate, name, str(error)))
         raise none_usable(self.table.source, broken)
@@ -157,23 +157,24 @@ class InstructionDataset(torch.utils.data.Dataset):
         for step in range(min(others, REPLACEMENTS)):
             yield (row + 1 + (start + step) % others) % len(self)
 
-    def _item(self, messages: Messages, generator: np.random.Generator) -> dict[str, Any]:
+    def _item(self, messages: Messages, row: int, generator: np.random.Generator) -> dict[str, Any]:
         item = self.tokenize(messages)  # before any video is decoded
         check_length(len(item["input_ids"]), self.max_length)
         videos = visuals_of(messages, "video")
         if videos and self.states is not None:
             item["backbone_states"] = self.states.load(videos)
         elif videos:
-            pixels = self._decode("video", videos, int(generator.integers(2**31)))
+            found = [self.table.fetched(row, path) for path in videos]  # outside the time limit
+            pixels = self._decode("video", found, int(generator.integers(2**31)), videos)
             item.update({name: torch.from_numpy(values) for name, values in pixels.items()})
         return item
 
-    def _arrays(self, kind: str, paths: list[str], seed: int = 0) -> Any:
-        """Images as uint8 (H, W, 3) each; videos as the processor's tensors."""
+    def _arrays(self, kind: str, paths: list[str | bytes], seed: int = 0, names: Sequence[str] = ()) -> Any:
+        """Images as uint8 (H, W, 3) each; videos, by path or fetched, as the processor's tensors."""
         if kind == "image":
             return [np.asarray(open_image(self.table, path)) for path in paths]
-        with item_errors(", ".join(paths)):
-            found = [self.table.read(path) for path in paths]
+        with item_errors(", ".join(names)):
+            found = [path if isinstance(path, bytes) else self.table.read(path) for path in paths]
             encoded = self.processor(videos=found, seed=seed, return_tensors="pt")
         return {name: values.numpy() for name, values in encoded.items()}
 
