@@ -9,7 +9,7 @@ import torch
 
 from bt_adapter_hf import load_video
 from bt_adapter_hf.data.broken import BrokenItemsError, BrokenItemsLog
-from bt_adapter_hf.data.pairs import PairCollator, PairDataset, load_table, random_crop_box
+from bt_adapter_hf.data.pairs import PairCollator, PairDataset, load_opposites, load_table, random_crop_box
 from tests import tiny_pairs
 
 
@@ -225,3 +225,42 @@ def test_log_stops_at_the_share(tmp_path):
     assert len((tmp_path / "small.jsonl").read_text().splitlines()) == 2  # the last one is listed too
     with pytest.raises(ValueError, match="between 0 and 1"):
         BrokenItemsLog(tmp_path / "x.jsonl", "train", items=10, max_broken=5)
+
+
+def test_opposite_captions_stand_beside_those_of_the_batch(clips, processor, tmp_path):
+    dataset = PairDataset(load_table(clips), processor, training=False)
+    items = [dataset[row] for row in range(3)]
+    texts = [item["text"] for item in items]
+    table = tmp_path / "opposites.jsonl"
+    rows = [{"text": texts[0], "opposite": "gray turns right 0 and round"}, {"text": texts[1], "opposite": texts[1]}]
+    rows += [{"text": texts[2], "opposite": None}]
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    opposites = load_opposites(table)
+    assert opposites == {texts[0]: "gray turns right 0 and round", texts[1]: texts[1]}
+    plain, batch = PairCollator(processor)(items), PairCollator(processor, opposites=opposites)(items)
+    tokens = processor.tokenizer(["gray turns right 0 and round", *texts[1:]], padding=True, return_tensors="pt")
+    assert torch.equal(batch["opposite_input_ids"], tokens["input_ids"])
+    assert torch.equal(batch["opposite_attention_mask"], tokens["attention_mask"])
+    assert batch["has_opposite"].tolist() == [True, True, False]
+    # of one length, so that a caption that is its own opposite is seen to be
+    assert torch.equal(batch["input_ids"][1], batch["opposite_input_ids"][1])
+    assert "opposite_input_ids" not in plain
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("", "has no row"),
+        ('{"text": "a"}\n', "has no row"),
+        ('{"opposite": "a"}\n', "row 1: expected an object"),
+        ('{"text": "a", "opposite": "b"}\nnot json\n', "row 2: expected an object"),
+        ('{"text": "a", "opposite": 3}\n', "must be strings, found 'a', 3"),
+        ('{"text": "a", "opposite": "b"}\n{"text": "a", "opposite": "c"}\n', "'a' has two opposites, 'b' and 'c'"),
+        (None, "cannot be read"),
+    ],
+)
+def test_opposites_that_cannot_be_read(lines, message, tmp_path):
+    if lines is not None:
+        (tmp_path / "opposites.jsonl").write_text(lines)
+    with pytest.raises(ValueError, match=message):
+        load_opposites(tmp_path / "opposites.jsonl")

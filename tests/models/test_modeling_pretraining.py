@@ -5,7 +5,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from bt_adapter_hf.models.modeling_bt_adapter_pretraining import contrastive_loss, random_tube_mask
+from bt_adapter_hf.models.modeling_bt_adapter_pretraining import (
+    contrastive_loss,
+    order_contrastive_loss,
+    order_is_seen,
+    other_orders,
+    random_tube_mask,
+)
 from tests import tiny_pairs
 
 
@@ -182,3 +188,77 @@ def test_two_processes_give_the_gradient_of_the_global_batch():
             continue
         for rank in range(2):
             torch.testing.assert_close(ranks[rank][name], gradient, rtol=1e-4, atol=1e-6 * gradient.abs().max().item())
+
+
+def naive_order_contrast(video, text, reversed, shuffled, opposite, usable, moves, paired, temperature):
+    """Row by row, with only what is there in each sum."""
+    unit = lambda x: torch.nn.functional.normalize(x, dim=-1)  # noqa: E731
+    video, text, reversed, opposite = unit(video), unit(text), unit(reversed), unit(opposite)
+    videos = [*video, *reversed[usable], *([] if shuffled is None else unit(shuffled)[moves])]
+    texts = [*text, *opposite[paired]]
+    pairs = [*zip(video, text, strict=True), *zip(reversed[paired], opposite[paired], strict=True)]
+    to_text = [
+        (x @ y / temperature) - torch.stack([x @ z / temperature for z in texts]).logsumexp(0) for x, y in pairs
+    ]
+    to_video = [
+        (x @ y / temperature) - torch.stack([z @ y / temperature for z in videos]).logsumexp(0) for x, y in pairs
+    ]
+    return -torch.stack(to_text).mean() - torch.stack(to_video).mean()
+
+
+@pytest.mark.parametrize("shuffles", (False, True))
+def test_copies_in_another_order_are_wrong_clips_and_opposite_captions_wrong_texts(shuffles):
+    video, text, reversed, shuffled, opposite = torch.randn(5, 6, 8, generator=torch.Generator().manual_seed(2))
+    usable = torch.tensor([1, 1, 0, 1, 1, 0]).bool()
+    moves = torch.tensor([1, 1, 1, 1, 1, 0]).bool()
+    paired = torch.tensor([1, 0, 0, 1, 1, 0]).bool()
+    distinct = torch.stack([usable, moves, paired], dim=1).float()
+    shuffled = shuffled if shuffles else None
+    expected = naive_order_contrast(video, text, reversed, shuffled, opposite, usable, moves, paired, 0.1)
+    found = order_contrastive_loss(video, text, 0.1, reversed, shuffled, opposite, distinct)
+    torch.testing.assert_close(found, expected)
+    nothing = order_contrastive_loss(video, text, 0.1, reversed, shuffled, opposite, 0 * distinct)
+    torch.testing.assert_close(nothing, contrastive_loss(video, text, 0.1))
+
+
+def test_order_is_seen_in_movements_and_not_in_symmetric_or_still_clips():
+    t = torch.linspace(0, 1, 8)
+    noise = 1e-3 * torch.randn(6, 8, 4, generator=torch.Generator().manual_seed(0))
+    ways = [t, t**3, (t > 0.6).float(), (2 * t - 1).abs(), (6.2832 * t).cos(), 0 * t]  # the last three: symmetric
+    clips = torch.stack(ways)[..., None] * torch.tensor([1.0, -1, 2, 0.5]) + 1 + noise
+    orders = other_orders(torch.arange(6), 8)
+    assert order_is_seen(clips, orders["reversed"]).tolist() == [True, True, True, False, False, False]
+    assert order_is_seen(clips, orders["shuffled"])[[0, 5]].tolist() == [True, False]
+    assert sorted(orders["shuffled"][0].tolist()) == list(range(8))
+    assert orders["shuffled"].unique(dim=0).shape == (6, 8)  # each its own
+
+
+def test_symmetric_clips_are_not_pushed_away_from_their_reverse():
+    pretraining = model(mask_ratio=0.5, order_negatives="reversed_and_shuffled").train()
+    inputs = batch(4, 4)
+    inputs["pixel_values_videos"][1] = inputs["pixel_values_videos"][1, [0, 1, 1, 0]]
+    opposite = inputs["input_ids"].roll(1, dims=0)
+    opposite[2] = inputs["input_ids"][2]  # a caption that is its own opposite: known to be symmetric
+    known = torch.tensor([True, True, True, False])
+    rows = pretraining(
+        **inputs, opposite_input_ids=opposite, has_opposite=known, row_seeds=torch.arange(4), return_loss=False
+    )
+    assert rows.distinct[:, 0].tolist() == [1, 0, 0, 1]  # the reversed copy is a wrong clip
+    assert rows.distinct[:, 2].tolist() == [1, 0, 0, 0]  # and belongs to the opposite caption
+    again = pretraining(**{**inputs, "pixel_values_videos": inputs["pixel_values_videos"].flip(1)},
+                        row_seeds=torch.arange(4), return_loss=False)  # fmt: skip
+    torch.testing.assert_close(rows.reversed, again.video)  # the same masks
+    pretraining.losses(rows).loss.backward()
+    pretraining.eval()
+    assert pretraining(**inputs, return_loss=False).reversed is None  # in training alone
+
+
+def test_states_of_the_backbone_stand_in_for_pixels():
+    pretraining = model(mask_ratio=0.5, order_negatives="reversed").train()
+    inputs, seeds = batch(), torch.arange(4)
+    expected = pretraining(**inputs, row_seeds=seeds)
+    videos = inputs.pop("pixel_values_videos")
+    states = pretraining.vision_model.encode_frames(videos, pretraining.config.vision_config.num_hidden_layers)
+    torch.testing.assert_close(pretraining(**inputs, backbone_states=states, row_seeds=seeds).loss, expected.loss)
+    with pytest.raises(ValueError, match="4 texts, 3 videos"):
+        pretraining(**inputs, backbone_states={n: x[:3] for n, x in states.items()})

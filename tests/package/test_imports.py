@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "models": set(),
     "assets": set(),
     "adapters": {"models"},
+    "baselines": {"models"},
     "conversion": {"models", "adapters"},
     "hub": {"models", "adapters"},
     "search": {"models", "adapters", "hub", "assets"},

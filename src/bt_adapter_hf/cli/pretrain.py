@@ -60,6 +60,11 @@ CONFIG_OPTIONS = (
         "factor on the gate at the end (default: 10000; its gradient may fill the norm that is clipped at, and shrink "
         "all others by what the log calls clipped_by)",
     ),
+    (
+        "order_negatives",
+        str,
+        "contrast each clip with its reversed copy too, or with reversed_and_shuffled copies (default: none)",
+    ),
     ("max_frames", whole_number(), "rows of the time embedding table; longer videos interpolate (default: 64)"),
 )
 
@@ -109,6 +114,12 @@ def register(subparsers) -> None:
         action="store_true",
         help="in validation, rows with the same caption are right answers for each other",
     )
+    data.add_argument(
+        "--opposites",
+        metavar="FILE",
+        help='rows of json with "text" and "opposite", what a clip of that caption shows when it is played backwards; '
+        "for --order-negatives",
+    )
     add_data_limits(data)
     add_item_timeout(data)
     add_on_damage(data)
@@ -152,10 +163,18 @@ def run(args: argparse.Namespace) -> int:
     if args.eval_controls == []:
         training_args.eval_controls = []
 
-    from ..data.pairs import PairCollator, PairDataset
+    from ..data.pairs import PairCollator, PairDataset, load_opposites
     from ..training.report import describe_table
     from ..training.trainer import BTAdapterTrainer
 
+    opposites = None
+    if args.opposites is not None:
+        if args.order_negatives in (None, "none"):
+            raise ValueError("--opposites are read with --order-negatives reversed or reversed_and_shuffled only.")
+        try:
+            opposites = load_opposites(args.opposites)
+        except ValueError as error:
+            raise ValueError(f"--opposites: {error}") from error
     model, processor = load_model(args)
     if args.on_damage is not None:
         processor.video_processor.on_damage = args.on_damage
@@ -183,7 +202,7 @@ def run(args: argparse.Namespace) -> int:
             item_timeout=args.item_timeout,
         ),
         eval_dataset=validation,
-        data_collator=PairCollator(processor, max_text_length),
+        data_collator=PairCollator(processor, max_text_length, opposites),
         processing_class=processor,
     )
     tower = model.config.vision_config
@@ -204,6 +223,7 @@ def run(args: argparse.Namespace) -> int:
             "max_text_length": max_text_length,
             "crop_scale": args.crop_scale,
             "group_by_caption": args.group_by_caption,
+            "opposites": None if opposites is None else len(opposites),
             **{part: describe_table(table) for part, table in tables.items()},
         },
     )

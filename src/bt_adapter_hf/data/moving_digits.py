@@ -266,8 +266,12 @@ class _Scene:
 
     def frame(self, side: float, x: float, y: float) -> np.ndarray:
         """uint8 (64, 64, 3) with the digit's box of this side centred at (x, y)."""
+        return np.round(self.draw(self.background, side, x, y)).astype(np.uint8)
+
+    def draw(self, background: np.ndarray, side: float, x: float, y: float) -> np.ndarray:
+        """float (64, 64, 3): the digit in front of another picture, not rounded."""
         scale = 8 / side  # canvas pixel -> glyph pixel
         matrix = (scale, 0, 5 - x * scale, 0, scale, 5 - y * scale)  # 5: the middle of the 10 x 10 glyph
         mask = self.glyph.transform((CANVAS, CANVAS), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
         alpha = np.asarray(mask, dtype=np.float64)[..., None] / 255
-        return np.round(alpha * self.ink + (1 - alpha) * self.background).astype(np.uint8)
+        return alpha * self.ink + (1 - alpha) * background

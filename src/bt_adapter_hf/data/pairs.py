@@ -1,7 +1,9 @@
 """The dataset over a (video, text) table that decodes lazily, and the batches of it. `load_table` opens tables."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from itertools import chain, islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from ..models.video_processing_bt_adapter import BTAdapterVideoProcessor
 
 
-__all__ = ["PairCollator", "PairDataset", "PairTable", "load_table", "random_crop_box"]
+__all__ = ["PairCollator", "PairDataset", "PairTable", "load_opposites", "load_table", "random_crop_box"]
 
 # Attempts to replace a broken item before a table is declared unusable.
 REPLACEMENTS = 100
@@ -207,15 +209,24 @@ class PairCollator:
     Args:
         processor: its tokenizer is used.
         max_text_length: longest text in tokens, start and end tokens included; the tokenizer's limit by default.
+        opposites: of captions, what their clips show when they are played backwards (the caption itself where that is
+            the same), for a model that trains with `order_negatives`; see `load_opposites`.
 
     Batches: `pixel_values_videos` float (B, T, 3, H, W), `input_ids` and `attention_mask` int64 (B, longest text),
-    `pair_ids` int64 (B), and `broken`, the list of `BrokenItem` met on the way.
+    `pair_ids` int64 (B), and `broken`, the list of `BrokenItem` met on the way; with `opposites` also
+    `opposite_input_ids` and `opposite_attention_mask` and `has_opposite` bool (B).
 
     Raises:
         ValueError: if `max_text_length` exceeds the tokenizer's limit, or the tokenizer has none and none is given.
     """
 
-    def __init__(self, processor: "BTAdapterProcessor", max_text_length: int | None = None):
+    def __init__(
+        self,
+        processor: "BTAdapterProcessor",
+        max_text_length: int | None = None,
+        opposites: Mapping[str, str] | None = None,
+    ):
+        self.opposites = opposites
         self.tokenizer = processor.tokenizer
         limit = self.tokenizer.model_max_length
         if max_text_length is None and limit > 10**6:
@@ -227,19 +238,59 @@ class PairCollator:
         self.max_text_length = max_text_length or limit
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        texts = self.tokenizer(
-            [item["text"] for item in items],
+        B, texts = len(items), [item["text"] for item in items]
+        opposites = [] if self.opposites is None else [self.opposites.get(text, text) for text in texts]
+        tokens = self.tokenizer(
+            texts + opposites,
             padding=True,
             truncation=True,
             max_length=self.max_text_length,
             return_attention_mask=True,
             return_tensors="pt",
         )
-        return {
+        batch = {
             # in a loader worker it stacks into shared memory at once, which spares a copy
             "pixel_values_videos": default_collate([item["pixel_values_videos"] for item in items]),
-            "input_ids": texts["input_ids"],
-            "attention_mask": texts["attention_mask"],
+            "input_ids": tokens["input_ids"][:B],
+            "attention_mask": tokens["attention_mask"][:B],
             "pair_ids": torch.tensor([item["pair_id"] for item in items]),
             "broken": [record for item in items for record in item["broken"]],
         }
+        if self.opposites is not None:
+            batch |= {
+                "opposite_input_ids": tokens["input_ids"][B:],
+                "opposite_attention_mask": tokens["attention_mask"][B:],
+                "has_opposite": torch.tensor([text in self.opposites for text in texts]),
+            }
+        return batch
+
+
+def load_opposites(path: str | Path) -> dict[str, str]:
+    """Captions and what their clips show when they are played backwards, from rows of json with `text` and `opposite`.
+
+    A row whose opposite is missing, null or empty says nothing; one whose opposite is its own text says that the clip
+    looks the same both ways.
+
+    Raises:
+        ValueError: if the file cannot be read, has no such rows, or gives one caption two opposites.
+    """
+    opposites: dict[str, str] = {}
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}.") from error
+    for number, line in enumerate(filter(str.strip, lines), 1):
+        try:
+            row = json.loads(line)
+            text, opposite = row["text"], row.get("opposite")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f'{path}, row {number}: expected an object with "text" and "opposite".') from None
+        if not isinstance(text, str) or not isinstance(opposite, str | None):
+            raise ValueError(f"{path}, row {number}: text and opposite must be strings, found {text!r}, {opposite!r}.")
+        if opposite and opposites.setdefault(text, opposite) != opposite:
+            raise ValueError(
+                f"{path}, row {number}: {text!r} has two opposites, {opposites[text]!r} and {opposite!r}."
+            )
+    if not opposites:
+        raise ValueError(f'{path} has no row with an "opposite".')
+    return opposites

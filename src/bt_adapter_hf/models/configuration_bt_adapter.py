@@ -264,6 +264,9 @@ class BTAdapterConfig(PreTrainedConfig):
         gather_gradient (`"global"` or `"released"`, *optional*, defaults to `"global"`):
             On several processes: the gradient of the loss over the global batch, or the released one, which is that
             divided by the number of processes for the contrastive terms.
+        order_negatives (`"none"`, `"reversed"` or `"reversed_and_shuffled"`, *optional*, defaults to `"none"`):
+            Copies of each clip in another order that pretraining contrasts with, beyond the paper: a reversed copy
+            belongs to the opposite caption where one is given, and to no caption of the batch elsewhere.
 
     Raises:
         ValueError: if a value is outside its range.
@@ -288,6 +291,7 @@ class BTAdapterConfig(PreTrainedConfig):
     mbta_loss: Literal["cosine", "mse"] = "cosine"
     mbta_pairing: Literal["matched", "released"] = "matched"
     gather_gradient: Literal["global", "released"] = "global"
+    order_negatives: Literal["none", "reversed", "reversed_and_shuffled"] = "none"
     initializer_factor: float | int = 1.0
 
     def __post_init__(self, **kwargs):

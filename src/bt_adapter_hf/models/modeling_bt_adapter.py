@@ -42,13 +42,14 @@ class BTAdapterModel(BTAdapterPreTrainedModel):
     """The dual encoder: CLIP's text tower and projections around the video tower, for search and zero-shot labels."""
 
     main_input_name = "input_ids"
+    tower_class = BTAdapterVisionModel
     _keys_to_ignore_on_load_unexpected = [r"^mbta_head\.", r"position_ids$"]
 
     def __init__(self, config: BTAdapterConfig):
         super().__init__(config)
         config.validate()
         self.text_model = CLIPTextModel._from_config(config.text_config)
-        self.vision_model = BTAdapterVisionModel._from_config(config.vision_config)
+        self.vision_model = self.tower_class._from_config(config.vision_config)
         self.visual_projection = nn.Linear(
             config.vision_config.hidden_size, config.projection_dim, bias=config.visual_projection_bias
         )

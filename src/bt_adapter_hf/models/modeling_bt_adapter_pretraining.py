@@ -14,6 +14,10 @@ from .modeling_bt_adapter_branch import draw, true_first
 from .modeling_bt_adapter_vision import BTAdapterVisionOutput
 
 
+_SHUFFLE = 1 << 20  # the draw of shuffled frames; masks have 0, dropped paths small numbers
+_STILL = 1e-4  # share of a clip's energy below which a change over time is noise
+
+
 @dataclass
 class BTAdapterForPreTrainingOutput(ModelOutput):
     """Output of the pretraining model.
@@ -42,12 +46,21 @@ class BTAdapterPreTrainingFeatures(ModelOutput):
         video (`torch.Tensor` of shape `(B, P)`): Video features, not normalised.
         patches (`torch.Tensor` of shape `(B, P)`, *optional*): Projected mean of the kept branch patches, for MBCA.
         token_loss (`torch.Tensor` of shape `(B,)`, *optional*): MBTA of each video, a mean over its kept tokens.
+        reversed, shuffled (`torch.Tensor` of shape `(B, P)`, *optional*): Features of the copies in another order.
+        opposite (`torch.Tensor` of shape `(B, P)`, *optional*): Text features of the opposite captions.
+        distinct (`torch.Tensor` of shape `(B, 3)`, *optional*):
+            1 where the reversed copy differs from the clip, where the shuffled one does, and where the opposite
+            caption is known and differs; else 0.
     """
 
     text: torch.Tensor | None = None
     video: torch.Tensor | None = None
     patches: torch.Tensor | None = None
     token_loss: torch.Tensor | None = None
+    reversed: torch.Tensor | None = None
+    shuffled: torch.Tensor | None = None
+    opposite: torch.Tensor | None = None
+    distinct: torch.Tensor | None = None
 
 
 class BTAdapterForPreTraining(BTAdapterModel):
@@ -93,12 +106,16 @@ class BTAdapterForPreTraining(BTAdapterModel):
     def forward(
         self,
         input_ids: torch.LongTensor,
-        pixel_values_videos: torch.FloatTensor,
+        pixel_values_videos: torch.FloatTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         bool_masked_pos: torch.BoolTensor | None = None,
         kept_patches: int | None = None,
         row_seeds: torch.LongTensor | None = None,
         return_loss: bool = True,
+        backbone_states: dict[int, torch.Tensor] | None = None,
+        opposite_input_ids: torch.LongTensor | None = None,
+        opposite_attention_mask: torch.Tensor | None = None,
+        has_opposite: torch.BoolTensor | None = None,
         **kwargs,
     ) -> BTAdapterForPreTrainingOutput | BTAdapterPreTrainingFeatures:
         """
@@ -112,46 +129,86 @@ class BTAdapterForPreTraining(BTAdapterModel):
             row_seeds: (B,), an integer per video that says what is masked and which paths are dropped in training,
                 whatever else is in the batch; drawn from torch's generator when absent.
             return_loss: False for the features that [`~BTAdapterForPreTraining.losses`] takes.
+            backbone_states: in place of pixel_values_videos, see [`BTAdapterVisionModel.forward`].
+            opposite_input_ids, opposite_attention_mask: (B, length), what each clip shows when it is played backwards;
+                read with `config.order_negatives` in training.
+            has_opposite: bool (B,), where that is known; everywhere by default.
 
         Raises:
             ValueError: if texts and videos are not equally many, or as the tower raises.
         """
+        kwargs.pop("video_metadata", None)  # `**processor(..., return_metadata=True)` brings it along
         B = len(input_ids)
-        if B != len(pixel_values_videos):
-            raise ValueError(
-                f"Pretraining pairs text i with video i; found {B} texts, {len(pixel_values_videos)} videos."
-            )
+        seen = pixel_values_videos if backbone_states is None else next(iter(backbone_states.values()))
+        if B != len(seen):
+            raise ValueError(f"Pretraining pairs text i with video i; found {B} texts, {len(seen)} videos.")
         if self.training and row_seeds is None:
-            row_seeds = torch.randint(2**32, (B,), device=pixel_values_videos.device)
+            row_seeds = torch.randint(2**32, (B,), device=seen.device)
         if bool_masked_pos is None:
-            bool_masked_pos, kept_patches = self.draw_mask(pixel_values_videos, row_seeds)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.text_learns()):
-            text = self.get_text_features(input_ids, attention_mask=attention_mask).pooler_output
-        states = self.get_video_features(
-            pixel_values_videos,
-            bool_masked_pos=bool_masked_pos,
-            kept_patches=kept_patches,
-            output_branch_states=True,
-            row_seeds=row_seeds,
-            **kwargs,
-        )
+            bool_masked_pos, kept_patches = self.draw_mask(seen, row_seeds)
+        reads_order = self.training and self.config.order_negatives != "none"
+        if reads_order and backbone_states is None and self.vision_model.backbone_is_frozen():
+            # The copies have the same frames: the frozen backbone sees each once.
+            last = self.config.vision_config.num_hidden_layers
+            backbone_states = self.vision_model.encode_frames(pixel_values_videos, last)
+        text = self._text(input_ids, attention_mask)
+
+        def encode(order: torch.LongTensor | None) -> BTAdapterVisionOutput:
+            output = self.vision_model(
+                _in_order(pixel_values_videos, order) if backbone_states is None else None,
+                backbone_states=backbone_states and {n: _in_order(x, order) for n, x in backbone_states.items()},
+                bool_masked_pos=bool_masked_pos,
+                kept_patches=kept_patches,
+                output_branch_states=True,
+                row_seeds=row_seeds,
+                return_dict=True,
+                **kwargs,
+            )
+            output.pooler_output = self.visual_projection(output.pooler_output)
+            return output
+
+        states = encode(None)
         features = BTAdapterPreTrainingFeatures(text=text, video=states.pooler_output)
         if self.config.mbca_weight > 0:
             # Eq. 8 averages projected tokens; the projection is linear, so the mean is projected instead.
             features.patches = self.visual_projection(states.branch_patches.mean(dim=(1, 2)))
         if self.mbta_head is not None:
             features.token_loss = self._token_alignment_loss(states, bool_masked_pos)
+        if reads_order:
+            orders = other_orders(row_seeds.to(seen.device), seen.shape[1])
+            if opposite_input_ids is not None:
+                features.opposite = self._text(opposite_input_ids, opposite_attention_mask)
+                differs = (opposite_input_ids != input_ids).any(dim=1)
+                known = torch.ones_like(differs) if has_opposite is None else has_opposite.bool()
+            else:
+                differs, known = torch.zeros(2, B, dtype=torch.bool, device=seen.device)
+            told_apart = order_is_seen(seen, orders["reversed"]) & ~(known & ~differs)
+            moves = order_is_seen(seen, orders["shuffled"])
+            features.distinct = torch.stack([told_apart, moves, told_apart & known], dim=1).to(text.dtype)
+            features.reversed = encode(orders["reversed"]).pooler_output
+            if self.config.order_negatives == "reversed_and_shuffled":
+                features.shuffled = encode(orders["shuffled"]).pooler_output
         return self.losses(features) if return_loss else features
 
+    def _text(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.text_learns()):
+            return self.get_text_features(input_ids, attention_mask=attention_mask).pooler_output
+
     def draw_mask(
-        self, pixel_values_videos: torch.Tensor, row_seeds: torch.LongTensor | None
+        self, seen: torch.Tensor, row_seeds: torch.LongTensor | None
     ) -> tuple[torch.BoolTensor | None, int | None]:
-        """A mask (B, N) as `config.mask_ratio` says and the patches it keeps per video; None in evaluation mode."""
+        """A mask (B, N) as `config.mask_ratio` says and the patches it keeps per video; None in evaluation mode.
+
+        Args:
+            seen: videos (B, T, 3, H, W), or a state of the backbone (B, T, C+N, D).
+        """
         ratio, size = self.config.mask_ratio, self.config.vision_config.patch_size
         if not self.training or ratio == 0:
             return None, None
-        H, W = pixel_values_videos.shape[-2:]
-        N = (H // size) * (W // size)
+        if seen.ndim == 5:
+            N = (seen.shape[-2] // size) * (seen.shape[-1] // size)
+        else:
+            N = seen.shape[2] - self.vision_model.family.num_cls
         return random_tube_mask(row_seeds, N, ratio), N - int(ratio * N)
 
     def losses(self, features: BTAdapterPreTrainingFeatures) -> BTAdapterForPreTrainingOutput:
@@ -161,8 +218,15 @@ class BTAdapterForPreTraining(BTAdapterModel):
         already, in the precision in which the forward pass was run.
         """
         config = self.config
-        all_text = self._gather(features.text)
-        vtc_loss = contrastive_loss(self._gather(features.video), all_text, config.temperature)
+        all_text, all_video = self._gather(features.text), self._gather(features.video)
+        if features.distinct is None:
+            vtc_loss = contrastive_loss(all_video, all_text, config.temperature)
+        else:
+            others = {
+                name: self._gather(features[name]) if name in features else None
+                for name in ("reversed", "shuffled", "opposite", "distinct")
+            }
+            vtc_loss = order_contrastive_loss(all_video, all_text, config.temperature, **others)
         loss = config.vtc_weight * vtc_loss
         mbta_loss = mbca_loss = None
         if features.patches is not None:
@@ -261,6 +325,65 @@ def contrastive_loss(x: torch.Tensor, y: torch.Tensor, temperature: float) -> to
         logits = x @ y.t() / temperature
     target = torch.arange(len(logits), device=logits.device)
     return nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.t(), target)
+
+
+def order_contrastive_loss(
+    video: torch.Tensor,
+    text: torch.Tensor,
+    temperature: float,
+    reversed: torch.Tensor,
+    shuffled: torch.Tensor | None,
+    opposite: torch.Tensor | None,
+    distinct: torch.Tensor,
+) -> torch.Tensor:
+    """`contrastive_loss` with copies of each clip in another order, and opposite captions, among what is wrong.
+
+    A reversed clip and its opposite caption are a pair of their own where that caption is known; else the copy is
+    only a wrong clip for all texts, as a shuffled copy always is. A copy that does not differ from its clip, and the
+    opposite of what is its own reverse, are left out.
+
+    Args:
+        video, text, reversed, shuffled, opposite: (B, P) each.
+        distinct: (B, 3), see [`BTAdapterPreTrainingFeatures`].
+    """
+    dtype = torch.promote_types(video.dtype, torch.float32)
+    usable, moves, paired = distinct.detach().bool().unbind(dim=1)
+    all_true = torch.ones_like(usable)
+    videos, seen = [video, reversed], [all_true, usable]
+    if shuffled is not None:
+        videos, seen = [*videos, shuffled], [*seen, moves]
+    texts, said = ([text], [all_true]) if opposite is None else ([text, opposite], [all_true, paired])
+    with torch.autocast(video.device.type, enabled=False):
+        x, y = (nn.functional.normalize(torch.cat(z).to(dtype), dim=-1, eps=1e-8) for z in (videos, texts))
+        logits = x @ y.t() / temperature
+    logits = logits.masked_fill(~torch.cat(seen)[:, None] | ~torch.cat(said), torch.finfo(dtype).min)
+    rows = len(y)  # of the pairs: clips with captions, then reversed clips with opposite captions
+    target = torch.arange(rows, device=logits.device).masked_fill(~torch.cat(said), -100)
+    return nn.functional.cross_entropy(logits[:rows], target) + nn.functional.cross_entropy(logits.t(), target)
+
+
+def other_orders(row_seeds: torch.LongTensor, T: int) -> dict[str, torch.LongTensor]:
+    """(B,) -> {name: (B, T)}, frames by number: backwards, and in an order that the seed of each video says."""
+    backwards = torch.arange(T - 1, -1, -1, device=row_seeds.device).expand(len(row_seeds), T)
+    return {"reversed": backwards, "shuffled": draw(row_seeds, _SHUFFLE, T).argsort(dim=1, stable=True)}
+
+
+def order_is_seen(x: torch.Tensor, order: torch.LongTensor) -> torch.BoolTensor:
+    """Whether each video (B, T, ...) looks different in another order (B, T) of its frames: (B,).
+
+    Two frames that have nothing to do with each other differ by twice the variance over time, on average. A movement
+    there and back again differs from its reverse by far less, and then the two cannot be told apart; nor can any order
+    of frames that hardly change at all.
+    """
+    x = x.detach().flatten(2).float()
+    variance = (x - x.mean(dim=1, keepdim=True)).square().mean(dim=(1, 2))
+    difference = (x - _in_order(x, order)).square().mean(dim=(1, 2))
+    return (difference > variance) & (variance > _STILL * x.square().mean(dim=(1, 2)))
+
+
+def _in_order(x: torch.Tensor, order: torch.LongTensor | None) -> torch.Tensor:
+    """(B, T, ...), (B, T) -> (B, T, ...)"""
+    return x if order is None else x[torch.arange(len(x), device=x.device)[:, None], order]
 
 
 def random_tube_mask(row_seeds: torch.LongTensor, num_patches: int, ratio: float) -> torch.BoolTensor:

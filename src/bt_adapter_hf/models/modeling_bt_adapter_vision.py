@@ -99,12 +99,7 @@ class BTAdapterPreTrainedModel(PreTrainedModel):
                 init.zeros_(parameter)
         init.normal_(branch.time_embedding.weight, std=branch.config.time_embedding_init_std)
         for layer, number in zip(branch.layers, branch.config.adapter_layers, strict=True):
-            for linear in layer.temporal.attn.modules():
-                if isinstance(linear, nn.Linear):
-                    init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
-                    if linear.bias is not None:
-                        bound = linear.in_features**-0.5
-                        init.uniform_(linear.bias, -bound, bound)
+            self._init_temporal(layer.temporal)
             source = self.vision_model.encoder.layers[number]
             spatial = layer.spatial
             for target, origin in (
@@ -115,6 +110,15 @@ class BTAdapterPreTrainedModel(PreTrainedModel):
             ):
                 for (_, p), (_, q) in zip(target.named_parameters(), origin.named_parameters(), strict=True):
                     init.copy_(p, q)
+
+    @staticmethod
+    def _init_temporal(block: nn.Module):
+        for linear in block.attn.modules():
+            if isinstance(linear, nn.Linear):
+                init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
+                if linear.bias is not None:
+                    bound = linear.in_features**-0.5
+                    init.uniform_(linear.bias, -bound, bound)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
@@ -165,6 +169,7 @@ class BTAdapterVisionModel(BTAdapterPreTrainedModel):
 
     config: BTAdapterVisionConfig
     input_modalities = ("image", "video")
+    branch_class = BTAdapterBranch
     _input_embed_layer = "patch_embedding"
     _can_record_outputs = {}  # hidden states are fused by hand; recording would return those of single frames
     _keys_to_ignore_on_load_unexpected = [
@@ -178,7 +183,7 @@ class BTAdapterVisionModel(BTAdapterPreTrainedModel):
         if backbone is None:
             backbone = self.family.model_class._from_config(config.backbone)
         self.vision_model = backbone
-        self.bt_adapter = BTAdapterBranch(config)
+        self.bt_adapter = self.branch_class(config)
         self.post_init()
         self.freeze_backbone()
 
@@ -205,7 +210,7 @@ class BTAdapterVisionModel(BTAdapterPreTrainedModel):
             if not 1 <= num_adapter_layers <= depth:
                 raise ValueError(f"num_adapter_layers={num_adapter_layers} must be between 1 and {depth}.")
             config_fields["adapter_layers"] = list(range(depth - num_adapter_layers, depth))
-        config = BTAdapterVisionConfig(backbone=backbone.config, **config_fields)
+        config = cls.config_class(backbone=backbone.config, **config_fields)
         for module in backbone.modules():
             module._is_hf_initialized = True
         model = cls(config, backbone)
@@ -363,7 +368,11 @@ class BTAdapterVisionModel(BTAdapterPreTrainedModel):
 
     def needed_states(self, output_hidden_states: bool | int | list[int] | None = None) -> list[int]:
         """Indices into the L+1 hidden states of the backbone that the branch reads, and those asked for."""
-        return sorted(self._select(output_hidden_states) | {layer + 1 for layer in self.config.adapter_layers})
+        return sorted(self._select(output_hidden_states) | self._fed_states)
+
+    @property
+    def _fed_states(self) -> set[int]:
+        return {layer + 1 for layer in self.config.adapter_layers}
 
     @torch.no_grad()
     def encode_frames(
@@ -418,7 +427,7 @@ class BTAdapterVisionModel(BTAdapterPreTrainedModel):
         self, frames: torch.Tensor, selected: set[int], output_attentions: bool | None, **kwargs
     ) -> tuple[dict[int, torch.Tensor], tuple[torch.Tensor, ...] | None]:
         """Frames (F, 3, H, W) -> hidden states {index: (F, C+N, D)} that branch and caller need, and attentions."""
-        needed = selected | {layer + 1 for layer in self.config.adapter_layers} | {self.config.num_hidden_layers}
+        needed = selected | self._fed_states | {self.config.num_hidden_layers}
         as_they_are = torch.is_grad_enabled() or self.vision_model.training or output_attentions or frames.is_meta
         frames, places = (frames, None) if as_they_are or torch.compiler.is_compiling() else _distinct(frames)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.backbone_is_frozen()):

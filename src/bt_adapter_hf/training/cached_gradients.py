@@ -71,7 +71,8 @@ def cached_gradient_step(
     }
     torch.clear_autocast_cache()  # inside an autocast of the caller's: weights cast without a graph stay without one
     output = bare.losses(BTAdapterPreTrainingFeatures(**features))
-    wanted = [name for name in features if name != "text" or bare.text_learns()]
+    constant = {"distinct"} if bare.text_learns() else {"distinct", "text", "opposite"}
+    wanted = [name for name in features if name not in constant]
     gradients = torch.autograd.grad(output.loss * scale, [features[name] for name in wanted])
     gradients = dict(zip(wanted, (gradient.split(clips) for gradient in gradients), strict=True))
 

@@ -115,9 +115,9 @@ class BTAdapterTrainer(ResumableTrainer):
         rows = len(inputs["input_ids"])
         self.take_broken(inputs, rows, part)
         if part == "train":
-            videos = inputs["pixel_values_videos"]
-            inputs["row_seeds"] = hashed(self.args.seed, self.positions(rows)).to(videos.device)
+            inputs["row_seeds"] = hashed(self.args.seed, self.positions(rows)).to(inputs["input_ids"].device)
             if self.args.frame_counts is not None:
+                videos = inputs["pixel_values_videos"]
                 videos = vary_frames(videos, self.args.frame_counts, self.args.seed, self.state.global_step)
                 inputs["pixel_values_videos"] = videos
         return inputs

@@ -1,0 +1,355 @@
+"""The paper's comparisons in the small: every setting under the same budget, one CSV row per run, then the tables.
+
+    pip install -e '.[train,eval,quickstart]' matplotlib
+    python recipes/ablations/run.py -o build/ablations                       # everything, three seeds
+    python recipes/ablations/run.py -o build/ablations --only table6 order   # some tables
+    python recipes/ablations/run.py -o build/ablations --only times          # step times, alternating; a quiet machine
+    python recipes/ablations/run.py -o build/ablations --report              # tables and plots of the rows there are
+
+A run takes one core. Stopped at any point, the same command goes on: finished runs are rows of the CSV
+(`recipes/ablations/results/runs.csv` unless --csv says otherwise), and one that was under way goes on from its last
+checkpoint.
+"""
+
+import argparse
+import csv
+import json
+import logging
+import shutil
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback, set_seed
+
+
+if __package__ in (None, ""):  # as a file: the recipes are a package of the clone
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    __package__ = "recipes.ablations"
+
+from bt_adapter_hf import BTAdapterForPreTraining
+from bt_adapter_hf.baselines.towers import baseline_of
+from bt_adapter_hf.evaluation.retrieval import cosine_similarity, retrieval_metrics
+from bt_adapter_hf.models.modeling_bt_adapter_vision import BTAdapterVisionModel
+from bt_adapter_hf.training.arguments import BTAdapterTrainingArguments
+from bt_adapter_hf.training.checkpoint import last_checkpoint
+from bt_adapter_hf.training.trainer import BTAdapterTrainer
+
+from ..shared import run_arguments
+from .report import report
+from .settings import (
+    BATCH,
+    CURVE_CLIPS,
+    CURVE_STEPS,
+    LEARNING_RATE,
+    RATES,
+    SETTINGS,
+    STEPS,
+    TABLES,
+    Setting,
+    runs,
+)  # fmt: skip
+from .world import Clips, World, load_start
+
+
+logger = logging.getLogger("ablations")
+
+RESULTS = Path(__file__).parent / "results"
+COLUMNS = (
+    "setting", "seed", "budget", "order", "object", "motion", "t2v_R1", "order_long", "trained", "parameters",
+    "cpu_seconds", "curve", "order_hits", "object_hits",
+)  # fmt: skip
+BUDGET = f"{STEPS}x{BATCH}"
+
+
+class Rows:
+    """The CSV of finished runs: read as it is, appended to row by row."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def read(self) -> dict[tuple[str, int], dict[str, str]]:
+        """{(setting, seed): row}
+
+        Raises:
+            ValueError: for a file with other columns, a row of another budget, or a run that is there twice.
+        """
+        if not self.path.is_file():
+            return {}
+        with open(self.path, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            rows, found = list(reader), tuple(reader.fieldnames or ())
+        if found != COLUMNS:
+            raise ValueError(f"{self.path} has the columns {found}; expected {COLUMNS}. Give another file as --csv.")
+        read: dict[tuple[str, int], dict[str, str]] = {}
+        for row in rows:
+            key = (row["setting"], int(row["seed"]))
+            if row["budget"] != BUDGET:
+                raise ValueError(
+                    f"{self.path}: {row['setting']}, seed {row['seed']} was run under the budget {row['budget']}, and "
+                    f"the others are under {BUDGET} (steps x batch): give another file as --csv, or take the row out."
+                )
+            if key in read:
+                raise ValueError(f"{self.path} has {row['setting']}, seed {row['seed']} twice: take one out.")
+            read[key] = row
+        return read
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        new = not self.path.is_file()
+        with open(self.path, "a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+
+
+class TrainingClips(torch.utils.data.Dataset):
+    """Row numbers, in the trainer's order; `Collator` reads the rows of a batch together."""
+
+    needs_store, num_frames, item_timeout, seed, source = False, 8, None, 0, "moving digits, the harder world"
+
+    def __init__(self, clips: Clips):
+        self.clips, self.table = clips, self
+        self.shard_rows, self.fingerprint = [len(clips)], f"harder-{len(clips)}"
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, index: tuple[int, int]) -> int:
+        return int(index[1])
+
+
+class Collator:
+    def __init__(self, world: World, setting: Setting, needed: list[int]):
+        self.world, self.setting, self.needed = world, setting, needed
+
+    def __call__(self, items: list[int]) -> dict[str, Any]:
+        rows, clips, processor = np.array(items), self.world.train, self.world.processor
+        told = [clips.stories[row] for row in items]
+        texts = [one.caption for one in told]
+        reads_order = self.setting.fields.get("order_negatives", "none") != "none"
+        if reads_order:
+            texts += [one.reversed().caption for one in told]
+        tokens = processor(text=texts, padding=True, return_tensors="pt")
+        B = len(items)
+        batch = {"input_ids": tokens["input_ids"][:B], "attention_mask": tokens["attention_mask"][:B], "broken": []}
+        if reads_order:
+            batch |= {
+                "opposite_input_ids": tokens["input_ids"][B:],
+                "opposite_attention_mask": tokens["attention_mask"][B:],
+            }
+        if self.setting.pixels:
+            return batch | {"pixel_values_videos": clips.videos(rows, processor)}
+        return batch | {"backbone_states": clips.backbone_states(rows, self.needed)}
+
+
+def build(setting: Setting, world: World, seed: int) -> BTAdapterForPreTraining:
+    set_seed(seed)
+    if "temporal" in setting.fields:
+        model = baseline_of(load_start(world.start), seed=seed, **setting.fields)
+    else:
+        model = load_start(world.start, **setting.fields)
+    if setting.project:
+        model.visual_projection.requires_grad_(True)
+    return model
+
+
+def needed_states(model: BTAdapterForPreTraining) -> list[int]:
+    return model.vision_model.needed_states(model.config.vision_config.num_hidden_layers)
+
+
+@torch.inference_mode()
+def video_features(model: BTAdapterForPreTraining, setting: Setting, world: World, clips: Clips, count: int):
+    """(count, P), on the CPU; the mode of the model stays as it was."""
+    training = model.training
+    model.eval()
+    tower: BTAdapterVisionModel = model.vision_model
+    features = []
+    for first in range(0, count, 60):
+        rows = np.arange(first, min(first + 60, count))
+        if setting.pixels:
+            output = tower(clips.videos(rows, world.processor))
+        else:
+            output = tower(backbone_states=clips.backbone_states(rows, needed_states(model)))
+        features.append(model.visual_projection(output.pooler_output))
+    model.train(training)
+    return torch.cat(features)
+
+
+def order_hits(scores: np.ndarray, asked: list[dict[str, Any]]) -> list[int]:
+    """Of the clips that differ from their reverse: whether their caption beats the opposite one."""
+    pairs = [(row, one) for row, one in zip(scores, asked, strict=True) if one["opposite"] is not None]
+    return [int(row[one["caption"]] > row[one["opposite"]]) for row, one in pairs]
+
+
+def all_scores(model: BTAdapterForPreTraining, setting: Setting, world: World) -> dict[str, Any]:
+    """What is in a row of the CSV, from all test clips."""
+    features = video_features(model, setting, world, world.test, len(world.test))
+    scores = cosine_similarity(features, world.text_features)
+    right: dict[str, list[int]] = {"object": [], "motion": []}
+    for row, one in zip(scores, world.asked, strict=True):
+        own = row[one["caption"]]
+        opposite = [] if one["opposite"] is None else [one["opposite"]]
+        right["object"].append(int(own > row[one["looks"]].max()))
+        right["motion"].append(int(own > row[one["motions"] + opposite].max()))
+    captions = [one["caption"] for one in world.asked]
+    distinct = sorted(set(captions))
+    long = video_features(model, setting, world, world.long, len(world.long))
+    ordered = order_hits(scores, world.asked)
+    ordered_long = order_hits(cosine_similarity(long, world.text_features), world.asked[: len(world.long)])
+    return {
+        "order": round(100 * statistics.mean(ordered), 2),
+        "order_long": round(100 * statistics.mean(ordered_long), 2),
+        **{name: round(100 * statistics.mean(values), 2) for name, values in right.items()},
+        "t2v_R1": round(retrieval_metrics(world.text_features[distinct], features, distinct, captions)["t2v_R1"], 2),
+        "order_hits": "".join(map(str, ordered)),
+        "object_hits": "".join(map(str, right["object"])),
+    }
+
+
+class Curve(TrainerCallback):
+    """Order on a part of the test clips, in the middle of a run: {clips seen: percent}, kept in the run's folder."""
+
+    def __init__(self, file: Path, setting: Setting, world: World):
+        self.file, self.setting, self.world = file, setting, world
+        self.points: dict[str, float] = json.loads(file.read_text()) if file.is_file() else {}
+        self.seconds = 0.0
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % CURVE_STEPS == 0:
+            start = time.process_time()
+            count = min(CURVE_CLIPS, len(self.world.test))
+            features = video_features(model, self.setting, self.world, self.world.test, count)
+            hits = order_hits(cosine_similarity(features, self.world.text_features), self.world.asked[:count])
+            self.points[str(state.global_step * BATCH)] = round(100 * statistics.mean(hits), 2)
+            self.file.write_text(json.dumps(self.points))
+            self.seconds += time.process_time() - start
+
+
+def run_one(setting: Setting, seed: int, world: World, folder: Path, steps: int = STEPS) -> dict[str, Any]:
+    """Trains a setting, or goes on with it, and scores it.
+
+    Raises:
+        ValueError: where the folder is of another setting, seed or budget.
+    """
+    plan = {"setting": setting.name, "seed": seed, "steps": steps, "batch": BATCH, "fields": setting.fields}
+    folder.mkdir(parents=True, exist_ok=True)
+    told = folder / "setting.json"
+    if told.is_file() and (found := json.loads(told.read_text())) != json.loads(json.dumps(plan)):
+        raise ValueError(f"{folder} is the folder of another run, {found}; here it is {plan}. Take it away first.")
+    told.write_text(json.dumps(plan))
+    start = time.process_time()
+    before = json.loads(spent.read_text()) if (spent := folder / "seconds.json").is_file() else 0.0
+    model = build(setting, world, seed)
+    curve = Curve(folder / "curve.json", setting, world)
+    if setting.learns:
+        arguments = run_arguments(
+            BTAdapterTrainingArguments,
+            folder,
+            max_steps=steps,
+            per_device_train_batch_size=BATCH,
+            learning_rate=LEARNING_RATE,
+            lr_multipliers=RATES,
+            seed=seed,
+            save_strategy="steps",
+            save_steps=CURVE_STEPS,
+            save_total_limit=1,
+            disable_tqdm=True,
+            logging_steps=CURVE_STEPS,
+        )
+        trainer = BTAdapterTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=TrainingClips(world.train),
+            data_collator=Collator(world, setting, needed_states(model)),
+            callbacks=[curve, Spent(spent, before, start)],
+        )
+        trainer.train(resume_from_checkpoint=last_checkpoint(arguments.output_dir))
+    seconds = before + time.process_time() - start - curve.seconds
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {
+        "setting": setting.name,
+        "seed": seed,
+        "budget": BUDGET,
+        **all_scores(model, setting, world),
+        "trained": trained if setting.learns else 0,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "cpu_seconds": round(seconds, 1),
+        "curve": json.dumps(curve.points),
+    }
+
+
+class Spent(TrainerCallback):
+    """Seconds of the CPU until the last checkpoint, so that a run that was stopped counts whole."""
+
+    def __init__(self, file: Path, before: float, start: float):
+        self.file, self.before, self.start = file, before, start
+
+    def on_save(self, args, state, control, **kwargs):
+        self.file.write_text(json.dumps(self.before + time.process_time() - self.start))
+
+
+def measure_times(world: World, file: Path, repeats: int = 5) -> None:
+    """Seconds of the CPU for a step of each setting, taking turns; from pixels, and from the backbone's states."""
+    rows = list(range(BATCH))
+    steps: dict[tuple[str, str], Any] = {}
+    for setting in SETTINGS.values():
+        model = build(setting, world, 0).train()
+        for start in ("pixels", "states"):
+            if setting.learns and (start == "pixels" or not setting.pixels):
+                shown = Setting(setting.name, "", setting.fields, setting.project, start == "pixels")
+                batch = Collator(world, shown, needed_states(model))(rows)
+                batch.pop("broken")
+                steps[setting.name, start] = (model, batch)
+    took: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
+    for repeat in range(repeats + 1):
+        for key, (model, batch) in steps.items():
+            start = time.process_time()
+            model(**batch).loss.backward()
+            model.zero_grad()
+            if repeat:  # the first one warms up
+                took[key].append(time.process_time() - start)
+    with open(file, "w", newline="", encoding="utf-8") as out:
+        writer = csv.writer(out)
+        writer.writerow(["setting", "start", "seconds"])
+        writer.writerows([*key, f"{statistics.median(values):.4f}"] for key, values in took.items())
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder for clips, states and checkpoints")
+    parser.add_argument("--only", nargs="+", choices=[*TABLES, "times"], default=[*TABLES, "times"])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--csv", type=Path, default=RESULTS / "runs.csv", help="where the rows are")
+    parser.add_argument("--report", action="store_true", help="train nothing; tables and plots of the rows there are")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    torch.set_num_threads(1)
+    rows = Rows(args.csv)
+    if not args.report:
+        world = World(args.output / "world")
+        wanted = runs([name for name in args.only if name != "times"], args.seeds)
+        for number, (name, seed) in enumerate(wanted, 1):
+            if (name, seed) in rows.read():
+                continue
+            logger.info("%d of %d: %s, seed %d", number, len(wanted), name, seed)
+            folder = args.output / "runs" / f"{name}-{seed}"
+            row = run_one(SETTINGS[name], seed, world, folder)
+            rows.add(row)
+            shutil.rmtree(folder)
+            logger.info(
+                "order %.1f, object %.1f, R@1 %.1f, %.0f s", row["order"], row["object"], row["t2v_R1"],
+                row["cpu_seconds"],
+            )  # fmt: skip
+        if "times" in args.only and not (times := args.csv.with_name("times.csv")).is_file():
+            measure_times(world, times)
+    report(rows.read(), args.csv.with_name("times.csv"), args.seeds, args.csv.parent)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""What is compared, under which budget, and in which order it is run."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..moving_digits.build import LR_MULTIPLIERS
+
+
+# The budget of every setting: the same clips in the same order of a seed, the same steps, the same batch.
+STEPS, BATCH = 300, 16
+LEARNING_RATE = 5e-4
+CURVE_STEPS, CURVE_CLIPS = 75, 120  # order is scored so often in a run, on so many of the test clips
+
+# New parts learn ten times as fast as what starts from the backbone; of `separate` all layers are new.
+RATES = {**LR_MULTIPLIERS, "vision_model.bt_adapter.layers.*.attn": 10.0}
+RATES |= {f"vision_model.bt_adapter.layers.*.{part}": 10.0 for part in ("norm", "proj")}
+
+ONLY_VTC = {"mbta_weight": 0.0, "mbca_weight": 0.0}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of a table.
+
+    Attributes:
+        name: in the CSV.
+        words: in the tables.
+        fields: what differs from the shipped recipe; of the baseline's configs where `temporal` is among them.
+        project: whether CLIP's projection of the video features learns too.
+        pixels: whether it needs pixels, for its image encoder learns or is another one inside.
+    """
+
+    name: str
+    words: str
+    fields: dict[str, Any] = field(default_factory=dict)
+    project: bool = False
+    pixels: bool = False
+
+    @property
+    def learns(self) -> bool:
+        return self.project or self.fields.get("temporal") != "frame_average"
+
+
+def _rival(name: str, words: str, temporal: str, pixels: bool = False, project: bool = False, **fields) -> Setting:
+    fields = {"temporal": temporal, "adapter_layers": [2, 3], "max_frames": 8, "temperature": 0.05, **fields}
+    return Setting(name, words, fields, project, pixels)
+
+
+_ALL = (
+    _rival("frame_average", "frame-averaged CLIP", "frame_average"),
+    _rival("separate", "+ separate-ST, CLIP frozen", "separate", time_embedding_init_std=0.5),
+    _rival(
+        "lone_branch", "+ branch", "branch", time_embedding_init_std=0.5, drop_path_rate=0.0, mask_ratio=0.5,
+        fusion="sum", output_gate_scale=1.0,
+    ),
+    Setting("vtc", "+ interaction (VTC only)", ONLY_VTC),
+    Setting("both", "+ MBTA + MBCA (the recipe)"),
+    Setting("reversed", "+ reversed clips, opposite captions", {"order_negatives": "reversed"}),
+    Setting("shuffled", "+ shuffled clips too", {"order_negatives": "reversed_and_shuffled"}),
+    Setting("mbta", "VTC + MBTA", {"mbca_weight": 0.0}),
+    Setting("mbca", "VTC + MBCA", {"mbta_weight": 0.0}),
+    *(Setting(f"mask{rate}", f"mask 0.{rate // 10}" if rate else "mask 0", {"mask_ratio": rate / 100})
+      for rate in (0, 30, 70, 80, 90)),
+    Setting("released_mask", "mask order as released", {"mask_order": "released"}),
+    Setting("released_window", "temporal window as released", {"temporal_window": "released"}),
+    Setting("released_gates", "gate scales as released", {"fusion_gate_scale": 100.0, "output_gate_scale": 1e4}),
+    _rival("projected", "frame-averaged CLIP, projection learns", "frame_average", project=True),
+    _rival("st_pooling", "spatial-temporal pooling, projection learns", "st_pooling", project=True),
+    _rival("joint", "joint-ST", "joint", pixels=True, frozen=False, time_embedding_init_std=0.1),
+    _rival("free_separate", "separate-ST", "separate", pixels=True, frozen=False, time_embedding_init_std=0.5),
+    *(Setting(f"layers{K}", f"K = {K}", {"adapter_layers": list(range(4 - K, 4))}) for K in (1, 3, 4)),
+)  # fmt: skip
+SETTINGS = {setting.name: setting for setting in _ALL}
+
+# Rows from top to bottom; each is compared with the one above, or with the first where that is said.
+TABLES = {
+    "table6": ("frame_average", "separate", "lone_branch", "vtc"),
+    "order": ("both", "reversed", "shuffled"),
+    "table7": ("vtc", "mbta", "mbca", "both"),
+    "fig4": ("mask0", "mask30", "both", "mask70", "mask80", "mask90"),
+    "released": ("both", "released_mask", "released_window", "released_gates"),
+    "table1": ("projected", "st_pooling", "joint", "free_separate", "separate", "vtc"),
+    "fig3": ("layers1", "both", "layers3", "layers4"),
+}
+AGAINST_FIRST = ("order", "table7", "fig4", "released")
+TITLES = {
+    "table6": "Table 6 in kind: the structure, trained with VTC alone",
+    "order": "Reading order (beyond the paper)",
+    "table7": "Table 7 in kind: the training tasks",
+    "fig4": "Fig. 4 in kind: the mask",
+    "released": "What the released code does otherwise",
+    "table1": "Table 1 in kind: ways to model time",
+    "fig3": "Fig. 3 in kind: layers of the branch",
+}
+
+
+def runs(tables: list[str], seeds: int) -> list[tuple[str, int]]:
+    """(setting, seed), table by table with all its seeds, each run once."""
+    wanted = [(name, seed) for table in tables for seed in range(seeds) for name in TABLES[table]]
+    return list(dict.fromkeys(wanted))

@@ -1,0 +1,114 @@
+"""The comparisons of recipes/ablations: what is run, in which order, and that nothing is averaged over in silence."""
+
+import json
+
+import numpy as np
+import pytest
+
+from recipes.ablations import report as reporting
+from recipes.ablations.run import BUDGET, COLUMNS, Rows, order_hits, run_one
+from recipes.ablations.settings import AGAINST_FIRST, SETTINGS, TABLES, TITLES, runs
+
+
+def row(setting: str, seed: int, share: float, budget: str = BUDGET) -> dict[str, str]:
+    hits = np.random.default_rng([seed, round(100 * share)]).random(60) < share
+    bits = "".join(str(int(hit)) for hit in hits)
+    values = dict.fromkeys(COLUMNS, "50.0") | {"setting": setting, "seed": str(seed), "budget": budget}
+    return values | {"order_hits": bits, "object_hits": bits, "curve": json.dumps({"1200": 100 * share})}
+
+
+def test_every_setting_is_in_a_table_and_is_run_once():
+    assert {name for names in TABLES.values() for name in names} == SETTINGS.keys()
+    assert TITLES.keys() == TABLES.keys() and set(AGAINST_FIRST) < TABLES.keys()
+    planned = runs([*TABLES], 3)
+    assert len(planned) == len(set(planned)) == 3 * len(SETTINGS)
+    assert planned[:5] == [*((name, 0) for name in TABLES["table6"]), ("frame_average", 1)]
+
+
+def test_rows_are_kept_and_those_of_another_budget_or_twice_are_refused(tmp_path):
+    rows = Rows(tmp_path / "deep" / "runs.csv")
+    assert rows.read() == {}
+    rows.add(row("vtc", 0, 0.7))
+    rows.add(row("vtc", 1, 0.8))
+    assert rows.read() == {("vtc", 0): row("vtc", 0, 0.7), ("vtc", 1): row("vtc", 1, 0.8)}
+    rows.add(row("vtc", 1, 0.8))
+    with pytest.raises(ValueError, match="has vtc, seed 1 twice"):
+        rows.read()
+    other = Rows(tmp_path / "other.csv")
+    other.add(row("both", 0, 0.7, budget="10x2"))
+    with pytest.raises(ValueError, match="both, seed 0 was run under the budget 10x2"):
+        other.read()
+    (tmp_path / "else.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match=r"has the columns \('a', 'b'\)"):
+        Rows(tmp_path / "else.csv").read()
+
+
+def test_a_folder_of_another_setting_is_named(tmp_path):
+    (tmp_path / "setting.json").write_text(json.dumps({"setting": "joint", "seed": 0}))
+    with pytest.raises(ValueError, match="folder of another run, {'setting': 'joint', 'seed': 0}"):
+        run_one(SETTINGS["vtc"], 0, None, tmp_path)
+
+
+def test_order_is_asked_of_clips_that_differ_from_their_reverse():
+    scores = np.array([[3.0, 1, 2], [1, 2, 3], [5, 5, 5]])
+    asked = [{"caption": 0, "opposite": 2}, {"caption": 1, "opposite": 2}, {"caption": 0, "opposite": None}]
+    assert order_hits(scores, asked) == [1, 0]
+
+
+def test_a_missing_seed_is_named_and_the_rest_has_paired_differences(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = {("frame_average", seed): row("frame_average", seed, 0.5) for seed in range(3)}
+    rows |= {("separate", seed): row("separate", seed, 0.9) for seed in range(3)}
+    rows |= {("lone_branch", seed): row("lone_branch", seed, 0.95) for seed in range(2)}
+    docs = tmp_path / "docs.md"
+    docs.write_text(
+        "before\n<!-- tables: written by recipes/ablations/run.py --report -->\nold\n<!-- end of tables -->\n"
+    )
+    text = reporting.report(rows, tmp_path / "times.csv", 3, tmp_path, docs)
+    table = text.partition("### Table 6")[2].partition("###")[0]
+    lines = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")]
+    assert [line[0].strip("| ") for line in lines[1:]] == [SETTINGS[name].words for name in TABLES["table6"]]
+    first, second = (rows[name, seed] for name, seed in (("frame_average", 0), ("separate", 0)))
+    single = [
+        100 * np.mean([int(bit) for bit in rows["separate", seed]["order_hits"]])
+        - 100 * np.mean([int(bit) for bit in rows["frame_average", seed]["order_hits"]])
+        for seed in range(3)
+    ]
+    assert first != second and f"{np.mean(single):+.1f} (" in lines[2][2]
+    assert ", ".join(f"{value:+.1f}" for value in single) in lines[2][2] and "**holds**" in lines[2][2]
+    assert lines[3][1] == "not all seeds have been run"
+    assert "Missing, and not averaged over: lone_branch (seed 2); vtc (seed 0, 1, 2)." in table
+    assert (tmp_path / "table6.svg").is_file() and not (tmp_path / "fig3.svg").exists()
+    assert docs.read_text().startswith("before\n") and text in docs.read_text() and "stale" not in docs.read_text()
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_goes_on_to_the_same_scores(tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+    from recipes.ablations import run as running, world
+
+    monkeypatch.setattr(world, "READ_STEPS", 2)
+    monkeypatch.setattr(running, "CURVE_STEPS", 2)
+    small = world.World(tmp_path / "world", train=80, test=10)
+    expected = run_one(SETTINGS["reversed"], 0, small, tmp_path / "whole", steps=4)
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(running, "all_scores", stop)
+        real = running.BTAdapterTrainer.training_step
+
+        def step(self, *args, **kwargs):
+            if self.state.global_step == 3:
+                raise KeyboardInterrupt
+            return real(self, *args, **kwargs)
+
+        patched.setattr(running.BTAdapterTrainer, "training_step", step)
+        with pytest.raises(KeyboardInterrupt):
+            run_one(SETTINGS["reversed"], 0, small, tmp_path / "stopped", steps=4)
+    again = run_one(SETTINGS["reversed"], 0, small, tmp_path / "stopped", steps=4)
+    differs = {"cpu_seconds"}
+    assert {k: v for k, v in again.items() if k not in differs} == {
+        k: v for k, v in expected.items() if k not in differs
+    }
