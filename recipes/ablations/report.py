@@ -18,7 +18,7 @@ from bt_adapter_hf.evaluation.statistics import compare, mean_interval
 from .settings import AGAINST_FIRST, BATCH, SETTINGS, STEPS, TABLES, TITLES
 
 
-DOCS = Path(__file__).parents[2] / "docs" / "what_matters.md"
+DOCS = Path(__file__).parents[2] / "docs" / "what_matters.md"  # the plots are in the folder docs/what_matters
 Row = dict[str, str]
 Rows = dict[tuple[str, int], Row]
 
@@ -116,7 +116,7 @@ def table(name: str, rows: Rows, times: dict[tuple[str, str], float], seeds: int
     if missing:
         text += f"\nMissing, and not averaged over: {'; '.join(missing)}.\n"
     if len(done) > 1:
-        text += f"\n![{TITLES[name]}](../recipes/ablations/results/{name}.svg)\n"
+        text += f"\n![{TITLES[name]}](what_matters/{name}.svg)\n"
     return text
 
 
@@ -152,8 +152,10 @@ def plot(name: str, rows: Rows, seeds: int, folder: Path) -> None:
     pyplot.close(figure)
 
 
-def report(rows: Rows, times: Path, seeds: int, folder: Path, docs: Path = DOCS) -> str:
-    """Writes plots into `folder` and tables between the marks of `docs`; returns the tables."""
+def report(rows: Rows, times: Path, seeds: int, docs: Path = DOCS) -> str:
+    """Writes the tables between the marks of a page, and plots into the folder beside it; returns the tables."""
+    folder = docs.with_suffix("")
+    folder.mkdir(exist_ok=True)
     took = read_times(times)
     hours = sum(float(row["cpu_seconds"]) for row in rows.values()) / 3600
     wanted = len({(setting, seed) for names in TABLES.values() for setting in names for seed in range(seeds)})
@@ -164,14 +166,11 @@ def report(rows: Rows, times: Path, seeds: int, folder: Path, docs: Path = DOCS)
     text += "\n".join(table(name, rows, took, seeds) for name in TABLES)
     for name in TABLES:
         plot(name, rows, seeds, folder)
-    if docs.is_file():
-        old = docs.read_text(encoding="utf-8")
-        begin, end = "<!-- tables: written by recipes/ablations/run.py --report -->\n", "<!-- end of tables -->"
-        if begin not in old or end not in old:
-            raise ValueError(f"{docs} has no marks {begin.strip()} and {end}, between which the tables stand.")
-        new = re.sub(
-            re.escape(begin) + ".*?" + re.escape(end), lambda _: begin + "\n" + text + "\n" + end, old, flags=re.S
-        )
-        docs.write_text(new, encoding="utf-8")
+    old = docs.read_text(encoding="utf-8")
+    begin, end = "<!-- tables: written by recipes/ablations/run.py --report -->\n", "<!-- end of tables -->"
+    if begin not in old or end not in old:
+        raise ValueError(f"{docs} has no marks {begin.strip()} and {end}, between which the tables stand.")
+    marked = re.compile(re.escape(begin) + ".*?" + re.escape(end), flags=re.S)
+    docs.write_text(marked.sub(lambda _: f"{begin}\n{text}\n{end}", old), encoding="utf-8")
     print(text)
     return text

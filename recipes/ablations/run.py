@@ -348,7 +348,7 @@ def main(argv: list[str] | None = None) -> None:
             )  # fmt: skip
         if "times" in args.only and not (times := args.csv.with_name("times.csv")).is_file():
             measure_times(world, times)
-    report(rows.read(), args.csv.with_name("times.csv"), args.seeds, args.csv.parent)
+    report(rows.read(), args.csv.with_name("times.csv"), args.seeds)
 
 
 if __name__ == "__main__":

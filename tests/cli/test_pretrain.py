@@ -107,6 +107,8 @@ def test_resume_and_continue_from_a_finished_model(clip, clips, tmp_path, capsys
         (["--device", "mps"], "--device mps: there is no such device here; there is cpu"),
         (["--device", "gpu"], "--device gpu: expected cpu, cuda"),
         (["--crop-scale", "0.5", "0.2"], "0 < smallest"),
+        (["--opposites", "empty.csv"], "--opposites are read with --order-negatives reversed"),
+        (["--order-negatives", "reversed", "--opposites", "absent.jsonl"], "--opposites: absent.jsonl cannot be read"),
         (["--validation", "absent.csv"], "Cannot read the table absent.csv"),
         (["--train", "empty.csv"], "The table empty.csv has no rows"),
         (["--epochs", "0.1"], "nothing would be trained"),

@@ -232,13 +232,13 @@ def test_opposite_captions_stand_beside_those_of_the_batch(clips, processor, tmp
     items = [dataset[row] for row in range(3)]
     texts = [item["text"] for item in items]
     table = tmp_path / "opposites.jsonl"
-    rows = [{"text": texts[0], "opposite": "gray turns right 0 and round"}, {"text": texts[1], "opposite": texts[1]}]
+    rows = [{"text": texts[0], "opposite": "gray left"}, {"text": texts[1], "opposite": texts[1]}]
     rows += [{"text": texts[2], "opposite": None}]
     table.write_text("".join(json.dumps(row) + "\n" for row in rows))
     opposites = load_opposites(table)
-    assert opposites == {texts[0]: "gray turns right 0 and round", texts[1]: texts[1]}
+    assert opposites == {texts[0]: "gray left", texts[1]: texts[1]}
     plain, batch = PairCollator(processor)(items), PairCollator(processor, opposites=opposites)(items)
-    tokens = processor.tokenizer(["gray turns right 0 and round", *texts[1:]], padding=True, return_tensors="pt")
+    tokens = processor.tokenizer(["gray left", *texts[1:]], padding=True, return_tensors="pt")
     assert torch.equal(batch["opposite_input_ids"], tokens["input_ids"])
     assert torch.equal(batch["opposite_attention_mask"], tokens["attention_mask"])
     assert batch["has_opposite"].tolist() == [True, True, False]

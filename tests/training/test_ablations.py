@@ -64,7 +64,7 @@ def test_a_missing_seed_is_named_and_the_rest_has_paired_differences(tmp_path):
     docs.write_text(
         "before\n<!-- tables: written by recipes/ablations/run.py --report -->\nold\n<!-- end of tables -->\n"
     )
-    text = reporting.report(rows, tmp_path / "times.csv", 3, tmp_path, docs)
+    text = reporting.report(rows, tmp_path / "times.csv", 3, docs)
     table = text.partition("### Table 6")[2].partition("###")[0]
     lines = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")]
     assert [line[0].strip("| ") for line in lines[1:]] == [SETTINGS[name].words for name in TABLES["table6"]]
@@ -78,7 +78,7 @@ def test_a_missing_seed_is_named_and_the_rest_has_paired_differences(tmp_path):
     assert ", ".join(f"{value:+.1f}" for value in single) in lines[2][2] and "**holds**" in lines[2][2]
     assert lines[3][1] == "not all seeds have been run"
     assert "Missing, and not averaged over: lone_branch (seed 2); vtc (seed 0, 1, 2)." in table
-    assert (tmp_path / "table6.svg").is_file() and not (tmp_path / "fig3.svg").exists()
+    assert (tmp_path / "docs" / "table6.svg").is_file() and not (tmp_path / "docs" / "fig3.svg").exists()
     assert docs.read_text().startswith("before\n") and text in docs.read_text() and "stale" not in docs.read_text()
 
 

@@ -20,14 +20,14 @@ is a `BaselineForPreTraining` for `BTAdapterTrainer`, around the same parts.
 Letters in shape comments: B videos, T frames, N patches, D width, K temporal layers, L layers.
 """
 
+import math
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, CLIPTextConfig, initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..models.compat_bt_adapter import strict
+from ..models.compat_bt_adapter import BaseModelOutputWithPooling, strict
 from ..models.configuration_bt_adapter import BTAdapterConfig, BTAdapterVisionConfig
 from ..models.modeling_bt_adapter import BTAdapterModel
 from ..models.modeling_bt_adapter_branch import (
@@ -35,6 +35,7 @@ from ..models.modeling_bt_adapter_branch import (
     BTAdapterBranch,
     BTAdapterDropPath,
     BTAdapterTemporalBlock,
+    BTAdapterZeroLinear,
 )
 from ..models.modeling_bt_adapter_pretraining import BTAdapterForPreTraining
 from ..models.modeling_bt_adapter_vision import BTAdapterVisionModel, BTAdapterVisionOutput
@@ -118,23 +119,21 @@ class BaselineVisionModel(BTAdapterVisionModel):
         if isinstance(module, TemporalBlocks):
             if hasattr(module, "time_embedding"):
                 init.normal_(module.time_embedding.weight, std=self.config.time_embedding_init_std)
-            for block in getattr(module, "layers", []):
-                self._init_temporal(block)
+            for linear in module.modules():
+                if isinstance(linear, nn.Linear) and not isinstance(linear, BTAdapterZeroLinear):  # as in the branch
+                    init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
+                    init.uniform_(linear.bias, -(linear.in_features**-0.5), linear.in_features**-0.5)
         else:
             super()._init_weights(module)
 
     def freeze_backbone(self):
         self.vision_model.requires_grad_(not self.config.frozen)
 
-    @property
-    def _fed_states(self) -> set[int]:
-        if self.config.temporal == "branch":
-            return super()._fed_states
-        return {self.config.adapter_layers[0] if self.config.temporal == "separate" else self.config.num_hidden_layers}
-
     def needed_states(self, output_hidden_states=None) -> list[int]:
-        if self.config.temporal in ("joint", "separate"):  # what lies behind is other in every clip
-            return sorted(self._fed_states)
+        if self.config.temporal == "separate":  # what lies behind its first block depends on the other frames
+            return [self.config.adapter_layers[0]]
+        if self.config.temporal == "joint":  # the embedded frames stand in for it
+            return [self.config.num_hidden_layers]
         return super().needed_states(output_hidden_states)
 
     def _run_backbone(self, frames, selected, output_attentions, **kwargs):
@@ -152,7 +151,7 @@ class BaselineVisionModel(BTAdapterVisionModel):
             states = {0: state}
             for number, layer in enumerate(self.vision_model.encoder.layers[: self.config.adapter_layers[0]], 1):
                 states[number] = layer(states[number - 1], attention_mask=None)
-        return {n: state for n, state in states.items() if n in selected | self._fed_states}, None
+        return {n: state for n, state in states.items() if n in {*selected, *self.needed_states()}}, None
 
     def _run_branch(self, states, position, bool_masked_pos, selected, output_branch_states, *args):
         kind = self.config.temporal

@@ -265,8 +265,7 @@ class BTAdapterConfig(PreTrainedConfig):
             On several processes: the gradient of the loss over the global batch, or the released one, which is that
             divided by the number of processes for the contrastive terms.
         order_negatives (`"none"`, `"reversed"` or `"reversed_and_shuffled"`, *optional*, defaults to `"none"`):
-            Copies of each clip in another order that pretraining contrasts with, beyond the paper: a reversed copy
-            belongs to the opposite caption where one is given, and to no caption of the batch elsewhere.
+            Beyond the paper: copies in other orders to contrast with. A reversed clip shows the opposite caption.
 
     Raises:
         ValueError: if a value is outside its range.

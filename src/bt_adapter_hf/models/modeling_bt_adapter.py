@@ -41,8 +41,7 @@ class BTAdapterOutput(ModelOutput):
 class BTAdapterModel(BTAdapterPreTrainedModel):
     """The dual encoder: CLIP's text tower and projections around the video tower, for search and zero-shot labels."""
 
-    main_input_name = "input_ids"
-    tower_class = BTAdapterVisionModel
+    main_input_name, tower_class = "input_ids", BTAdapterVisionModel
     _keys_to_ignore_on_load_unexpected = [r"^mbta_head\.", r"position_ids$"]
 
     def __init__(self, config: BTAdapterConfig):

@@ -99,7 +99,12 @@ class BTAdapterPreTrainedModel(PreTrainedModel):
                 init.zeros_(parameter)
         init.normal_(branch.time_embedding.weight, std=branch.config.time_embedding_init_std)
         for layer, number in zip(branch.layers, branch.config.adapter_layers, strict=True):
-            self._init_temporal(layer.temporal)
+            for linear in layer.temporal.attn.modules():
+                if isinstance(linear, nn.Linear):
+                    init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
+                    if linear.bias is not None:
+                        bound = linear.in_features**-0.5
+                        init.uniform_(linear.bias, -bound, bound)
             source = self.vision_model.encoder.layers[number]
             spatial = layer.spatial
             for target, origin in (
@@ -110,15 +115,6 @@ class BTAdapterPreTrainedModel(PreTrainedModel):
             ):
                 for (_, p), (_, q) in zip(target.named_parameters(), origin.named_parameters(), strict=True):
                     init.copy_(p, q)
-
-    @staticmethod
-    def _init_temporal(block: nn.Module):
-        for linear in block.attn.modules():
-            if isinstance(linear, nn.Linear):
-                init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
-                if linear.bias is not None:
-                    bound = linear.in_features**-0.5
-                    init.uniform_(linear.bias, -bound, bound)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
@@ -368,11 +364,7 @@ class BTAdapterVisionModel(BTAdapterPreTrainedModel):
 
     def needed_states(self, output_hidden_states: bool | int | list[int] | None = None) -> list[int]:
         """Indices into the L+1 hidden states of the backbone that the branch reads, and those asked for."""
-        return sorted(self._select(output_hidden_states) | self._fed_states)
-
-    @property
-    def _fed_states(self) -> set[int]:
-        return {layer + 1 for layer in self.config.adapter_layers}
+        return sorted(self._select(output_hidden_states) | {layer + 1 for layer in self.config.adapter_layers})
 
     @torch.no_grad()
     def encode_frames(
@@ -427,7 +419,7 @@ class BTAdapterVisionModel(BTAdapterPreTrainedModel):
         self, frames: torch.Tensor, selected: set[int], output_attentions: bool | None, **kwargs
     ) -> tuple[dict[int, torch.Tensor], tuple[torch.Tensor, ...] | None]:
         """Frames (F, 3, H, W) -> hidden states {index: (F, C+N, D)} that branch and caller need, and attentions."""
-        needed = selected | self._fed_states | {self.config.num_hidden_layers}
+        needed = selected | {layer + 1 for layer in self.config.adapter_layers} | {self.config.num_hidden_layers}
         as_they_are = torch.is_grad_enabled() or self.vision_model.training or output_attentions or frames.is_meta
         frames, places = (frames, None) if as_they_are or torch.compiler.is_compiling() else _distinct(frames)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.backbone_is_frozen()):
