@@ -39,15 +39,27 @@ REFUSED = [
     ("index", "--batch-size", "0"),
     ("index", "--num-frames", "0"),
     ("index", "--workers", "0"),
-]
+    *(("chat", f"--{name}", "0") for name in ("num-frames", "num-clips", "max-new-tokens")),
+    *(("check-data", f"--{name}", "0") for name in ("sample", "num-frames", "workers", "max-text-length")),
+    ("check-data", "--max-broken", "nan"),
+    *(("pretrain", "--lr-multipliers", value) for value in ("{", '{"a": NaN}', '{"a": -1}', '{"a": true}', "[1]")),
+    *((command, option, "") for command, option in (
+        ("pretrain", "--output-dir"), ("pretrain", "--train"), ("finetune", "--bt-adapter"), ("finetune", "--model"),
+        ("index", "-o"), ("search", "--sheet"), ("quickstart", "-o"), ("chat", "--model"), ("convert", "--base"),
+        ("check-data", "--list"),
+    )),
+]  # fmt: skip
+BEFORE = {"index": ["videos", "-o", "i"], "chat": ["a.mp4"], "check-data": ["t.csv"], "search": ["i", "a dog"],
+          "convert": ["x.pth", "o"], "quickstart": []}  # fmt: skip
 
 
 @pytest.mark.parametrize("command, option, value", REFUSED)
 def test_refused_by_the_name_of_the_option(command, option, value, capsys):
     with pytest.raises(SystemExit) as exit:
-        main([command, *(RUN if command != "index" else ["videos", "-o", "i"]), option, value])
+        main([command, *BEFORE.get(command, RUN), option, value])
     assert exit.value.code == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
+    option = {"-o": "-o/--output", "--bt-adapter": "--bt-adapter/--adapter"}.get(option, option)
     assert f"argument {option}: '{value}' is no" in last, last
 
 
@@ -76,9 +88,11 @@ def test_real_numbers():
         ("no column: name it with text_column.", "no column: name it with --text-column."),
         ("holds no vision_model.bt_adapter (60 tensors)", "holds no vision_model.bt_adapter (60 tensors)"),
         ("see /tmp/max_disk/x, max_disk.txt and 'max_disk'", "see /tmp/max_disk/x, max_disk.txt and 'max_disk'"),
+        ("the seed of the run is seed=3", "the seed of the run is --seed 3"),
         ("--set max_dis: no such field. Nearest: max_disk.", "--set max_dis: no such field. Nearest: max_disk."),
     ],
 )
 def test_errors_name_what_was_typed(message, expected):
     args = argparse.Namespace(max_disk=1, chunk_rows=2, batch_size=3, text_column=None, bt_adapter=None, model="m")
-    assert name_options(message, args, {"per_device_train_batch_size": "batch_size"}) == expected
+    args.seed = 3
+    assert name_options(message, args, {"per_device_train_batch_size": "batch_size", "seed": "seed"}) == expected

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 
 from ..models.configuration_bt_adapter import BTAdapterVisionConfig
+from .damage import damage_of
 from .writing import written_whole
 
 
@@ -83,9 +84,13 @@ class AdapterConfig:
                 f"{folder} holds no {CONFIG_NAME}: it is no BT-Adapter. A whole model is loaded with "
                 "AutoModel.from_pretrained, and a released checkpoint is converted with `bt-adapter convert`."
             )
+        if damage := damage_of(path):
+            raise AdapterError(f"{damage}.")
+        content = json.loads(path.read_text(encoding="utf-8"))
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
             config = cls(**content)
+            if not (isinstance(config.branch, dict) and isinstance(config.adapter_layers, list)):
+                raise TypeError("branch is no object, or adapter_layers no list")
         except (ValueError, TypeError) as error:
             raise AdapterError(f"{path} is damaged or of another version: {error}") from error
         unknown = config.branch.keys() - BRANCH_FIELDS
@@ -165,7 +170,8 @@ def tensors(path: Path, part: str = "") -> Iterator[tuple[str, torch.Tensor]]:
                 if part in key:
                     yield key, file.get_tensor(key)
     except SafetensorError as error:
-        raise AdapterError(f"{path} is damaged or truncated: {error}. Download or save it again.") from error
+        damage = damage_of(path) or f"{path} is damaged or truncated ({error}): download or save it again"
+        raise AdapterError(f"{damage}.") from error
 
 
 def write_adapter(

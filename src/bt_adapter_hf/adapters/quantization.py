@@ -5,6 +5,8 @@ from typing import Any
 
 from transformers import BitsAndBytesConfig
 
+from ..import_utils import require_package
+
 
 # Full paths, for transformers matches them from the start: "vision_tower" would not keep "model.vision_tower" out.
 # A list replaces transformers' own, which is the output layer of the language model.
@@ -33,6 +35,7 @@ def quantization_config(
 
     Raises:
         ValueError: if not exactly one of 4 and 8 bits is asked for.
+        ImportError: without bitsandbytes, naming what installs it.
     """
     if load_in_4bit == load_in_8bit:
         raise ValueError("Pass load_in_4bit=True or load_in_8bit=True.")
@@ -44,6 +47,8 @@ def language_model_only(config: Any) -> Any:
     itself."""
     if not isinstance(config, (BitsAndBytesConfig, dict)):
         return config
+    if is_bitsandbytes(config):
+        require_package("bitsandbytes", "quantization")
     config = copy.deepcopy(config)
     keep_out(config, *KEPT_OUT)
     return config
@@ -63,11 +68,17 @@ def check_kept_out(config: Any, source: Any) -> None:
         )
 
 
+def is_bitsandbytes(config: Any) -> bool:
+    """Also where a dict does not name the method."""
+    method = config.get("quant_method") if isinstance(config, dict) else config.quant_method
+    return method in (None, "bitsandbytes")
+
+
 def keep_out(config: Any, *paths: str) -> None:
     """Adds modules to those that bitsandbytes leaves as they are."""
-    is_dict = isinstance(config, dict)
-    if (config.get("quant_method") if is_dict else config.quant_method) not in (None, "bitsandbytes"):
+    if not is_bitsandbytes(config):
         return
+    is_dict = isinstance(config, dict)
     skipped = config.get("llm_int8_skip_modules") if is_dict else config.llm_int8_skip_modules
     # without a list transformers leaves the output layer out, with one it does not
     skipped = ["lm_head"] if skipped is None else list(skipped)

@@ -8,6 +8,7 @@ import torch
 from ..models.configuration_bt_adapter import BTAdapterConfig, BTAdapterVisionConfig
 from ..models.modeling_bt_adapter import BTAdapterModel
 from ..models.modeling_bt_adapter_vision import BTAdapterVisionModel
+from .damage import damage_of
 from .description import describe_adapter
 from .files import CONFIG_NAME, SUMMARY_NAME, AdapterConfig, AdapterError, is_peft_folder, tensors
 
@@ -16,10 +17,9 @@ def is_whole_model(folder: Path) -> bool:
     """Whether a branch can be taken out of the model in a folder. Where an adapter lies beside it, that is taken."""
     if (folder / CONFIG_NAME).is_file() or is_peft_folder(folder) or not (folder / "config.json").is_file():
         return False
-    try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise AdapterError(f"{folder / 'config.json'} is damaged: {error}. Save it again.") from error
+    if damage := damage_of(folder / "config.json"):
+        raise AdapterError(f"{damage}.")
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return content.get("model_type") in (BTAdapterConfig.model_type, BTAdapterVisionConfig.model_type)
 
 
@@ -49,6 +49,8 @@ def base_of_run(folder: Path) -> tuple[str | None, str | None]:
     path = folder / SUMMARY_NAME
     if not path.is_file():
         return None, None
+    if damage := damage_of(path):
+        raise AdapterError(f"{damage}.")
     summary = json.loads(path.read_text(encoding="utf-8"))
     return summary.get("model"), summary.get("revision")
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ._options import progress, quiet_transformers, real_number, whole_number
+from ._options import path, progress, quiet_transformers, real_number, whole_number
 from ._training import open_table
 
 
@@ -16,12 +16,13 @@ def add_chat_options(parser: argparse.ArgumentParser, judge: str) -> None:
     """The chat model, as for `bt-adapter chat`, and the judge."""
     parser.add_argument(
         "--model",
+        type=path,
         metavar="ID_OR_PATH",
         help="Hub id or folder of a chat model, native or with its adapter in; or of an adapter, LoRA too, that names "
         "its model (default: the moving-digits chat model inside the package)",
     )
     parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
-    parser.add_argument("--bt-adapter", metavar="ID_OR_PATH", help="adapter for a native model")
+    parser.add_argument("--bt-adapter", type=path, metavar="ID_OR_PATH", help="adapter for a native model")
     parser.add_argument(
         "--num-frames", type=whole_number(), metavar="T", help="frames per clip (default: as the model says)"
     )
@@ -40,7 +41,7 @@ def add_chat_options(parser: argparse.ArgumentParser, judge: str) -> None:
     group.add_argument(
         "--judge-url", metavar="URL", help="of the endpoint, such as http://127.0.0.1:8000/v1 (default: OpenAI's)"
     )
-    group.add_argument("--judge-local", metavar="ID_OR_PATH", help="a chat model of transformers instead")
+    group.add_argument("--judge-local", type=path, metavar="ID_OR_PATH", help="a chat model of transformers instead")
     group.add_argument(
         "--judge-threads", type=whole_number(), default=8, metavar="N", help="requests at once (default: 8)"
     )

@@ -49,6 +49,31 @@ def real_number(
     return read
 
 
+def path(text: str) -> str:
+    """The type of an option that takes the name of a file, a folder or a repository: any but none at all."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of anything; expected a path.")
+    return text
+
+
+def check_models(args: argparse.Namespace) -> None:
+    """Refuses a --model, --bt-adapter or --base that is not there, or damaged, before anything large is imported.
+
+    Raises:
+        ValueError: with the name of the option.
+    """
+    options = {option: getattr(args, option, None) for option in ("model", "bt_adapter", "base")}
+    named = {option: name for option, name in options.items() if name is not None}
+    if named:
+        from ..hub.access import check_reachable
+
+        for option, name in named.items():
+            try:
+                check_reachable(name)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"--{option.replace('_', '-')}: {error}") from error
+
+
 SHOWN = 3  # of the files that were skipped
 
 
@@ -60,7 +85,9 @@ def name_options(message: str, args: argparse.Namespace, fields: Mapping[str, st
     """
     names = {name: name for name in vars(args) if "_" in name and name != "bt_adapter"}  # the latter is a module, too
     names |= {field: option for field, option in fields.items() if hasattr(args, option)}
-    pattern = rf"(?<![\w./'\"`\[-])({'|'.join(names)})(=|(?![\w/(=\]'\"`]|\.\w))"
+    # "seed" and its like are ordinary words where no value follows
+    words = "|".join(name if "_" in name else rf"{name}(?==)" for name in names)
+    pattern = rf"(?<![\w./'\"`\[-])({words})(=|(?![\w/(=\]'\"`]|\.\w))"
 
     def replace(found: re.Match) -> str:
         name, behind = found.groups()
@@ -74,6 +101,7 @@ def add_encoder_options(parser: argparse.ArgumentParser) -> None:
     """What `load_encoder` reads."""
     parser.add_argument(
         "--model",
+        type=path,
         metavar="ID_OR_PATH",
         help="Hub id or folder of a BT-Adapter dual encoder or of an adapter of one (default: the moving-digits model "
         "inside the package)",
@@ -113,7 +141,10 @@ def add_dtype_option(parser: argparse.ArgumentParser, elsewhere: str = "float32"
 
 
 def add_device_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: an accelerator where there is one)")
+    parser.add_argument(
+        "--device",
+        help="cpu, cuda, cuda:1, mps (default: an accelerator where there is one)",
+    )
 
 
 def load_encoder(args: argparse.Namespace):

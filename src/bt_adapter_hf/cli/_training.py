@@ -39,17 +39,15 @@ def chat_processor(args: argparse.Namespace, **fields: Any):
     Raises:
         ValueError: for a model of another kind.
     """
-    from transformers import AutoConfig
-
     import bt_adapter_hf
 
-    from ..hub.access import check_folder
+    from ..hub.kinds import wrong_kind
+    from ..hub.source import model_type_of
     from .chat import HOSTS
 
-    check_folder(args.model)
-    model_type = AutoConfig.from_pretrained(args.model, revision=args.revision).model_type
+    model_type = model_type_of(args.model, args.revision)
     if model_type not in HOSTS:
-        raise ValueError(f"'{args.model}' holds a model of type '{model_type}'; expected one of {', '.join(HOSTS)}.")
+        raise wrong_kind(args.model, model_type, f"a chat model, of type {', '.join(HOSTS)}")
     cls = getattr(bt_adapter_hf, f"BTAdapter{HOSTS[model_type]}Processor")
     if args.on_damage is not None:
         fields["on_damage"] = args.on_damage

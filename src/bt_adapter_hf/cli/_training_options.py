@@ -3,11 +3,13 @@
 import argparse
 import dataclasses
 import difflib
+import json
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
 
-from ._options import add_device_option, real_number, whole_number
+from ._options import add_device_option, path, real_number, whole_number
 
 
 # Options with a name of their own, and the fields of the training arguments that they set.
@@ -34,14 +36,19 @@ TRAINING_OPTIONS = {
 }
 
 
+# Fields that --set may not name: the commands would not see the value.
+_OWN_OPTIONS = {"output_dir": "--output-dir", "resume_from_checkpoint": "--resume"}
+
+
 def add_run_options(parser: argparse.ArgumentParser, model: str) -> None:
-    parser.add_argument("--model", required=True, metavar="ID_OR_PATH", help=model)
+    parser.add_argument("--model", required=True, type=path, metavar="ID_OR_PATH", help=model)
     parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
-    parser.add_argument("--output-dir", required=True, metavar="DIR", help="where model and checkpoints go")
+    parser.add_argument("--output-dir", required=True, type=path, metavar="DIR", help="where model and checkpoints go")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
     add_device_option(parser)
     parser.add_argument(
         "--push-to-hub",
+        type=path,
         metavar="REPO_ID",
         help="upload the finished model to this repository (private: --set hub_private_repo=true)",
     )
@@ -51,6 +58,7 @@ def add_table_options(parser: argparse._ActionsContainer) -> None:
     """How (video, text) tables are read; see `open_table`."""
     parser.add_argument(
         "--media-root",
+        type=path,
         metavar="DIR",
         help="where relative paths start: a folder, or .zip and .tar archives (default: folder of the table)",
     )
@@ -94,7 +102,10 @@ def add_training_options(
         "--learning-rate", type=real_number(0), metavar="LR", help=f"base rate (default: {learning_rate})"
     )
     group.add_argument(
-        "--lr-multipliers", metavar="JSON", help=f'rates of parts, as {{"bt_adapter.": 10}} (default: {multipliers})'
+        "--lr-multipliers",
+        type=multipliers_of_parts,
+        metavar="JSON",
+        help=f'rates of parts, as {{"bt_adapter.": 10}} (default: {multipliers})',
     )
     group.add_argument(
         "--workers", type=whole_number(0), metavar="N", help="processes that decode, per device (default: 0)"
@@ -104,7 +115,7 @@ def add_training_options(
         action=argparse.BooleanOptionalAction,
         help="mixed precision in bfloat16 (default: on GPUs that compute in it)",
     )
-    group.add_argument("--logging-steps", type=whole_number(), default=10, metavar="N", help="(default: 10)")
+    group.add_argument("--logging-steps", type=whole_number(), metavar="N", help="(default: 10)")
     group.add_argument(
         "--save-steps", type=whole_number(), metavar="N", help="steps between checkpoints (default: 500)"
     )
@@ -150,6 +161,20 @@ def add_item_timeout(parser: argparse._ActionsContainer) -> None:
         metavar="S",
         help="seconds after which reading a video or image is given up, 0 for no limit (default: 60)",
     )
+
+
+def multipliers_of_parts(text: str) -> str:
+    """The text, of an object with a finite number of at least 0 for each name."""
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON ({error}).") from error
+    numbers = content.values() if isinstance(content, dict) else [None]
+    if not all(isinstance(n, int | float) and not isinstance(n, bool) and 0 <= n < math.inf for n in numbers):
+        raise argparse.ArgumentTypeError(
+            f'{text!r} is no JSON object with a number of at least 0 for each name, such as {{"bt_adapter.": 10}}.'
+        )
+    return text
 
 
 def seconds_or_none(text: str) -> float | None:
@@ -204,7 +229,18 @@ def training_arguments(args: argparse.Namespace, cls: type, options: Mapping[str
             close = difflib.get_close_matches(name, known, n=3)
             # the value stays out of it: it may be a token
             raise ValueError(f"--set {name}: there is no such field. Nearest: {', '.join(close) or 'none'}.")
+        if name in _OWN_OPTIONS:
+            raise ValueError(f"--set {name}: that is {_OWN_OPTIONS[name]}.")
+        option = next((option for option, field in options.items() if field == name), None)
+        if option is not None and getattr(args, option) is not None:
+            raise ValueError(f"--set {name} and --{option.replace('_', '-')} are the same: give one of them.")
+        if value.lstrip().startswith("{"):
+            try:
+                json.loads(value)
+            except ValueError as error:
+                raise ValueError(f"--set {name}: the value is no JSON ({error}).") from error
         values[name] = value
+    values = {"logging_steps": 10} | values
     values |= _device_fields(args.device, values)
     if values.get("eval_strategy", "no") != "no" and args.validation is None:
         raise ValueError("Evaluation during training needs --validation.")

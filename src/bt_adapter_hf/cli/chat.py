@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..adapters.writing import no_character
-from ._options import add_device_option, add_dtype_option, quiet_transformers
+from ..adapters.writing import no_character, printable
+from ._options import add_device_option, add_dtype_option, path, quiet_transformers, whole_number
 from ._training_options import add_item_timeout
 
 
@@ -37,23 +37,33 @@ def register(subparsers) -> None:
         epilog='example: bt-adapter chat clip.mp4 --question "How does it move?"',
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("files", nargs="*", metavar="FILE", help="video or image, path or URL; all are seen at once")
+    parser.add_argument(
+        "files", nargs="*", type=path, metavar="FILE", help="video or image, path or URL; all are seen at once"
+    )
     parser.add_argument(
         "-q", "--question", action="append", dest="questions", metavar="TEXT", help="may be given several times"
     )
     parser.add_argument(
         "--model",
+        type=path,
         metavar="ID_OR_PATH",
         help="Hub id or folder of a chat model, native or with its adapter in; or of an adapter, LoRA too, that names "
         "its model (default: the moving-digits chat model inside the package)",
     )
     parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
-    parser.add_argument("--bt-adapter", metavar="ID_OR_PATH", help="adapter for a native model")
-    parser.add_argument("--num-frames", type=int, metavar="T", help="frames per clip (default: as the model says)")
+    parser.add_argument("--bt-adapter", type=path, metavar="ID_OR_PATH", help="adapter for a native model")
     parser.add_argument(
-        "--num-clips", type=int, metavar="K", help="cut each video into K clips, for K times the frames and tokens"
+        "--num-frames", type=whole_number(), metavar="T", help="frames per clip (default: as the model says)"
     )
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="per answer (default: 256)")
+    parser.add_argument(
+        "--num-clips",
+        type=whole_number(),
+        metavar="K",
+        help="cut each video into K clips, for K times the frames and tokens",
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=whole_number(), default=256, metavar="N", help="per answer (default: 256)"
+    )
     add_dtype_option(parser, "as it was saved")
     add_device_option(parser)
     add_item_timeout(parser)
@@ -94,8 +104,8 @@ def _check(args: argparse.Namespace) -> None:
     """What can be told without loading anything.
 
     Raises:
-        ValueError: a question is empty, or JSON is wanted without a question, or no answer could have a token.
-        FileNotFoundError: a file is not there.
+        ValueError: a question is empty, or JSON is wanted without a question.
+        FileNotFoundError: files are not there; all of them are named.
     """
     if args.json and not args.questions:
         raise ValueError("--json needs a --question.")
@@ -103,11 +113,11 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("a --question is empty.")
     if problem := next(filter(None, map(no_character, args.questions or [])), None):
         raise ValueError(f"a --question {problem}.")
-    if args.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens {args.max_new_tokens}: expected at least 1.")
-    for file in args.files:
-        if not _is_url(file) and not os.path.isfile(file):
-            raise FileNotFoundError(f"'{file}' is not a file.")
+    missing = [file for file in args.files if not _is_url(file) and not os.path.isfile(file)]
+    if missing:
+        names = ", ".join(f"'{printable(file)}'" for file in missing)
+        what = "is not a file" if len(missing) == 1 else f"are no files, {len(missing)} of {len(args.files)}"
+        raise FileNotFoundError(f"{names} {what}.")
 
 
 def find_model(args: argparse.Namespace):
@@ -115,11 +125,14 @@ def find_model(args: argparse.Namespace):
     import bt_adapter_hf
 
     from ..adapters.files import is_peft_folder
+    from ..hub.kinds import wrong_kind
     from ..hub.source import resolve_adapter
 
     name, revision, adapter, model_type = _named_model(args)
     if model_type not in HOSTS:
-        raise ValueError(f"'{name}' holds a model of type '{model_type}'; expected one of {', '.join(HOSTS)}.")
+        raise wrong_kind(name, model_type, f"a chat model, of type {', '.join(HOSTS)}, or an adapter of one")
+    if adapter is not None and model_type.startswith("bt_adapter_"):
+        raise ValueError(f"'{name}' has an adapter in: leave out --bt-adapter, or name the native model with --model.")
     is_native = not model_type.startswith("bt_adapter_")
     if is_native and adapter is None and not all(map(_is_image, args.files)):
         raise ValueError(f"'{name}' has no adapter, and there are videos: name one with --bt-adapter.")
@@ -155,26 +168,22 @@ def _named_model(args: argparse.Namespace) -> tuple[str, str | None, str | Path 
 
     An adapter as --model stands in the base model that it names.
     """
-    from transformers import PreTrainedConfig
-
     from ..assets import default_chat_model_path
-    from ..hub.access import check_folder
-    from ..hub.source import find_adapter, from_hub
-
-    def type_of(name: str, revision: str | None) -> str | None:
-        config = from_hub(lambda: PreTrainedConfig.get_config_dict(name, revision=revision)[0], name, revision)
-        return config.get("model_type")
+    from ..hub.kinds import holding
+    from ..hub.source import find_adapter, model_type_of
 
     if args.model is None:
         name = str(default_chat_model_path())
-        return name, None, args.bt_adapter, type_of(name, None)
-    check_folder(args.model)
-    model_type = type_of(args.model, args.revision)
+        return name, None, args.bt_adapter, model_type_of(name)
+    model_type = model_type_of(args.model, args.revision)
     if model_type is not None:
         return args.model, args.revision, args.bt_adapter, model_type
     found = find_adapter(args.model, {"revision": args.revision})
     if found is None:
-        raise ValueError(f"'{args.model}' holds neither a model with its config.json nor an adapter.")
+        raise ValueError(
+            f"'{args.model}' holds neither a model with its config.json nor an adapter"
+            f"{', but ' + holding(Path(args.model)) if os.path.isdir(args.model) else ''}."
+        )
     folder, adapter = found
     if args.bt_adapter is not None:
         raise ValueError(f"'{args.model}' is an adapter, and --bt-adapter names another.")
@@ -182,7 +191,7 @@ def _named_model(args: argparse.Namespace) -> tuple[str, str | None, str | Path 
     if not base:
         raise ValueError(f"'{args.model}' is an adapter that names no model: name that, and this with --bt-adapter.")
     print(f"'{args.model}' is an adapter of '{base}'", file=sys.stderr)
-    return base, adapter.revision, folder, type_of(base, adapter.revision)
+    return base, adapter.revision, folder, model_type_of(base, adapter.revision)
 
 
 def _look(files: list[str], processor, timeout: float | None) -> list[tuple[dict[str, Any], dict[str, Any]]]:

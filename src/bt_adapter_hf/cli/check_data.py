@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from ..adapters.writing import printable
-from ._options import SHOWN, name_options, progress, quiet_transformers
+from ._options import SHOWN, name_options, path, progress, quiet_transformers, real_number, whole_number
 from ._training import chat_processor, open_table, text_limit
 from ._training_options import add_item_timeout, add_on_damage, add_table_options
 
@@ -32,23 +32,38 @@ def register(subparsers) -> None:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("table", metavar="TABLE", help="as for `bt-adapter pretrain` or `bt-adapter finetune`")
+    parser.add_argument(
+        "table", type=path, metavar="TABLE", help="as for `bt-adapter pretrain` or `bt-adapter finetune`"
+    )
     add_table_options(parser)
     add_on_damage(parser)
     parser.add_argument("--split", default="train", metavar="NAME", help="of a Hub dataset (default: train)")
-    parser.add_argument("--model", metavar="ID_OR_PATH", help="count tokens as this model would (default: no counts)")
-    parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
-    parser.add_argument("--max-text-length", type=int, metavar="N", help="longest caption in tokens (default: 64)")
-    parser.add_argument("--sample", type=int, metavar="N", help="check N random rows (default: all)")
     parser.add_argument(
-        "--num-frames", type=int, metavar="T", help="frames to decode of each video (default: as the model, or 8)"
+        "--model", type=path, metavar="ID_OR_PATH", help="count tokens as this model would (default: no counts)"
     )
-    parser.add_argument("--workers", type=int, metavar="N", help="processes that decode (default: one per core)")
+    parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
+    parser.add_argument(
+        "--max-text-length", type=whole_number(), metavar="N", help="longest caption in tokens (default: 64)"
+    )
+    parser.add_argument("--sample", type=whole_number(), metavar="N", help="check N random rows (default: all)")
+    parser.add_argument(
+        "--num-frames",
+        type=whole_number(),
+        metavar="T",
+        help="frames to decode of each video (default: as the model, or 8)",
+    )
+    parser.add_argument(
+        "--workers", type=whole_number(), metavar="N", help="processes that decode (default: one per core)"
+    )
     add_item_timeout(parser)
     parser.add_argument(
-        "--max-broken", type=float, default=0.1, metavar="SHARE", help="share that is accepted (default: 0.1)"
+        "--max-broken",
+        type=real_number(0, 1),
+        default=0.1,
+        metavar="SHARE",
+        help="share that is accepted (default: 0.1)",
     )
-    parser.add_argument("--list", metavar="JSONL", help="write the unusable rows and why to this file")
+    parser.add_argument("--list", type=path, metavar="JSONL", help="write the unusable rows and why to this file")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.set_defaults(run=run)
 
@@ -62,9 +77,6 @@ def run(args: argparse.Namespace) -> int:
     from ..data.checking import DataReport, check_rows, holds_conversations
 
     workers = args.workers if args.workers is not None else os.cpu_count() or 1
-    for name, value in (("sample", args.sample), ("workers", workers), ("num-frames", args.num_frames)):
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} {value}: expected at least 1.")
     check, limit = conversations(args) if holds_conversations(args.table, args.dataset_revision) else pairs(args)
     rows = len(check.table)
     report = DataReport(args.table, rows, limit)
@@ -103,14 +115,17 @@ def pairs(args: argparse.Namespace):
 
     from ..data.checking import PairCheck
     from ..data.pairs import decoding_options
-    from ..hub.access import check_folder
+    from ..hub.kinds import wrong_kind
+    from ..hub.source import model_type_of
     from ..models.configuration_bt_adapter import BTAdapterConfig
     from ..models.video_processing_bt_adapter import BTAdapterVideoProcessor
 
     tokenizer = limit = None
     video_processor = BTAdapterVideoProcessor()
     if args.model is not None:
-        check_folder(args.model)
+        model_type = model_type_of(args.model, args.revision)
+        if model_type not in ("clip", BTAdapterConfig.model_type):
+            raise wrong_kind(args.model, model_type, "a CLIP or a dual encoder with a branch, for a table of captions")
         tokenizer = AutoTokenizer.from_pretrained(args.model, revision=args.revision)
         config = AutoConfig.from_pretrained(args.model, revision=args.revision)
         limit = text_limit(args.max_text_length, tokenizer, config)

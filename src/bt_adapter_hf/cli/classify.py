@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from ._options import add_model_options, load_encoder, print_skipped, progress, whole_number
+from ._options import add_model_options, load_encoder, path, print_skipped, progress, whole_number
 
 
 def register(subparsers) -> None:
@@ -17,10 +17,10 @@ def register(subparsers) -> None:
         epilog='example: bt-adapter classify clip.mp4 --labels "cooking, dancing, surfing" --template "a video of {}"',
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("files", nargs="+", metavar="FILE", help="video file, folder or glob pattern")
+    parser.add_argument("files", nargs="+", type=path, metavar="FILE", help="video file, folder or glob pattern")
     labels = parser.add_mutually_exclusive_group(required=True)
     labels.add_argument("--labels", metavar='"A, B"', help="labels, separated by commas")
-    labels.add_argument("--labels-file", metavar="TXT", help="file with one label per line")
+    labels.add_argument("--labels-file", type=path, metavar="TXT", help="file with one label per line")
     parser.add_argument("--template", default="{}", help='sentence around each label, such as "a video of {}"')
     parser.add_argument(
         "--top", type=whole_number(), default=3, metavar="N", help="labels to print per video (default: 3)"

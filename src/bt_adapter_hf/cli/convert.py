@@ -2,10 +2,11 @@
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 from ..adapters.writing import written_whole
-from ._options import quiet_transformers
+from ._options import path, quiet_transformers
 
 
 _EXAMPLES = """examples:
@@ -29,11 +30,16 @@ def register(subparsers) -> None:
     )
     parser.add_argument(
         "source",
+        type=path,
         metavar="SOURCE",
         help="checkpoint file; with --to original a model (folder or Hub id), with --to adapter also its folder",
     )
     parser.add_argument(
-        "output", metavar="OUTPUT", nargs="?", help="folder; with --to original a .pth, .bin or .safetensors file"
+        "output",
+        type=path,
+        metavar="OUTPUT",
+        nargs="?",
+        help="folder; with --to original a .pth, .bin or .safetensors file",
     )
     parser.add_argument(
         "--to",
@@ -44,6 +50,7 @@ def register(subparsers) -> None:
     )
     parser.add_argument(
         "--base",
+        type=path,
         metavar="ID_OR_PATH",
         help="the image model that it was trained on; gives what the file does not hold",
     )
@@ -69,9 +76,11 @@ def run(args: argparse.Namespace) -> int:
     output = _check_output(args)
     quiet_transformers()
     if args.base is not None:
-        from ..hub.access import check_folder
+        from ..hub.kinds import wrong_kind
+        from ..hub.source import model_type_of
 
-        check_folder(args.base)
+        if model_type_of(args.base, args.revision) is None:
+            raise wrong_kind(args.base, None, "the image model that the checkpoint was trained on, for --base")
     if args.to == "original":
         return _to_original(args, output)
     if Path(args.source).is_dir():
@@ -181,6 +190,8 @@ def _fields(pairs: list[str]) -> dict:
             fields[name] = json.loads(value)
         except json.JSONDecodeError:
             fields[name] = value
+        if isinstance(fields[name], float) and not math.isfinite(fields[name]):
+            raise ValueError(f"--set {pair}: expected a finite number.")
     return fields
 
 
@@ -190,7 +201,13 @@ def _to_original(args: argparse.Namespace, output: Path | None) -> int:
     from transformers import AutoModel
 
     from ..conversion import convert_to_original
+    from ..hub.kinds import wrong_kind
+    from ..hub.source import model_type_of
+    from ..models.configuration_bt_adapter import BTAdapterConfig, BTAdapterVisionConfig
 
+    model_type = model_type_of(args.source, args.revision)
+    if model_type not in (BTAdapterConfig.model_type, BTAdapterVisionConfig.model_type):
+        raise wrong_kind(args.source, model_type, "a dual encoder or a video tower, for --to original")
     model = AutoModel.from_pretrained(args.source, revision=args.revision, dtype=args.dtype or "auto")
     state = {key: tensor.contiguous() for key, tensor in convert_to_original(model).items()}
     if args.dry_run:

@@ -13,7 +13,7 @@ from ._eval_chat import (
     add_qa_options,
     run_chat,
 )
-from ._options import add_device_option, add_encoder_options, load_encoder, progress, real_number, whole_number
+from ._options import add_device_option, add_encoder_options, load_encoder, path, progress, real_number, whole_number
 from ._training import open_table
 from ._training_options import add_item_timeout, add_on_damage, add_table_options
 
@@ -67,7 +67,9 @@ def register(subparsers) -> None:
     )
     recognition = tasks.add_parser("recognition", help="zero-shot labels: top-1 and top-5")
     _add_common(recognition, "NAME|TABLE", f"{', '.join(RECOGNITION_SETS)}; or a table of videos and labels")
-    recognition.add_argument("--classes", metavar="TXT", help="names, a line each (default: all labels of the table)")
+    recognition.add_argument(
+        "--classes", type=path, metavar="TXT", help="names, a line each (default: all labels of the table)"
+    )
     recognition.add_argument(
         "--label-offset", type=whole_number(0), default=0, metavar="N", help="number of the first class (default: 0)"
     )
@@ -115,9 +117,10 @@ def _add_common(
     data: str = "as for `bt-adapter pretrain`",
     chat: bool = False,
 ) -> None:
-    parser.add_argument("--data", required="default" not in data, metavar=metavar, help=data)
+    parser.add_argument("--data", required="default" not in data, type=path, metavar=metavar, help=data)
     parser.add_argument(
         "--data-root",
+        type=path,
         metavar="DIR",
         help="copy of the data set that NAME means, in the layout of the Hub (default: it is read from there)",
     )
@@ -128,7 +131,9 @@ def _add_common(
         add_device_option(parser)
     else:
         add_encoder_options(parser)
-    parser.add_argument("-o", "--output-dir", required=True, metavar="DIR", help="where features and result.json go")
+    parser.add_argument(
+        "-o", "--output-dir", required=True, type=path, metavar="DIR", help="where features and result.json go"
+    )
     parser.add_argument(
         "--controls",
         default="blind,shuffled,reversed,one_frame,frame_average",

@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 from ..import_utils import require_package
-from ._options import progress, real_number, whole_number
+from ._options import path, progress, real_number, whole_number
 from ._training import begin, chat_processor, end, run_training
 from ._training_options import (
     TRAINING_OPTIONS,
@@ -63,6 +63,7 @@ def register(subparsers) -> None:
     parser.add_argument(
         "--bt-adapter",
         "--adapter",
+        type=path,
         metavar="ID_OR_PATH",
         help="adapter for a native model (default: a fresh branch, warm-started)",
     )
@@ -71,12 +72,14 @@ def register(subparsers) -> None:
     data.add_argument(
         "--train",
         required=True,
+        type=path,
         metavar="TABLE",
         help=".jsonl or .json file of conversations, or a .csv of TGIF-QA, local or hf://datasets/...",
     )
-    data.add_argument("--validation", metavar="TABLE", help="table to measure the loss on")
+    data.add_argument("--validation", type=path, metavar="TABLE", help="table to measure the loss on")
     data.add_argument(
         "--media-root",
+        type=path,
         metavar="DIR",
         help="where relative paths start: a folder, or .zip and .tar archives; or a .tsv with the addresses of the "
         "videos (default: folder of the table)",
@@ -92,6 +95,7 @@ def register(subparsers) -> None:
     add_on_damage(data)
     data.add_argument(
         "--cache-states",
+        type=path,
         metavar="DIR",
         help="keep the frozen backbone's states of all videos there, so that each is decoded and encoded once; their "
         "size is shown first",

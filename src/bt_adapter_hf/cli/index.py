@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from ._options import add_model_options, load_encoder, print_skipped, progress
+from ._options import add_model_options, load_encoder, path, print_skipped, progress
 
 
 def register(subparsers) -> None:
@@ -19,8 +19,12 @@ def register(subparsers) -> None:
         epilog="example: bt-adapter index ~/videos 'clips/**/*.mp4' -o videos.index",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("videos", nargs="+", metavar="DIR_OR_GLOB", help="folder, glob pattern (** too) or file")
-    parser.add_argument("-o", "--output", required=True, metavar="INDEX", help="folder of the index, new or existing")
+    parser.add_argument(
+        "videos", nargs="+", type=path, metavar="DIR_OR_GLOB", help="folder, glob pattern (** too) or file"
+    )
+    parser.add_argument(
+        "-o", "--output", required=True, type=path, metavar="INDEX", help="folder of the index, new or existing"
+    )
     add_model_options(parser)
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     parser.set_defaults(run=run)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import __version__
-from ._options import name_options
+from ._options import check_models, name_options
 from ._training_options import TRAINING_OPTIONS
 
 
@@ -67,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     handler.addFilter(lambda record: record.name.partition(".")[0] not in _SPEAK_THEMSELVES)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[handler])
     try:
+        check_models(args)
         return args.run(args)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

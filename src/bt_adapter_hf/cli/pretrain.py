@@ -4,7 +4,7 @@ import argparse
 import time
 from typing import Any
 
-from ._options import real_number, whole_number
+from ._options import path, real_number, whole_number
 from ._training import begin, end, open_table, run_training, text_limit
 from ._training_options import (
     TRAINING_OPTIONS,
@@ -84,11 +84,12 @@ def register(subparsers) -> None:
     data.add_argument(
         "--train",
         required=True,
+        type=path,
         metavar="TABLE",
         help="table with videos or their paths and URLs (.jsonl, .json, .csv, .tsv, .parquet, also a quoted pattern), "
         "WebDataset .tar, folder with metadata.jsonl, or Hub dataset; remote ones are streamed",
     )
-    data.add_argument("--validation", metavar="TABLE", help="table to measure recall on")
+    data.add_argument("--validation", type=path, metavar="TABLE", help="table to measure recall on")
     add_table_options(data)
     data.add_argument("--train-split", default="train", metavar="NAME", help="of a Hub dataset (default: train)")
     data.add_argument("--validation-split", default="validation", metavar="NAME", help="(default: validation)")

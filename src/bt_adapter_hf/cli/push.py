@@ -2,8 +2,9 @@
 
 import argparse
 import json
+import os
 
-from ._options import quiet_transformers
+from ._options import path, quiet_transformers
 
 
 _EXAMPLES = """examples:
@@ -24,8 +25,10 @@ def register(subparsers) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", metavar="FOLDER", help="such as the output folder of `bt-adapter pretrain`")
-    parser.add_argument("repo_id", metavar="REPO_ID", help="NAMESPACE/NAME; created if needed")
+    parser.add_argument(
+        "folder", type=path, metavar="FOLDER", help="such as the output folder of `bt-adapter pretrain`"
+    )
+    parser.add_argument("repo_id", type=path, metavar="REPO_ID", help="NAMESPACE/NAME; created if needed")
     target = parser.add_mutually_exclusive_group()
     target.add_argument("--revision", metavar="BRANCH", help="branch to commit to, created if needed (default: main)")
     target.add_argument("--pr", action="store_true", help="open a pull request")
@@ -57,6 +60,9 @@ def register(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if not os.path.isdir(args.folder):
+        found = "is a file" if os.path.isfile(args.folder) else "does not exist"
+        raise ValueError(f"'{args.folder}' {found}; expected the folder of a model, an adapter or a processor.")
     quiet_transformers()
     import dataclasses
 

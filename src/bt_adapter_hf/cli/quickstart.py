@@ -6,7 +6,7 @@ import time
 from functools import lru_cache
 from pathlib import Path
 
-from ._options import add_device_option, progress, quiet_transformers
+from ._options import add_device_option, path, progress, quiet_transformers
 
 
 CLIPS = 360  # one for each caption
@@ -32,7 +32,12 @@ def register(subparsers) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "-o", "--output", default="bt-adapter-quickstart", metavar="DIR", help="folder to fill (default: %(default)s)"
+        "-o",
+        "--output",
+        default="bt-adapter-quickstart",
+        type=path,
+        metavar="DIR",
+        help="folder to fill (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_device_option(parser)

@@ -5,7 +5,7 @@ import json
 import os
 import sys
 
-from ._options import add_device_option, quiet_transformers, whole_number
+from ._options import add_device_option, path, quiet_transformers, whole_number
 
 
 def register(subparsers) -> None:
@@ -16,13 +16,14 @@ def register(subparsers) -> None:
         epilog='example: bt-adapter search videos.index "a dog catches a frisbee" -k 5 --sheet hits.png',
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("index", metavar="INDEX", help="folder made by `bt-adapter index`")
+    parser.add_argument("index", type=path, metavar="INDEX", help="folder made by `bt-adapter index`")
     parser.add_argument("text", help="what to look for")
     parser.add_argument("-k", type=whole_number(), default=5, metavar="K", help="number of hits (default: 5)")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--sheet", metavar="PNG", help="also write a contact sheet of the hits")
+    parser.add_argument("--sheet", type=path, metavar="PNG", help="also write a contact sheet of the hits")
     parser.add_argument(
         "--model",
+        type=path,
         metavar="ID_OR_PATH",
         help="where the index's model is now (default: where it was); another model is refused",
     )

@@ -194,6 +194,11 @@ def convert_to_original(
         ValueError: if the backbone is of a kind that was not released.
     """
     dual = isinstance(model, BTAdapterModel)
+    if not dual and not isinstance(model, BTAdapterVisionModel):
+        raise ValueError(
+            f"A {type(model).__name__} was given; expected a dual encoder or a video tower. Of a chat model pass "
+            "model.model.vision_tower, or what it calls its tower."
+        )
     tower = model.vision_model if dual else model
     family = {"clip_vision_model": "clip", "blip_2_vision_model": "eva", "instructblip_vision_model": "eva"}.get(
         tower.config.backbone.model_type

@@ -7,6 +7,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from ..adapters.damage import damage_of
+
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be read, or is not what it should be; the message says why and what to do."""
@@ -85,6 +87,8 @@ def _load_pickle(path: Path):
 
 
 def _damaged(path: Path, error: Exception) -> str:
+    if damage := damage_of(path):
+        return f"{damage}."
     text = str(error).partition("WeightsUnpickler error:")[2] or str(
         error
     )  # what precedes it is advice to run the file

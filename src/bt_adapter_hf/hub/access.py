@@ -5,9 +5,10 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import constants, is_offline_mode
+from huggingface_hub import constants, get_session, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -19,6 +20,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
+
+from ..adapters.damage import check_whole
 
 
 logger = logging.getLogger(__name__)
@@ -175,19 +178,43 @@ def check_folder(name: str) -> None:
 
     Raises:
         OSError: if the name can only be a path, and there is no such folder.
-        ValueError: if it can be neither.
+        ValueError: if it can be neither; if a file in the folder is damaged.
     """
+    if not name.strip():
+        raise ValueError("the name is empty; expected a folder, or an id on the Hub (namespace/name).")
     if os.path.isdir(name):
+        check_whole(Path(name))
         return
     if os.path.isfile(name):
         raise NotADirectoryError(f"'{name}' is a file; expected a folder, or an id on the Hub.")
-    is_path = os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name
+    # an id without a namespace, as a few old ones are, names nothing that is loaded here
+    is_path = name.count("/") != 1 or name.startswith((".", "~", "/")) or os.path.isabs(name) or "\\" in name
     if is_path:
-        raise FileNotFoundError(f"there is no folder '{name}'.")
+        raise FileNotFoundError(f"there is no folder '{name}': it does not exist.")
     try:
         validate_repo_id(name)
     except HFValidationError as error:
         raise ValueError(f"there is no folder '{name}', and it is no id on the Hub (namespace/name).") from error
+
+
+def check_reachable(name: str) -> None:
+    """[`check_folder`], and for an id that the cache does not have one question whether the Hub can be reached.
+
+    Its client alone asks for minutes where there is no network, again for every file.
+
+    Raises:
+        OSError: if there is no connection.
+    """
+    check_folder(name)
+    if os.path.isdir(name) or is_offline_mode():
+        return
+    known = ("config.json", "bt_adapter_config.json", "adapter_config.json")
+    if any(isinstance(try_to_load_from_cache(name, file), str) for file in known):
+        return
+    try:
+        retried(lambda: get_session().head(constants.ENDPOINT, timeout=10), "Asking the Hub", waits=[1.0])
+    except HTTPError as error:
+        raise OSError(f"there is no folder '{name}', and {explain(error, name)}.") from error
 
 
 def check_token(token: str | bool | None) -> None:

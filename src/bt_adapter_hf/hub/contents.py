@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..adapters.damage import check_whole, damage_of
 from ..adapters.files import (
     CONFIG_NAME,
     PEFT_CONFIG_NAME,
@@ -126,9 +127,10 @@ def collect_files(folder: Path, include: Sequence[str] = ()) -> tuple[dict[str, 
         include: further files, by their path in the folder or a pattern of paths.
 
     Raises:
-        ValueError: if it is nothing of this package, its weights are missing, incomplete or pickles, or there is
-            nothing of a name in `include`.
+        ValueError: if it is nothing of this package, its weights are missing, damaged, incomplete or pickles, or
+            there is nothing of a name in `include`.
     """
+    check_whole(folder)
     candidates = [*folder.iterdir(), *folder.glob(f"{_TEMPLATES}/*"), *folder.glob(f"{_QFORMER_TOKENIZER}/*")]
     names = {path.relative_to(folder).as_posix(): path for path in sorted(candidates)}
     files = {name: path for name, path in names.items() if belongs(name) and path.is_file()}
@@ -173,10 +175,6 @@ def _check_weights(folder: Path, files: dict[str, Path], left_out: list[str]) ->
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; ValueError if it is damaged."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}. Save it again.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected an object.")
-    return content
+    if damage := damage_of(path):
+        raise ValueError(f"{damage}.")
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -3,9 +3,8 @@
 import os
 from typing import Any
 
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedConfig
+from transformers import AutoImageProcessor, AutoTokenizer
 
-from ..adapters.files import PEFT_CONFIG_NAME
 from ..models.compat_bt_adapter import resolve_revision
 from ..models.configuration_bt_adapter import BTAdapterConfig
 from ..models.modeling_bt_adapter import BTAdapterModel
@@ -13,7 +12,8 @@ from ..models.processing_bt_adapter import BTAdapterProcessor
 from ..models.video_processing_bt_adapter import BTAdapterVideoProcessor
 from .access import check_folder
 from .contents import CHAT_CLASSES
-from .source import base_of, find_adapter, from_hub
+from .kinds import wrong_kind
+from .source import base_of, find_adapter, from_hub, model_type_of
 
 
 def load_dual_encoder(
@@ -35,20 +35,12 @@ def load_dual_encoder(
     name = os.fspath(name)
     check_folder(name)
     revision = resolve_revision(name, revision)  # one commit for all that is loaded below
-    config = from_hub(lambda: PreTrainedConfig.get_config_dict(name, revision=revision)[0], name, revision)
-    adapter = None if config else find_adapter(name, {"revision": revision})
-    if adapter is not None:
-        is_chat = adapter[1].model_type in CHAT_CLASSES  # any other branch fits the CLIP that it names
-        config = {"model_type": adapter[1].model_type if is_chat else BTAdapterConfig.model_type}
-    elif not config and os.path.isdir(name):
-        found = "LoRA of peft without a branch" if os.path.isfile(os.path.join(name, PEFT_CONFIG_NAME)) else "no model"
-        raise ValueError(f"'{name}' holds {found}: expected the folder of a dual encoder, or of an adapter of one.")
-    if config.get("model_type") != BTAdapterConfig.model_type:
-        kind = "an adapter of a model" if adapter is not None else "a model"
-        raise ValueError(
-            f"'{name}' holds {kind} of type '{config.get('model_type')}'; expected '{BTAdapterConfig.model_type}', a "
-            "dual encoder with a trained branch."
-        )
+    model_type = model_type_of(name, revision)
+    adapter = None if model_type else find_adapter(name, {"revision": revision})
+    # the branch of what is no chat model fits the CLIP that it names
+    if model_type != BTAdapterConfig.model_type and (adapter is None or adapter[1].model_type in CHAT_CLASSES):
+        expected = f"'{BTAdapterConfig.model_type}', a dual encoder with a trained branch, or an adapter of one"
+        raise wrong_kind(name, model_type, expected)
     model = BTAdapterModel.from_pretrained(name, revision=revision, **options)
     if adapter is None or (adapter[0] / "processor_config.json").is_file():
         processor = from_hub(lambda: BTAdapterProcessor.from_pretrained(name, revision=revision), name, revision)

@@ -124,7 +124,7 @@ def load_chat_model(
     is_ours = source_type == cls.config_class.model_type
     if bt_adapter is not None and is_ours:
         raise ValueError(
-            f"{name} has a branch of its own. Load it without bt_adapter, or name the native checkpoint that "
+            f"{name} has a branch of its own: load it without the adapter, or name the native checkpoint that "
             f"{bt_adapter} is to be put into."
         )
     if not isinstance(config, PreTrainedConfig):

@@ -17,8 +17,10 @@ def usable_device(device: str | None) -> torch.device:
         ValueError: this machine has no such device.
     """
     try:
+        if device is not None and torch.device(device).type == "meta":
+            raise RuntimeError("it holds no values, so that nothing can be computed on it")
         return torch.empty(0, device=default_device() if device is None else device).device
-    except (RuntimeError, AssertionError) as error:  # torch's ways to say so
+    except (RuntimeError, AssertionError, ImportError, AttributeError) as error:  # torch's ways to say so
         raise ValueError(f"device '{device}' cannot be used: {str(error).splitlines()[0]}") from error
 
 

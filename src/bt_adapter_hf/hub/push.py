@@ -121,7 +121,7 @@ def push_to_hub(
             if isinstance(source, PreTrainedModel):
                 base = loaded_from(source)
         if not folder.is_dir():
-            raise ValueError(f"{folder} is no folder.")
+            raise ValueError(f"{folder} is no folder{'' if folder.exists() else ', it does not exist'}.")
         files, left_out = collect_files(folder, include)
         if processor is not None:
             processor.save_pretrained(Path(scratch, "processor"))

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from huggingface_hub import ResolvedRevision, is_offline_mode, snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError, RemoteEntryNotFoundError
+from transformers import PreTrainedConfig
 
 from ..adapters.files import (
     CONFIG_NAME,
@@ -20,8 +21,10 @@ from ..adapters.files import (
     AdapterError,
     is_peft_folder,
 )
+from ..adapters.whole_models import is_whole_model
 from ..models.compat_bt_adapter import resolve_revision
 from .access import check_folder, check_token, explain, http_cause, retried
+from .kinds import holding
 from .weights import fetch_weights, is_damaged
 
 
@@ -53,9 +56,19 @@ def resolve_adapter(
         OSError: if there is no such folder, and the Hub does not give it; the text says why.
         AdapterError: if it arrived damaged twice.
     """
-    if Path(adapter).is_dir():
-        return Path(adapter)
-    check_folder(os.fspath(adapter))
+    try:
+        check_folder(os.fspath(adapter))
+    except ValueError as error:
+        raise AdapterError(str(error)) from error
+    folder = Path(adapter)
+    if folder.is_dir():
+        if not ((folder / CONFIG_NAME).is_file() or is_peft_folder(folder) or is_whole_model(folder)):
+            raise AdapterError(
+                f"'{adapter}' holds no {CONFIG_NAME}, so it is no BT-Adapter: it holds {holding(folder)}. Expected an "
+                "adapter, or a dual encoder or tower with a branch. A whole model is loaded with "
+                "AutoModel.from_pretrained, and a released checkpoint is converted with `bt-adapter convert`."
+            )
+        return folder
     check_token(token)
 
     def download(patterns: Sequence[str], force: bool = False) -> Path:
@@ -109,6 +122,18 @@ def from_hub(load: Callable[[], Result], name: str | os.PathLike, revision: str 
         raise OSError(
             f"{name} is no folder, and could not be loaded: {explain(error, str(name), revision)}"
         ) from error
+
+
+def model_type_of(name: str | os.PathLike, revision: str | None = None) -> str | None:
+    """The type of the model of this name; None where there is no model, for [`wrong_kind`] to say what there is.
+
+    Raises:
+        OSError, ValueError: there is nothing of this name, or its config.json is damaged.
+    """
+    name = os.fspath(name)
+    check_folder(name)
+    config = from_hub(lambda: PreTrainedConfig.get_config_dict(name, revision=revision)[0], name, revision)
+    return config.get("model_type")
 
 
 def find_adapter(name: str | os.PathLike, hub: Mapping[str, Any]) -> tuple[Path, AdapterConfig] | None:

@@ -58,8 +58,8 @@ class ResumableArguments(TrainingArguments):
         if not isinstance(self.lr_multipliers, dict):
             raise ValueError(f"lr_multipliers must be a dict or a JSON object, got {self.lr_multipliers!r}.")
         for pattern, factor in self.lr_multipliers.items():
-            if not isinstance(factor, int | float) or factor < 0:
-                raise ValueError(f"lr_multipliers[{pattern!r}]={factor!r} must be a number >= 0.")
+            if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 <= factor < math.inf:
+                raise ValueError(f"lr_multipliers[{pattern!r}]={factor!r} must be a number >= 0, and finite.")
         for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
@@ -68,6 +68,9 @@ class ResumableArguments(TrainingArguments):
         for name in ("learning_rate", "max_grad_norm", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be a number of at least 0.")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name}={value} must be a finite number.")
         if not 0 <= self.max_broken <= 1:
             raise ValueError(f"max_broken={self.max_broken} must be a share between 0 and 1.")
         if self.chunk_rows < 1:

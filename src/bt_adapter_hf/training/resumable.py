@@ -24,7 +24,7 @@ from ..data.broken import BrokenItemsLog
 from ..data.chunk_store import discard
 from ..data.order import EpochOrder, OrderSampler
 from ..models.modeling_bt_adapter_branch import hashed
-from .arguments import ResumableArguments
+from .arguments import RELEASED_LR_MULTIPLIERS, ResumableArguments
 from .checkpoint import (
     DataState,
     is_complete,
@@ -46,16 +46,33 @@ logger = logging.getLogger(__name__)
 
 def lr_multiplier(name: str, multipliers: dict[str, float]) -> float:
     """The factor of the longest key of `multipliers` that occurs in the parameter's name (`*`: anything but a dot)."""
-    matching = [key for key in multipliers if re.search(re.escape(key).replace(r"\*", "[^.]*"), name)]
+    matching = [key for key in multipliers if occurs(key, name)]
     return multipliers[max(matching, key=len)] if matching else 1.0
+
+
+def occurs(key: str, name: str) -> bool:
+    return re.search(re.escape(key).replace(r"\*", "[^.]*"), name) is not None
+
+
+def check_multipliers(model: nn.Module, multipliers: dict[str, float]) -> None:
+    """A misspelt one would do nothing. The released ones are for parts that not every branch has."""
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for key in multipliers.keys() - RELEASED_LR_MULTIPLIERS.keys():
+        if trained and not any(occurs(key, name) for name in trained):
+            parts = sorted({".".join(name.split(".")[:2]) for name in trained})
+            raise ValueError(
+                f"lr_multipliers: {key!r} occurs in the name of no parameter that is trained. Their names begin with "
+                f"{', '.join(parts[:5])}; one is {trained[0]}."
+            )
 
 
 def parameter_groups(model: nn.Module, args: ResumableArguments) -> list[dict[str, Any]]:
     """One optimizer group per learning rate over the trainable parameters, slowest first; weight decay on all of them.
 
     Raises:
-        ValueError: if nothing is trainable.
+        ValueError: if nothing is trainable, or a multiplier of none of the released parts is of nothing trainable.
     """
+    check_multipliers(model, args.lr_multipliers)
     by_factor: dict[float, list[tuple[str, nn.Parameter]]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

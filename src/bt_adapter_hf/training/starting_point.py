@@ -3,10 +3,9 @@
 import os
 from typing import Any
 
-from transformers import AutoConfig
-
-from ..hub.access import check_folder
 from ..hub.dual_encoder import processor_of_clip
+from ..hub.kinds import wrong_kind
+from ..hub.source import model_type_of
 from ..models.configuration_bt_adapter import BTAdapterConfig
 from ..models.modeling_bt_adapter_pretraining import BTAdapterForPreTraining
 from ..models.processing_bt_adapter import BTAdapterProcessor
@@ -35,10 +34,9 @@ def load_starting_point(
         ValueError: for another kind of model, or values that do not fit it.
         OSError: where there is no such model.
     """
-    check_folder(os.fspath(name))
-    model_type = AutoConfig.from_pretrained(name, revision=revision).model_type
+    model_type = model_type_of(name, revision)
     if model_type not in ("clip", BTAdapterConfig.model_type):
-        raise ValueError(f"{name} is a model of type {model_type!r}; pretraining starts from a CLIP or a BT-Adapter.")
+        raise wrong_kind(name, model_type, "a CLIP ('clip') or a dual encoder with a branch ('bt_adapter')")
     if num_adapter_layers is not None:
         if config_fields.get("adapter_layers") is not None:
             raise ValueError("Give num_adapter_layers or adapter_layers, not both.")
