@@ -32,7 +32,7 @@ def test_a_whole_folder_passes(whole):
     [
         ("model.safetensors", lambda data: POINTER, "is a pointer of Git LFS .* `git lfs pull`"),
         ("tokenizer.json", lambda data: POINTER, "is a pointer of Git LFS"),
-        ("model.safetensors", lambda data: data[:-50], r"is truncated, it has \d+ of \d+ bytes: download"),
+        ("model.safetensors", lambda data: data[:-50], r"is damaged or truncated, it has \d+ of \d+ bytes: download"),
         ("model.safetensors", lambda data: data[:20], "is damaged or truncated, or no safetensors"),
         ("model.safetensors", lambda data: b"no weights at all", "is damaged or truncated, or no safetensors"),
         ("model.safetensors", lambda data: b"", "is empty"),

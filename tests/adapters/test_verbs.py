@@ -358,6 +358,9 @@ def test_damaged_folders(adapter, tmp_path):
     (tmp_path / WEIGHTS_NAME).write_bytes(content[: len(content) // 2])
     refused(clip(), tmp_path, "damaged or truncated")
     (tmp_path / CONFIG_NAME).write_text("{")
+    refused(clip(), tmp_path, f"{CONFIG_NAME} is damaged, it is no JSON")
+    (tmp_path / CONFIG_NAME).write_text('{"words": 1}')
+    (tmp_path / WEIGHTS_NAME).write_bytes(content)
     refused(clip(), tmp_path, "damaged or of another version")
     config = json.loads((adapter / CONFIG_NAME).read_text())
     config["branch"]["new_field"] = 1

@@ -14,6 +14,7 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
 from bt_adapter_hf import BTAdapterModel
+from bt_adapter_hf.cli._training import find_checkpoint
 from bt_adapter_hf.cli._training_options import size_in_bytes
 from bt_adapter_hf.cli.main import main
 from tests import tiny_pairs
@@ -103,6 +104,14 @@ def test_resume_and_continue_from_a_finished_model(clip, clips, tmp_path, capsys
         (["--eval-controls", "blind"], "Unknown controls"),
         (["--batch-size", "50"], "has 12 rows, fewer than one batch"),
         (["--batch-size", "1"], "--batch-size 1 on one process leaves nothing to contrast"),
+        (["--set", "output_dir=elsewhere"], "--set output_dir: that is --output-dir"),
+        (["--set", 'lr_scheduler_kwargs={"a":'], "--set lr_scheduler_kwargs: the value is no JSON"),
+        (["--set", "adam_epsilon=nan"], "adam_epsilon=nan must be a finite number"),
+        (
+            ["--lr-multipliers", '{"bt_adaptr.": 10}'],
+            "'bt_adaptr.' occurs in the name of no parameter that is trained",
+        ),
+        (["--device", "meta"], "--device meta: there is no such device here"),
         (["--set", "per_device_train_batch_size=0"], "must be at least 1"),
         (["--device", "mps"], "--device mps: there is no such device here; there is cpu"),
         (["--device", "gpu"], "--device gpu: expected cpu, cuda"),
@@ -121,6 +130,17 @@ def test_bad_input_is_one_clear_line(options, message, clip, clips, tmp_path, ca
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("bt-adapter pretrain: error: ") and message in error
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_run_that_was_killed_in_its_first_checkpoint_starts_anew(tmp_path, caplog):
+    args = argparse.Namespace(output_dir=str(tmp_path / "out"), resume=True)
+    with pytest.raises(ValueError, match="--resume: .*out holds no complete checkpoint"):
+        find_checkpoint(args)
+    (tmp_path / "out" / "checkpoint-5").mkdir()  # trained.safetensors, which is written first, was not finished
+    assert find_checkpoint(args) is None
+    assert "holds no complete checkpoint: the run starts from its beginning" in caplog.text
+    args.resume = False
+    assert find_checkpoint(args) is None
 
 
 def test_bad_places(clip, clips, tmp_path, capsys):

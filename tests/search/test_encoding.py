@@ -190,6 +190,9 @@ def test_what_is_no_dual_encoder_is_named(adapter, tmp_path):
 def test_bad_options(tiny_checkpoint, encoder, tmp_path):
     with pytest.raises(ValueError, match="num_frames=0"):
         VideoEncoder.from_pretrained(tiny_checkpoint, num_frames=0)
+    for device in ("meta", "hpu"):
+        with pytest.raises(ValueError, match=f"device '{device}' cannot be used"):
+            VideoEncoder.from_pretrained(tiny_checkpoint, device=device)
     with pytest.raises(ValueError, match="device 'abacus' cannot be used"):
         VideoEncoder.from_pretrained(tiny_checkpoint, device="abacus")
     with pytest.raises(FileNotFoundError, match="there is no folder '.*nowhere'"):

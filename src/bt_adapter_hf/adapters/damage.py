@@ -61,7 +61,7 @@ def _damage_of_weights(path: Path, size: int) -> str | None:
     ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
     expected = 8 + length + max(ends, default=0)
     if size < expected:
-        return f"{path} is truncated, it has {size} of {expected} bytes: download or save it again"
+        return f"{path} is damaged or truncated, it has {size} of {expected} bytes: download or save it again"
     return None
 
 

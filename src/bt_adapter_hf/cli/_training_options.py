@@ -231,9 +231,6 @@ def training_arguments(args: argparse.Namespace, cls: type, options: Mapping[str
             raise ValueError(f"--set {name}: there is no such field. Nearest: {', '.join(close) or 'none'}.")
         if name in _OWN_OPTIONS:
             raise ValueError(f"--set {name}: that is {_OWN_OPTIONS[name]}.")
-        option = next((option for option, field in options.items() if field == name), None)
-        if option is not None and getattr(args, option) is not None:
-            raise ValueError(f"--set {name} and --{option.replace('_', '-')} are the same: give one of them.")
         if value.lstrip().startswith("{"):
             try:
                 json.loads(value)
