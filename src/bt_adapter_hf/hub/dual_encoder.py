@@ -37,8 +37,9 @@ def load_dual_encoder(
     revision = resolve_revision(name, revision)  # one commit for all that is loaded below
     model_type = model_type_of(name, revision)
     adapter = None if model_type else find_adapter(name, {"revision": revision})
-    # the branch of what is no chat model fits the CLIP that it names
-    if model_type != BTAdapterConfig.model_type and (adapter is None or adapter[1].model_type in CHAT_CLASSES):
+    # the branch of what is no chat model fits the CLIP that it names; LoRA alone has none
+    fits = adapter is not None and bool(adapter[1].adapter_layers) and adapter[1].model_type not in CHAT_CLASSES
+    if model_type != BTAdapterConfig.model_type and not fits:
         expected = f"'{BTAdapterConfig.model_type}', a dual encoder with a trained branch, or an adapter of one"
         raise wrong_kind(name, model_type, expected)
     model = BTAdapterModel.from_pretrained(name, revision=revision, **options)
