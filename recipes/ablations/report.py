@@ -120,6 +120,38 @@ def table(name: str, rows: Rows, times: dict[tuple[str, str], float], seeds: int
     return text
 
 
+def verdicts(rows: Rows, times: dict[tuple[str, str], float], seeds: int) -> str:
+    """The questions that the paper's tables, and reading order, answer with yes or no."""
+
+    def held(names: tuple[str, str], score: str) -> str:
+        first, second = (of_setting(rows, name, seeds) for name in names)
+        if first[1] or second[1]:
+            return "not known yet"
+        cell = difference_cell(first[0], second[0], score)
+        return f"{'yes' if 'holds' in cell and cell[0] == '+' else 'not shown'}: {cell.removesuffix(' **holds**')}"
+
+    steps = list(zip(TABLES["table6"][1:], TABLES["table6"][:-1], strict=True))
+    lines = [
+        f"- Table 6: does *{SETTINGS[upper].words}* read order better than *{SETTINGS[lower].words}*? "
+        f"{held((upper, lower), 'order')}"
+        for upper, lower in steps
+    ]
+    masked, (full, lacking) = of_setting(rows, "mask70", seeds), of_setting(rows, "mask0", seeds)
+    answer = "not known yet"
+    shares = [times.get((name, "states")) for name in ("mask70", "mask0")]
+    if not masked[1] and not lacking and all(shares):
+        lost, share = mean(full, "order") - mean(masked[0], "order"), shares[0] / shares[1]
+        yes = lost <= 2 and share <= 0.5
+        answer = f"{'yes' if yes else 'no'}: {-lost:+.1f} points at {share:.2f} of the time"
+    lines.append(f"- Fig. 4: is a mask of 0.7 within 2 points of none, at half of the branch's step time? {answer}")
+    (plain, lacking), (copies, lacking_too) = (of_setting(rows, name, seeds) for name in ("both", "reversed"))
+    answer = "not known yet"
+    if not lacking and not lacking_too:
+        answer = f"90 % with them: {reached(copies, 90)}; without: {reached(plain, 90)} (clips seen)"
+    lines.append(f"- Reading order: 90 % order with half of the clips, by reversed copies? {answer}")
+    return "\n".join(lines) + "\n"
+
+
 def plot(name: str, rows: Rows, seeds: int, folder: Path) -> None:
     import matplotlib
 
@@ -163,7 +195,7 @@ def report(rows: Rows, times: Path, seeds: int, docs: Path = DOCS) -> str:
         f"{len(rows)} of {wanted} runs, {STEPS} steps of {BATCH} clips each, {seeds} seeds; {hours:.2f} hours of one "
         "core for the training and scoring of those there are. All scores in percent.\n\n"
     )
-    text += "\n".join(table(name, rows, took, seeds) for name in TABLES)
+    text += verdicts(rows, took, seeds) + "\n" + "\n".join(table(name, rows, took, seeds) for name in TABLES)
     for name in TABLES:
         plot(name, rows, seeds, folder)
     old = docs.read_text(encoding="utf-8")

@@ -78,6 +78,7 @@ def test_a_missing_seed_is_named_and_the_rest_has_paired_differences(tmp_path):
     assert ", ".join(f"{value:+.1f}" for value in single) in lines[2][2] and "**holds**" in lines[2][2]
     assert lines[3][1] == "not all seeds have been run"
     assert "Missing, and not averaged over: lone_branch (seed 2); vtc (seed 0, 1, 2)." in table
+    assert "better than *frame-averaged CLIP*? yes: +" in text and "step time? not known yet" in text
     assert (tmp_path / "docs" / "table6.svg").is_file() and not (tmp_path / "docs" / "fig3.svg").exists()
     assert docs.read_text().startswith("before\n") and text in docs.read_text() and "stale" not in docs.read_text()
 
@@ -89,7 +90,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_scores(tmp_path, monkeypatch
 
     monkeypatch.setattr(world, "READ_STEPS", 2)
     monkeypatch.setattr(running, "CURVE_STEPS", 2)
-    small = world.World(tmp_path / "world", train=80, test=10)
+    small = world.World(tmp_path / "world", train=80, test=10, text_tower=tmp_path / "text.safetensors")
     expected = run_one(SETTINGS["reversed"], 0, small, tmp_path / "whole", steps=4)
 
     def stop(*args, **kwargs):

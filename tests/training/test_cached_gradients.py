@@ -56,11 +56,18 @@ def assert_equal_gradients(found, expected, relative=1e-11):
 
 @pytest.mark.parametrize("clips", [2, 3, 8])
 @pytest.mark.parametrize(
-    "overrides", [{}, {"mbta_loss": "mse", "mbta_weight": 1.0}, {"mbta_pairing": "released", "mbca_weight": 0.0}]
+    "overrides",
+    [
+        {},
+        {"mbta_loss": "mse", "mbta_weight": 1.0},
+        {"mbta_pairing": "released", "mbca_weight": 0.0},
+        {"order_negatives": "reversed_and_shuffled"},
+    ],
 )
 def test_gradient_of_the_whole_batch(overrides, clips):
     """3 of 8 clips at a time: the last ones are 2."""
     model, batch = make_model(**overrides), make_batch()
+    batch |= {"opposite_input_ids": batch["input_ids"].roll(1, dims=0), "has_opposite": torch.arange(8) % 3 > 0}
     torch.manual_seed(1)
     output = model(**batch)
     output.loss.backward()
