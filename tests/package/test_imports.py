@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "evaluation": {"models", "adapters", "hub", "search", "data"},
     "training": {"models", "adapters", "hub", "search", "data", "evaluation"},
 }
+MAY_IMPORT["demo"] = {"models", "adapters", "hub", "search", "data"}
 MAY_IMPORT["cli"] = {*MAY_IMPORT}
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("__init__").rstrip("."): path

@@ -30,6 +30,7 @@ COMMANDS = (
     "search",
     "classify",
     "chat",
+    "demo",
     "pretrain",
     "finetune",
     "eval",
