@@ -1,8 +1,12 @@
 import errno
 import os
+import resource
+import signal
 import stat
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from bt_adapter_hf.adapters.writing import written_whole
 
@@ -41,3 +45,24 @@ def test_after_an_error_nothing_is_left_and_the_old_one_stays(tmp_path, kind):
         written.write_text("half")
         raise OSError(errno.ENOSPC, "No space left on device")
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["kept"]
+
+
+@pytest.fixture
+def small_files():
+    """No file may grow beyond 4 KiB, which the operating system says as it says that a disk is full."""
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_libraries_with_errors_of_their_own(tmp_path, small_files):
+    tensors = {"a": torch.zeros(10_000)}
+    with pytest.raises(OSError, match="File too large: '.*a.safetensors'"):
+        with written_whole(tmp_path / "a.safetensors") as path:
+            save_file(tensors, path)
+    with pytest.raises(OSError, match="File too large: '.*a.pth'"):
+        with written_whole(tmp_path / "a.pth") as path, path.open("wb") as file:
+            torch.save(tensors, file)
+    assert os.listdir(tmp_path) == []

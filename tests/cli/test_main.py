@@ -1,4 +1,5 @@
 import argparse
+import errno
 import json
 import re
 import subprocess
@@ -119,6 +120,15 @@ def test_errors_of_the_package_and_of_memory_need_no_report(failing, capsys):
     assert capsys.readouterr().err == (
         "bt-adapter env: error: out of memory: CUDA out of memory. Tried to allocate 2 GiB. "
         "Give it less at once: a smaller batch, fewer frames\n"
+    )
+
+
+def test_a_full_disk_is_told_with_its_place(failing, capsys):
+    failing(OSError(errno.ENOSPC, "No space left on device", "runs/x"))
+    assert main(["env"]) == 1
+    assert capsys.readouterr().err == (
+        "bt-adapter env: error: no space is left on the disk for runs/x (No space left on device): make room, or "
+        "choose another place\n"
     )
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
 from bt_adapter_hf import BTAdapterModel
-from bt_adapter_hf.cli._training import find_checkpoint
+from bt_adapter_hf.cli._training import find_checkpoint, only_run
 from bt_adapter_hf.cli._training_options import size_in_bytes
 from bt_adapter_hf.cli.main import main
 from tests import tiny_pairs
@@ -136,11 +136,25 @@ def test_a_run_that_was_killed_in_its_first_checkpoint_starts_anew(tmp_path, cap
     args = argparse.Namespace(output_dir=str(tmp_path / "out"), resume=True)
     with pytest.raises(ValueError, match="--resume: .*out holds no complete checkpoint"):
         find_checkpoint(args)
-    (tmp_path / "out" / "checkpoint-5").mkdir()  # trained.safetensors, which is written first, was not finished
+    (tmp_path / "out" / "checkpoint-5").mkdir(parents=True)  # its weights were not finished
     assert find_checkpoint(args) is None
     assert "holds no complete checkpoint: the run starts from its beginning" in caplog.text
     args.resume = False
     assert find_checkpoint(args) is None
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+def test_two_runs_into_one_folder(command, tiny_checkpoint, tmp_path, capsys):
+    out = tmp_path / "out"
+    argv = [command, "--model", str(tiny_checkpoint), "--train", "t.jsonl", "--output-dir", str(out)]
+    with only_run(str(out)):
+        assert main(argv) == 1
+        assert capsys.readouterr().err == (
+            f"bt-adapter {command}: error: another run writes to {out}: wait until it has ended, or choose another "
+            "--output-dir.\n"
+        )
+    assert list(out.iterdir()) == []
+    assert main(argv) == 1 and "t.jsonl" in capsys.readouterr().err
 
 
 def test_bad_places(clip, clips, tmp_path, capsys):

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from transformers.utils import logging
 
 from bt_adapter_hf.evaluation.controls import (
     control_features,
@@ -9,6 +10,7 @@ from bt_adapter_hf.evaluation.controls import (
     reverse_frames,
     shuffle_frames,
 )
+from tests import tiny_pairs
 
 
 def clips(batch=6, frames=5):
@@ -94,3 +96,18 @@ def test_bad_controls():
         list(control_features(lambda v, m: v, clips(), controls=["frame_average"]))
     with pytest.raises(ValueError, match="\\(B, T, C, H, W\\)"):
         shuffle_frames(torch.zeros(2, 3, 4, 4))
+
+
+def test_our_own_control_of_one_frame_warns_of_nothing(caplog):
+    model = tiny_pairs.model().eval()
+    model.config.vision_config.num_trained_frames = 8
+    logging.get_logger("bt_adapter_hf").warning_once.__func__.cache_clear()
+
+    def encode(videos, frame_mask):
+        return model.get_video_features(videos, frame_mask=frame_mask).pooler_output
+
+    with torch.no_grad():
+        assert dict(control_features(encode, torch.zeros(1, 8, 3, 16, 16), controls=["one_frame"]))
+        assert not caplog.records
+        encode(torch.zeros(1, 2, 3, 16, 16), None)
+    assert "interpolated to 2" in caplog.text

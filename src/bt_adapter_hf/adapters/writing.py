@@ -1,6 +1,7 @@
 """Files and folders that appear whole or not at all: written beside their place, then renamed. And names in print."""
 
 import os
+import re
 import shutil
 import stat
 import threading
@@ -41,10 +42,25 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
             # A full disk names no file, others the hidden one.
             raise type(error)(error.errno, error.strerror, str(path)) from error
         raise
+    except Exception as error:
+        if code := _system_error(error):
+            raise OSError(code, os.strerror(code), str(path)) from error
+        raise
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
+
+
+def _system_error(error: Exception) -> int | None:
+    """The number of the operating system's error, where a library tells of it in words of its own."""
+    if type(error).__name__ == "SafetensorError" and (found := re.search(r"os error (\d+)", str(error))):
+        return int(found[1])
+    while error is not None:  # torch hides it behind an error of its own
+        if isinstance(error, OSError) and error.errno:
+            return error.errno
+        error = error.__context__
+    return None
 
 
 def printable(text: str) -> str:

@@ -1,16 +1,22 @@
 """What `bt-adapter pretrain` and `bt-adapter finetune` share: a run from its start to its summary."""
 
 import argparse
+import contextlib
 import logging
+import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from ._options import quiet_transformers
 from ._training_options import TRAINING_OPTIONS, training_arguments
 
+
+LOCK_NAME = "run.lock"
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +24,13 @@ logger = logging.getLogger(__name__)
 def open_table(args: argparse.Namespace, source: str, split: str):
     """The (video, text) table that the options describe."""
     from ..data.pairs import load_table
+    from ..import_utils import require_package
 
+    require_package("datasets", "train")
+    import datasets
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     return load_table(
         source,
         media_root=args.media_root,
@@ -98,8 +110,33 @@ def begin(
     return training_args, checkpoint
 
 
+@contextlib.contextmanager
+def only_run(output_dir: str) -> Iterator[None]:
+    """Makes the output folder, and holds its lock: of two runs into one folder each would take the other's files.
+
+    Raises:
+        ValueError: if another run writes there.
+    """
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    if os.environ.get("RANK", "0") != "0":  # the first of several processes holds it for all
+        yield
+        return
+    lock = FileLock(Path(output_dir, LOCK_NAME), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(
+            f"another run writes to {output_dir}: wait until it has ended, or choose another --output-dir."
+        ) from error
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: FileLock sees that it is gone
+        lock.release()
+
+
 def find_checkpoint(args: argparse.Namespace) -> str | None:
-    """The checkpoint to resume from, if any; makes the output folder.
+    """The checkpoint to resume from, if any.
 
     Raises:
         ValueError: `--resume` without a checkpoint, or checkpoints without `--resume`.
@@ -107,7 +144,6 @@ def find_checkpoint(args: argparse.Namespace) -> str | None:
     from ..training.checkpoint import last_checkpoint
 
     output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     checkpoint = last_checkpoint(output_dir)
     if args.resume and checkpoint is None:
         if not any(output_dir.glob("checkpoint-*")):

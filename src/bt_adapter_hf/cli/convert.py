@@ -219,7 +219,8 @@ def _to_original(args: argparse.Namespace, output: Path | None) -> int:
         if output.suffix == ".safetensors":
             save_file(state, path, metadata={"format": "pt"})
         else:  # the released loader looks for "state_dict" in .pth files, and in no others
-            torch.save({"state_dict": state} if output.suffix == ".pth" else state, path)
+            with path.open("wb") as file:  # whose errors are Python's: a full disk is told as one
+                torch.save({"state_dict": state} if output.suffix == ".pth" else state, file)
     report = {"output": str(output), "model": "original", "tensors": len(state), "notes": []}
     print(json.dumps(report) if args.json else f"{len(state)} tensors written to {output} under the released names")
     return 0

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..import_utils import require_package
 from ._options import path, progress, real_number, whole_number
-from ._training import begin, chat_processor, end, run_training
+from ._training import begin, chat_processor, end, only_run, run_training
 from ._training_options import (
     TRAINING_OPTIONS,
     add_data_limits,
@@ -131,6 +131,11 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--load-in-4bit: a quantized language model takes LoRA; add --lora.")
     if args.lora and args.adapter_only:
         raise ValueError("--adapter-only would leave LoRA out; with --lora nothing but what was trained is written.")
+    with only_run(args.output_dir):
+        return train(args)
+
+
+def train(args: argparse.Namespace) -> int:
     started = time.time()
     from ..training.arguments import InstructionArguments
 

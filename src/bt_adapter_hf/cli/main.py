@@ -5,6 +5,7 @@ and transformers inside `run` only, so that `--help` is instant.
 """
 
 import argparse
+import errno
 import importlib
 import logging
 import os
@@ -86,6 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _one_line(error: Exception, args: argparse.Namespace) -> str:
     fields = {field: option for option, field in TRAINING_OPTIONS.items()}
     message = name_options(" ".join(str(error).split()), args, fields)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        place = error.filename or getattr(args, "output", None) or getattr(args, "output_dir", None)
+        where = f" for {place}" if place else ""
+        return f"no space is left on the disk{where} ({error.strerror}): make room, or choose another place"
     if isinstance(error, ImportError) and "pip install" not in message:
         return f"{message} (`bt-adapter env` tells what is broken)"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # the latter is torch's

@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 from ._options import path, real_number, whole_number
-from ._training import begin, end, open_table, run_training, text_limit
+from ._training import begin, end, only_run, open_table, run_training, text_limit
 from ._training_options import (
     TRAINING_OPTIONS,
     add_data_limits,
@@ -152,6 +152,11 @@ def register(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    with only_run(args.output_dir):
+        return train(args)
+
+
+def train(args: argparse.Namespace) -> int:
     started = time.time()
     from ..training.arguments import BTAdapterTrainingArguments
 
@@ -176,14 +181,15 @@ def run(args: argparse.Namespace) -> int:
             opposites = load_opposites(args.opposites)
         except ValueError as error:
             raise ValueError(f"--opposites: {error}") from error
+    tables = {"train": open_table(args, args.train, args.train_split)}
+    if args.validation:
+        tables["validation"] = open_table(args, args.validation, args.validation_split)
     model, processor = load_model(args)
     if args.on_damage is not None:
         processor.video_processor.on_damage = args.on_damage
     max_text_length = text_limit(args.max_text_length, processor.tokenizer, model.config)
-    tables = {"train": open_table(args, args.train, args.train_split)}
     validation = None
     if args.validation:
-        tables["validation"] = open_table(args, args.validation, args.validation_split)
         validation = PairDataset(
             tables["validation"],
             processor,

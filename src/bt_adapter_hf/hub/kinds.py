@@ -38,7 +38,7 @@ def holding(folder: Path) -> str:
     if (folder / PEFT_CONFIG_NAME).is_file():
         return "LoRA of peft without a branch"
     names = sorted(path.name for path in folder.iterdir())
-    if "index.json" in names and "index.lock" in names:
+    if "index.json" in names and any(name.startswith("part-") for name in names):
         return "an index of videos"
     if "trained.safetensors" in names:
         return "a checkpoint of a training run, which --resume goes on from, and no finished model"
