@@ -6,6 +6,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from PIL import Image
 
 from bt_adapter_hf.cli import check_data
 from bt_adapter_hf.cli.main import main
@@ -13,6 +14,8 @@ from bt_adapter_hf.data.checking import DataReport, PairCheck, check_rows, holds
 from bt_adapter_hf.data.instructions import InstructionDataset, load_instructions
 from bt_adapter_hf.data.pairs import PairDataset, load_table
 from tests import tiny_instructions, tiny_pairs
+from tests.chat import tiny_gif_qa
+from tests.data.test_addresses import write_questions
 
 
 @pytest.fixture(autouse=True)
@@ -312,3 +315,17 @@ def test_a_row_that_hangs_or_crashes_is_cut_off(tmp_path):
     assert [row for row in found if found[row].reason is None] == [0, 1, 4, 5]
     assert "took longer than 2 s" in found[2].reason and "signal SIGKILL" in found[3].reason
     assert found[2].name == "clip2.mp4"
+
+
+def test_gifs_that_are_gone_or_have_become_stills(tmp_path, capsys):
+    tiny_gif_qa.write_gif(tmp_path / "moves.gif")
+    tiny_gif_qa.write_gif(tmp_path / "one.gif", frames=1)
+    frame = Image.new("RGB", (20, 20), "red")
+    frame.save(tmp_path / "same.gif", format="PNG", save_all=True, append_images=[frame] * 2, duration=[50, 60, 70])
+    table = write_questions(tmp_path, ["moves", "one", "same", "gone"])
+    status, found = check(capsys, table, "--list", tmp_path / "list.jsonl", "--workers", 1, "--item-timeout", 0)
+    assert status == 1 and (found["broken"], found["usable"], found["videos"]["stills"]) == (1, 3, 2)
+    listed = {Path(r["video"]).name: r["reason"] for r in map(json.loads, (tmp_path / "list.jsonl").open())}
+    assert listed.keys() == {"one.gif", "same.gif", "gone.mp4"} and "still" in listed["one.gif"]
+    main(["check-data", str(table), "--workers", "1", "--item-timeout", "0"])
+    assert "2 of them are stills:" in capsys.readouterr().out

@@ -63,7 +63,9 @@ def register(subparsers) -> None:
         metavar="SHARE",
         help="share that is accepted (default: 0.1)",
     )
-    parser.add_argument("--list", type=path, metavar="JSONL", help="write the unusable rows and why to this file")
+    parser.add_argument(
+        "--list", type=path, metavar="JSONL", help="write the unusable rows, and stills, and why to this file"
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.set_defaults(run=run)
 
@@ -94,8 +96,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(found, indent=2))
     else:
-        print_report(found, first)
-        if args.list and report.broken:
+        print_report(found, first, list(report.stills)[:SHOWN])
+        if args.list and (report.broken or report.stills):
             print(f"  each is listed in {args.list}")
     if interrupted:
         return 130
@@ -173,7 +175,7 @@ def conversations(args: argparse.Namespace):
     return check, limit
 
 
-def print_report(found: dict, first: list[str]) -> None:
+def print_report(found: dict, first: list[str], stills: list[str]) -> None:
     print(f"{printable(found['source'])}: {found['rows']} rows, {found['checked']} checked", end="")
     print(", interrupted" if found["interrupted"] else "")
     print(f"  usable  {found['usable']}")
@@ -190,6 +192,9 @@ def print_report(found: dict, first: list[str]) -> None:
         for name in ("seconds", "frames", "fps", "width", "height"):
             if videos[name] is not None:
                 print("    {:<12}{:>11.5g}{:>11.5g}{:>11.5g}".format(name, *videos[name]))
+    if videos["stills"]:
+        print(f"  {videos['stills']} of them are stills: {', '.join(map(printable, stills))}", end="")
+        print(", ..." if videos["stills"] > len(stills) else "")
     if found["images"]:
         print(f"  {found['images']} images")
     texts, tokens = found["texts"], found["tokens"]

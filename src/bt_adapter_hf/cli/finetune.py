@@ -94,6 +94,12 @@ def register(subparsers) -> None:
     add_item_timeout(data)
     add_on_damage(data)
     data.add_argument(
+        "--augment",
+        action="store_true",
+        help="crop, mirror and recolour the training videos at random, all frames of one alike; none is mirrored "
+        "whose conversation names a side",
+    )
+    data.add_argument(
         "--cache-states",
         type=path,
         metavar="DIR",
@@ -129,6 +135,10 @@ def register(subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.load_in_4bit and not args.lora:
         raise ValueError("--load-in-4bit: a quantized language model takes LoRA; add --lora.")
+    if args.augment and args.cache_states is not None:
+        raise ValueError(
+            "--augment changes the videos each time, and --cache-states keeps what was made of them once."
+        )
     if args.lora and args.adapter_only:
         raise ValueError("--adapter-only would leave LoRA out; with --lora nothing but what was trained is written.")
     with only_run(args.output_dir):
@@ -144,6 +154,7 @@ def train(args: argparse.Namespace) -> int:
     packages = ("accelerate", "matplotlib", *(["peft"] if args.lora else []))
     training_args, checkpoint = begin(args, InstructionArguments, packages, OPTIONS)
 
+    from ..data.augmentation import ClipAugmentation
     from ..data.instructions import InstructionCollator, InstructionDataset, load_instructions, longest_conversation
     from ..training.instruction_tuning import InstructionTrainer, prepare_for_tuning
     from ..training.report import describe_table
@@ -166,6 +177,7 @@ def train(args: argparse.Namespace) -> int:
             max_length=longest_conversation(model.config, processor),
             seed=training_args.seed,
             states=states,
+            augment=ClipAugmentation() if args.augment and part == "train" else None,
             item_timeout=args.item_timeout,
         )
         for part, table in tables.items()

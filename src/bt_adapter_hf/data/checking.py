@@ -30,6 +30,7 @@ from .tgif_qa import TABLE_SUFFIXES, is_tgif_qa
 # Of a table whose rows have to be fetched, a sample takes this many from each shard that it opens.
 SAMPLED_PER_SHARD = 50
 
+_STILL = "It is a still: all its frames are one picture."
 # Rows that one worker checks in a stretch: rows about the same video are often neighbours.
 BLOCK_ROWS = 100
 
@@ -42,6 +43,7 @@ class CheckedRow:
         name: of its video, for messages.
         reason: why it cannot be used; None where it can.
         videos: metadata of the videos that decode, by name.
+        stills: names of the videos among them that show one picture only, as GIFs that were taken down often do.
         images: names of the images of a conversation that decode.
         texts: captions; None for a conversation.
         tokens: number of tokens of each caption, or of the whole conversation with its visual tokens.
@@ -51,6 +53,7 @@ class CheckedRow:
     name: str
     reason: str | None = None
     videos: dict[str, BTAdapterVideoMetadata] = field(default_factory=dict)
+    stills: list[str] = field(default_factory=list)
     images: list[str] = field(default_factory=list)
     texts: list[str] | None = None
     tokens: list[int] = field(default_factory=list)
@@ -120,7 +123,8 @@ class PairCheck:
             checked.tokens = [len(ids) for ids in self.tokenizer(record.texts)["input_ids"]]
         try:
             if record.video is not None:
-                checked.videos[checked.name] = _decoded(record.video, self.num_frames, self.decoding)
+                checked.videos[checked.name], still = _decoded(record.video, self.num_frames, self.decoding)
+                checked.stills += [checked.name] if still else []
             usable(record, row)
         except VideoError as error:
             checked.reason = str(error)
@@ -149,7 +153,7 @@ class InstructionCheck:
     ):
         self.table, self.num_frames, self.dataset, self.max_length = table, num_frames, dataset, max_length
         self.decoding = decoding or {}
-        self._decoded: dict[str, BTAdapterVideoMetadata | str] = {}  # or why it cannot be used
+        self._decoded: dict[str, tuple[BTAdapterVideoMetadata, bool] | str] = {}  # or why it cannot be used
 
     def parts(self, sample: int | None, seed: int) -> list[Any]:
         return blocks(len(self.table), sample, seed)
@@ -169,13 +173,14 @@ class InstructionCheck:
                 for image in visuals_of(messages, "image"):
                     open_image(self.table, image)
             for video in visuals_of(messages, "video"):
-                checked.videos[video] = self._decode(video)
+                checked.videos[video], still = self._decode(video)
+                checked.stills += [video] if still else []
             checked.images = visuals_of(messages, "image")
         except (UnusableRow, VideoError) as error:
             checked.reason = str(error)
         return checked
 
-    def _decode(self, video: str) -> BTAdapterVideoMetadata:
+    def _decode(self, video: str) -> tuple[BTAdapterVideoMetadata, bool]:
         if video not in self._decoded:
             try:
                 self._decoded[video] = _decoded(self.table.read(video), self.num_frames, self.decoding)
@@ -187,12 +192,16 @@ class InstructionCheck:
         return found
 
 
-def _decoded(video: str | bytes, num_frames: int, decoding: Mapping[str, Any]) -> BTAdapterVideoMetadata:
-    """Metadata of a video. All its frames are decoded, wanted or not, where training would not use a damaged one."""
+def _decoded(video: str | bytes, num_frames: int, decoding: Mapping[str, Any]) -> tuple[BTAdapterVideoMetadata, bool]:
+    """Metadata of a video, and whether it is a still.
+
+    All its frames are decoded, wanted or not, where training would not use a damaged one.
+    """
     options = {"on_damage": "raise", "backend": "pyav", **decoding}
     if options["on_damage"] == "raise" and options["backend"] == "pyav":
         options["on_damage"] = "check"
-    return load_video(video, num_frames=num_frames, **options)[1]
+    frames, metadata = load_video(video, num_frames=num_frames, **options)
+    return metadata, bool((frames == frames[:1]).all()) and (num_frames > 1 or metadata.total_num_frames == 1)
 
 
 def blocks(rows: int, sample: int | None, seed: int) -> list[list[int]]:
@@ -277,6 +286,7 @@ class DataReport:
         self._tokens = array("l")
         self._names = set[str]()  # of videos
         self._images = set[str]()
+        self.stills = dict[str, int]()  # and the first row of each
         self._videos = {name: array("d") for name in ("seconds", "frames", "fps", "width", "height")}
 
     def add(self, checked: CheckedRow) -> None:
@@ -292,6 +302,8 @@ class DataReport:
                 if value is not None:
                     measured.append(value)
         self._images.update(checked.images)
+        for name in checked.stills:
+            self.stills.setdefault(name, checked.row)
         if checked.texts is not None:
             self._texts.update(map(hash, checked.texts))
             self._rows_without_text += not checked.texts
@@ -302,10 +314,11 @@ class DataReport:
         return len(self.broken) / self.checked if self.checked else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """`source`, `rows`, `checked`, `usable`, `broken`, `reasons`; under `videos` the `count` and [min, median,
-        max] of seconds, frames, fps, width and height; `images`, how many; `texts` (None for conversations) with
-        their `count`, how many are `repeated` (an earlier row has them too), and `rows_without`; `tokens` (None
-        without counts) with the `length` as [min, median, max], the `limit`, and how many are `over_limit`.
+        """`source`, `rows`, `checked`, `usable`, `broken`, `reasons`; under `videos` the `count`, how many are
+        `stills`, and [min, median, max] of seconds, frames, fps, width and height; `images`, how many; `texts` (None
+        for conversations) with their `count`, how many are `repeated` (an earlier row has them too), and
+        `rows_without`; `tokens` (None without counts) with the `length` as [min, median, max], the `limit`, and how
+        many are `over_limit`.
         """
         texts = tokens = None
         if self._texts or self._rows_without_text:
@@ -327,6 +340,7 @@ class DataReport:
             "reasons": count_reasons(self.broken),
             "videos": {
                 "count": len(self._videos["frames"]),
+                "stills": len(self.stills),
                 **{name: spread(values) for name, values in self._videos.items()},
             },
             "images": len(self._images),
@@ -335,9 +349,10 @@ class DataReport:
         }
 
     def write_broken(self, path: Path) -> None:
-        """One `BrokenItem` per line, by row."""
+        """One `BrokenItem` per line, by row; stills too, which can be used and have nothing to show."""
+        stills = [broken_item(self.source, row, name, _STILL) for name, row in self.stills.items()]
         with path.open("w", encoding="utf-8") as file:
-            for record in sorted(self.broken, key=lambda record: record["index"]):
+            for record in sorted([*self.broken, *stills], key=lambda record: record["index"]):
                 file.write(json.dumps(record) + "\n")
 
 

@@ -362,7 +362,7 @@ def _open_media(root: str | Path | None) -> Path | MediaArchives | Addresses:
     if not folder.is_dir() and (folder.suffix in ARCHIVE_SUFFIXES or has_magic(str(root))):
         return MediaArchives(find_files(str(root), ARCHIVE_SUFFIXES, "", None, None).paths)
     if not folder.is_dir():
-        raise ValueError(f"media_root {root} is neither a folder, a .zip or .tar file nor a list of addresses")
+        raise ValueError(f"media_root {root} is neither a folder nor a .zip or .tar file, nor a list of addresses")
     return folder.resolve()
 
 

@@ -12,6 +12,8 @@ from PIL import Image
 from transformers import PreTrainedConfig
 
 from ..models.video_errors import VideoError, item_errors
+from ..models.video_io import load_video
+from .augmentation import ClipAugmentation
 from .broken import BrokenItem, broken_item, none_usable
 from .conversations import (
     InstructionTable,
@@ -23,6 +25,7 @@ from .conversations import (
     visuals_of,
 )
 from .decoding_process import DecodingProcess
+from .pairs import decoding_options
 
 
 if TYPE_CHECKING:
@@ -83,6 +86,7 @@ class InstructionDataset(torch.utils.data.Dataset):
         max_length: most tokens of a conversation, visual ones included; see [`longest_conversation`].
         seed: of all chance above.
         states: the frozen backbone's states, computed before; videos are then neither decoded nor encoded.
+        augment: changes the frames of videos, for training; see [`ClipAugmentation`].
         item_timeout: seconds that reading and decoding the images of one conversation may take, and as many its
             videos; one that takes longer is a broken item. The work is done in a child process, see
             `DecodingProcess`. None: no limit, no child.
@@ -106,9 +110,12 @@ class InstructionDataset(torch.utils.data.Dataset):
         max_length: int,
         seed: int = 0,
         states: "StoredStates | None" = None,
+        augment: ClipAugmentation | None = None,
         item_timeout: float | None = 60.0,
     ):
-        self.table, self.processor, self.states = table, processor, states
+        if states is not None and augment is not None:
+            raise ValueError("States that were computed before are of the videos as they are: not with augment.")
+        self.table, self.processor, self.states, self.augment = table, processor, states, augment
         self.max_length, self.seed, self.item_timeout = max_length, seed, item_timeout
         self._decode = self._arrays if item_timeout is None else DecodingProcess(self._arrays, item_timeout)
         template = (
@@ -165,18 +172,34 @@ class InstructionDataset(torch.utils.data.Dataset):
             item["backbone_states"] = self.states.load(videos)
         elif videos:
             found = [self.table.fetched(row, path) for path in videos]  # outside the time limit
-            pixels = self._decode("video", found, int(generator.integers(2**31)), videos)
+            said = " ".join(part.get("text", "") for message in messages for part in message["content"])
+            pixels = self._decode("video", found, int(generator.integers(2**31)), videos, said)
             item.update({name: torch.from_numpy(values) for name, values in pixels.items()})
         return item
 
-    def _arrays(self, kind: str, paths: list[str | bytes], seed: int = 0, names: Sequence[str] = ()) -> Any:
+    def _arrays(
+        self, kind: str, paths: list[str | bytes], seed: int = 0, names: Sequence[str] = (), said: str = ""
+    ) -> Any:
         """Images as uint8 (H, W, 3) each; videos, by path or fetched, as the processor's tensors."""
         if kind == "image":
             return [np.asarray(open_image(self.table, path)) for path in paths]
         with item_errors(", ".join(names)):
             found = [path if isinstance(path, bytes) else self.table.read(path) for path in paths]
+            if self.augment is not None:
+                found = [self._augmented(video, seed + place, said) for place, video in enumerate(found)]
             encoded = self.processor(videos=found, seed=seed, return_tensors="pt")
         return {name: values.numpy() for name, values in encoded.items()}
+
+    def _augmented(self, video: str | bytes, seed: int, said: str) -> np.ndarray:
+        rules = self.processor.video_processor
+        frames, _ = load_video(
+            video,
+            num_frames=rules.num_frames * self.processor.num_clips,
+            sampling=rules.sampling,
+            generator=np.random.default_rng(seed),
+            **decoding_options(rules),
+        )
+        return self.augment(frames, said, seed)
 
     def tokenize(self, messages: Messages) -> dict[str, torch.Tensor]:
         """Ids and labels, and the pixels of images. How many tokens a video has does not depend on what it shows."""
