@@ -27,6 +27,7 @@ from bt_adapter_hf import (
     lora_config,
     save_bt_adapter,
 )
+from bt_adapter_hf.hub.contents import collect_files
 from bt_adapter_hf.hub.push import PushError, push_to_hub
 from tests import tiny_pairs
 from tests.chat import saved_hosts, tiny_hosts
@@ -231,13 +232,36 @@ def test_what_is_named_is_published_too(hub, tiny_checkpoint, tmp_path):
     pushed = push_to_hub(folder, "tester/more", with_code=False, include=["LICENSE", "images/*.png"])
     assert {"LICENSE", "images/a.png", "images/b.png"} <= set(pushed.files)
     assert pushed.left_out == ["passwords.txt"] and not {"passwords.txt", "images/c.txt"} & set(pushed.files)
+    (tmp_path / "outside.txt").write_text("x")
+    (folder / "images" / "link.txt").symlink_to(tmp_path / "outside.txt")
+    (folder / "itself.png").symlink_to(folder / "itself.png")
     for name, said in (
         ("nope*", "holds no file 'nope\\*'"),
         ("../run/LICENSE", "is no path in"),
         ("images", "no file"),
+        (".", "is no path in"),
+        ("images/link.txt", "is a link to .*outside.txt, outside of the folder"),
     ):
         with pytest.raises(ValueError, match=said):
             push_to_hub(folder, "tester/more", include=[name])
+
+
+def test_links_that_lead_out_are_refused(tiny_checkpoint, tmp_path):
+    """But for those of the Hub's cache, where every file is a link to one beside the snapshots."""
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "models--a--b" / "snapshots" / "0123")
+    (tmp_path / "models--a--b" / "blobs").mkdir()
+    (folder / "itself").symlink_to(folder / "itself")
+    config = folder / "config.json"
+    for place in ("models--a--b/blobs/1", "elsewhere"):
+        (tmp_path / place).write_bytes(config.read_bytes())
+        config.unlink()
+        config.symlink_to(tmp_path / place)
+        if place == "elsewhere":
+            with pytest.raises(ValueError, match="config.json is a link to .*elsewhere, outside of the folder: copy"):
+                collect_files(folder)
+        else:
+            files, left_out = collect_files(folder)
+            assert "config.json" in files and left_out == ["itself"]
 
 
 def test_branch_pull_request_and_privacy(hub, dual):

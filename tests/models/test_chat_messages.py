@@ -271,6 +271,10 @@ def test_an_assistant_without_content(processor):
         (user({"type": "image", "path": "a", "url": "b"}, text()), "with url and path"),
         (user({"type": "audio", "path": "a"}, text()), "type 'audio'"),
         (user("what ?"), "type None"),
+        (user({"type": "image_url", "image_url": None}, text()), "type image_url without a url"),
+        (user({"type": "image_url", "image_url": {"url": None}}, text()), "type image_url without a url"),
+        (user({"type": "text", "text": 3}), "type text with 3; expected a string"),
+        (user({"type": "image", "path": ""}, text()), "type image whose path is empty"),
     ],
 )
 def test_messages_that_are_none(processor, message, error):
@@ -305,6 +309,7 @@ def test_an_image_that_cannot_be_had_is_an_error_with_its_name(processor, pictur
         ("nowhere.png", "nowhere.png does not exist"),
         ("http://127.0.0.1:9/dead.png", "127.0.0.1:9/dead.png"),
         ("data:image/png;base64,AAAA", "data:image/png"),
+        ("data:image/png;base64,AAA", "content is no base64"),
         (lazy, "without a name"),
     ):
         with pytest.raises(VideoError, match=name):

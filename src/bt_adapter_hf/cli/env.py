@@ -26,6 +26,17 @@ CORE = (
 DECODERS = (("decord", "decord"), ("torchcodec", "torchcodec"))
 # Their versions only: importing them is slow, and what breaks them is mostly one of the above.
 OTHERS = ("accelerate", "datasets", "peft", "bitsandbytes", "matplotlib", "scikit-learn", "tokenizers")
+# What the optional ones are for, and the extra that brings them.
+PURPOSES = {
+    "accelerate": ("pretrain and finetune", "train"),
+    "datasets": ("tables: pretrain, check-data, eval", "train"),
+    "peft": ("LoRA", "train"),
+    "bitsandbytes": ("language models in 4 or 8 bits", "quantization"),
+    "matplotlib": ("plots of losses and results", "train"),
+    "scikit-learn": ("the digits of quickstart", "quickstart"),
+    "decord": ("another decoder", None),
+    "torchcodec": ("another decoder", "torchcodec"),
+}
 
 
 def register(subparsers) -> None:
@@ -287,6 +298,9 @@ def _print_report(report: dict) -> None:
     for name, state in report["packages"].items():
         version = report["builds"].get(name) or state["version"] or "-"
         compared = _describe(report["versions"].get(name.replace("_", "-")))
+        if state["version"] is None and name in PURPOSES and not state["error"]:
+            purpose, extra = PURPOSES[name]
+            compared = f"not installed; for {purpose}" + (f" (pip install '.[{extra}]')" if extra else "")
         line = f"{name:<17}{version:<17}{compared}{'   BROKEN: ' + state['error'] if state['error'] else ''}"
         print(line.rstrip())
     print()

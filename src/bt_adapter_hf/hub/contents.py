@@ -136,6 +136,8 @@ def collect_files(folder: Path, include: Sequence[str] = ()) -> tuple[dict[str, 
     files = {name: path for name, path in names.items() if belongs(name) and path.is_file()}
     for pattern in include:
         files |= _included(folder, pattern)
+    for path in files.values():
+        _check_inside(path, folder)
     folders = {name.partition("/")[0] for name in files if "/" in name}
     left_out = [name for name in names if name not in files and name not in folders]
     _check_weights(folder, files, left_out)
@@ -143,7 +145,7 @@ def collect_files(folder: Path, include: Sequence[str] = ()) -> tuple[dict[str, 
 
 
 def _included(folder: Path, pattern: str) -> dict[str, Path]:
-    if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
+    if Path(pattern).is_absolute() or ".." in Path(pattern).parts or not Path(pattern).parts:
         raise ValueError(
             f"'{pattern}' is no path in {folder}: name what is to be published by its path in the folder."
         )
@@ -152,6 +154,16 @@ def _included(folder: Path, pattern: str) -> dict[str, Path]:
     if not found:
         raise ValueError(f"{folder} holds no file '{pattern}', which was to be included.")
     return {path.relative_to(folder).as_posix(): path for path in found}
+
+
+def _check_inside(path: Path, folder: Path) -> None:
+    """A link could publish a file from anywhere. Those of the Hub's cache lead to its own folder of files."""
+    target, own = path.resolve(), folder.resolve()
+    cached = own.parent.name == "snapshots" and target.is_relative_to(own.parent.parent / "blobs")
+    if not target.is_relative_to(own) and not cached:
+        raise ValueError(
+            f"{path} is a link to {target}, outside of the folder: copy the file there if it is to be published."
+        )
 
 
 def _check_weights(folder: Path, files: dict[str, Path], left_out: list[str]) -> None:

@@ -68,13 +68,20 @@ def _part(part: Any, where: str) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind in ("image_url", "video_url"):  # as OpenAI writes them
         url = _fields(part.get(kind))
-        part, kind = {"url": url.get("url") if isinstance(url, Mapping) else url}, kind.removesuffix("_url")
+        url = url.get("url") if isinstance(url, Mapping) else url
+        if url is None:
+            raise ValueError(f"{where} has a part of type {kind} without a url.")
+        part, kind = {"url": url}, kind.removesuffix("_url")
     if kind == "text":
-        return {**part, "text": part.get("text", "")}
+        if not isinstance(text := part.get("text", ""), str):
+            raise ValueError(f"{where} has a part of type text with {text!r}; expected a string.")
+        return {**part, "text": text}
     if kind not in KINDS:
         raise ValueError(f"{where} has a part of type {kind!r}; expected text, image or video.")
     if len(found := [key for key in _SOURCES[kind] if key in part]) > 1:
         raise ValueError(f"{where} has a part of type {kind} with {' and '.join(found)}; expected one of them.")
+    if any(isinstance(part[key], str) and not part[key].strip() for key in found):
+        raise ValueError(f"{where} has a part of type {kind} whose {found[0]} is empty.")
     return {**part, "type": kind}
 
 

@@ -58,7 +58,10 @@ def read_source(source: Any) -> Any:
             if not comma:
                 raise ValueError("it has no comma before its content")
             content = urllib.parse.unquote_to_bytes(content)
-            return base64.b64decode(content) if kind.endswith(";base64") else content
+            try:
+                return base64.b64decode(content) if kind.endswith(";base64") else content
+            except binascii.Error as error:
+                raise ValueError(f"its content is no base64 ({error})") from error
     return source
 
 
@@ -70,6 +73,8 @@ def _open(source: Any, name: str, timeout: float) -> io.BytesIO | Path:
         content = io.BytesIO()
         fetch(source, content, MAX_BYTES, timeout)
         return io.BytesIO(content.getvalue())
+    if isinstance(source, str) and not source.strip():
+        raise VideoNotFoundError("The path of an image is empty.")
     if os.path.isfile(source):
         return Path(source)
     if os.path.exists(source):  # a pipe would wait for ever
