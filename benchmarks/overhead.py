@@ -3,6 +3,7 @@
     python benchmarks/overhead.py                              # CLIP-L/14, T = 1, 8 and 64, float32 and bfloat16
     python benchmarks/overhead.py --backbone b16 --frames 8    # quicker
     python benchmarks/overhead.py --device cuda
+    python benchmarks/overhead.py --temporal joint             # a rival of the branch, forward pass only
 
 Weights are random. The runs that a ratio compares alternate, so that a change of the machine's speed hits both.
 """
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from bt_adapter_hf import BTAdapterVisionModel
+from bt_adapter_hf.baselines.towers import KINDS, BaselineVisionModel
 from bt_adapter_hf.models.modeling_bt_adapter_pretraining import random_tube_mask
 
 
@@ -26,9 +28,12 @@ BACKBONES = {
 PATCH_SIZE = {"l14": 14, "b16": 16}
 
 
-def build(name: str) -> BTAdapterVisionModel:
-    backbone = CLIPVisionModel(CLIPVisionConfig(**BACKBONES[name], patch_size=PATCH_SIZE[name]))
-    return BTAdapterVisionModel.from_backbone(backbone.eval(), drop_path_rate=0.0)
+def build(name: str, temporal: str | None = None) -> BTAdapterVisionModel:
+    backbone = CLIPVisionModel(CLIPVisionConfig(**BACKBONES[name], patch_size=PATCH_SIZE[name])).eval()
+    if temporal is None:
+        return BTAdapterVisionModel.from_backbone(backbone, drop_path_rate=0.0)
+    fields = {"joint": {"frozen": False}, "branch": {"fusion": "sum", "drop_path_rate": 0.0}}.get(temporal, {})
+    return BaselineVisionModel.from_backbone(backbone, temporal=temporal, **fields)
 
 
 def seconds(runs: dict, repeats: int, device: str) -> dict[str, float]:
@@ -51,10 +56,10 @@ def flops(run) -> int:
     return counter.get_total_flops()
 
 
-def forward_flops(name: str, T: int) -> tuple[int, int]:
+def forward_flops(name: str, T: int, temporal: str | None = None) -> tuple[int, int]:
     """Of backbone and tower, counted on the meta device with attention written out."""
     with torch.device("meta"):
-        model = build(name)
+        model = build(name, temporal)
         model.set_attn_implementation("eager")
         video = torch.empty(1, T, 3, 224, 224)
         with torch.no_grad():
@@ -66,7 +71,7 @@ def forward_table(args):
     print(
         f"{'T':>3} {'dtype':>9} {'backbone s':>11} {'tower s':>9} {'time ratio':>11} {'FLOP ratio':>11} {'of it':>6}"
     )
-    model = build(args.backbone).to(args.device)
+    model = build(args.backbone, args.temporal).to(args.device)
     for dtype in (torch.float32, torch.bfloat16):
         model.to(dtype)
         for T in args.frames:
@@ -83,7 +88,7 @@ def forward_table(args):
                     args.repeats,
                     args.device,
                 )
-            base, whole = forward_flops(args.backbone, T)
+            base, whole = forward_flops(args.backbone, T, args.temporal)
             ratio, flop_ratio = took["tower"] / took["backbone"], whole / base
             print(
                 f"{T:>3} {str(dtype)[6:]:>9} {took['backbone']:>11.3f} {took['tower']:>9.3f} {ratio:>11.3f} "
@@ -122,7 +127,7 @@ def masked_table(args, B: int = 2, T: int = 8, ratio: float = 0.7):
         states, _ = model._run_backbone(video, set(), output_attentions=False)
         states = {n: x.unflatten(0, (B, T)) for n, x in states.items()}
         position = model._position_embeddings(video, False)
-        mask = random_tube_mask(B, len(position) - 1, ratio)
+        mask = random_tube_mask(torch.arange(B, device=args.device), len(position) - 1, ratio)
 
         def loss(masked, states=states, position=position, mask=mask):
             out = branch([states[i + 1] for i in layers], states[depth], position, mask if masked else None)
@@ -151,9 +156,12 @@ def main():
     parser.add_argument("--frames", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--temporal", choices=KINDS, help="a baseline of bt_adapter_hf.baselines in place of the branch"
+    )
     args = parser.parse_args()
     with torch.device("meta"):
-        model = build(args.backbone)
+        model = build(args.backbone, args.temporal)
     branch = sum(p.numel() for p in model.bt_adapter.parameters())
     backbone = sum(p.numel() for p in model.vision_model.parameters())
     device = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -162,7 +170,8 @@ def main():
         f"torch {torch.__version__}"
     )
     forward_table(args)
-    masked_table(args)
+    if args.temporal is None:
+        masked_table(args)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from bt_adapter_hf.evaluation.retrieval import cosine_similarity, retrieval_metr
 from bt_adapter_hf.models.modeling_bt_adapter_vision import BTAdapterVisionModel
 from bt_adapter_hf.training.arguments import BTAdapterTrainingArguments
 from bt_adapter_hf.training.checkpoint import last_checkpoint
+from bt_adapter_hf.training.resumable import lr_multiplier
 from bt_adapter_hf.training.trainer import BTAdapterTrainer
 
 from ..shared import run_arguments
@@ -159,6 +160,14 @@ def build(setting: Setting, world: World, seed: int) -> BTAdapterForPreTraining:
     return model
 
 
+def rates(model: BTAdapterForPreTraining) -> dict[str, float]:
+    """Those of `RATES` that are of parts of this model."""
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return {
+        key: rate for key, rate in RATES.items() if any(lr_multiplier(name, {key: rate}) == rate for name in names)
+    }
+
+
 def needed_states(model: BTAdapterForPreTraining) -> list[int]:
     return model.vision_model.needed_states(model.config.vision_config.num_hidden_layers)
 
@@ -254,7 +263,7 @@ def run_one(setting: Setting, seed: int, world: World, folder: Path, steps: int 
             max_steps=steps,
             per_device_train_batch_size=BATCH,
             learning_rate=LEARNING_RATE,
-            lr_multipliers=RATES,
+            lr_multipliers=rates(model),
             seed=seed,
             save_strategy="steps",
             save_steps=CURVE_STEPS,

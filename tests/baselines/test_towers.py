@@ -115,6 +115,16 @@ def test_cached_states_and_unequal_lengths_give_what_pixels_give(start, kind):
         torch.testing.assert_close(tower(videos, frame_mask=mask).pooler_output[1:2], alone.pooler_output)
 
 
+def test_the_benchmark_counts_rivals():
+    from benchmarks.overhead import forward_flops
+
+    backbone, averaged = forward_flops("b16", 2, "frame_average")
+    _, joint = forward_flops("b16", 2, "joint")
+    _, separate = forward_flops("b16", 2, "separate")
+    _, branch = forward_flops("b16", 2)
+    assert averaged == backbone < separate < branch and joint > backbone
+
+
 @pytest.mark.parametrize("kind", FIELDS)
 def test_a_saved_rival_is_the_same_when_it_is_loaded(start, kind, tmp_path):
     model = rival(start, kind).eval()
