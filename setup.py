@@ -30,7 +30,8 @@ CORE = [
 EXTRAS = {
     "train": ["accelerate>=1.12", "datasets>=4.0", "matplotlib>=3.9", "peft>=0.20"],
     "eval": ["accelerate>=1.12", "datasets>=4.0", "ftfy>=6.1", "matplotlib>=3.9", "openai>=1.56", "scipy>=1.13"],
-    "quickstart": ["scikit-learn>=1.5"],
+    "search": ["lancedb>=0.39"],
+    "quickstart": ["lancedb>=0.39", "scikit-learn>=1.5"],
     "quantization": ["bitsandbytes>=0.50"],
     "torchcodec": ["torchcodec>=0.12"],  # a further decoder; needs FFmpeg's libraries
     "demo": ["gradio>=6.20"],

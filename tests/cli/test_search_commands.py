@@ -1,5 +1,6 @@
 """`index`, `search` and `classify` as a user runs them."""
 
+import csv
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lancedb
 import pytest
 import torch
 from PIL import Image
@@ -16,6 +18,7 @@ from bt_adapter_hf import BTAdapterModel
 from bt_adapter_hf.cli.main import main
 from bt_adapter_hf.search.encoding import VideoEncoder
 from bt_adapter_hf.search.index import VideoIndex
+from bt_adapter_hf.search.table import to_arrow
 
 
 @pytest.fixture
@@ -55,7 +58,50 @@ def test_index_and_again(tiny_checkpoint, clips, tmp_path, capsys):
     assert main([*argv, "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
     assert summary.pop("seconds").keys() == {"decode", "write"}  # of the two that are tried again
-    assert summary == {"index": str(tmp_path / "idx"), "added": 0, "present": 4, "gone": 0, "skipped": 2}
+    assert summary == {
+        "index": str(tmp_path / "idx"), "added": 0, "present": 4, "gone": 0, "pruned": 0, "skipped": 2
+    }  # fmt: skip
+    (clips / "red.mp4").unlink()
+    assert main(argv) == 0
+    assert "0 videos added, 3 already there, 2 skipped, 1 gone (--prune takes them out)" in capsys.readouterr().out
+    assert main(["index", "--prune", "-o", str(tmp_path / "idx")]) == 0  # without videos, and so without a model
+    assert "1 gone and taken out" in capsys.readouterr().out
+    assert main([*argv, "--optimize"]) == 0
+    assert "3 rows: a search compares with all of them" in capsys.readouterr().out
+
+
+def test_moments(tiny_checkpoint, clips, tmp_path, capsys):
+    """Of clips of 0.6 s, and a GIF of 0.4 s, which is a moment as a whole."""
+    argv = ["index", str(clips), "-o", str(tmp_path / "idx"), "--model", str(tiny_checkpoint), "--window", "0.5"]
+    assert main([*argv, "--stride", "0.1"]) == 0
+    assert "4 videos added, 0 already there, 2 skipped; 7 moments" in capsys.readouterr().out
+    search = ["search", str(tmp_path / "idx"), "a dog"]
+    assert main([*search, "-k", "9", "--overlap", "1", "--sheet", str(tmp_path / "hits.png")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 7
+    assert sum("00:00.0-00:00.5" in line for line in lines) == sum("00:00.1-00:00.6" in line for line in lines) == 3
+    assert main([*search, "--json"]) == 0  # those of one clip overlap
+    hits = json.loads(capsys.readouterr().out)
+    assert len(hits) == len({hit["path"] for hit in hits}) == 4
+    assert all(hit["start"] < hit["end"] for hit in hits)
+    assert "other settings (stride=0.1, now 0.25, window" not in error_of(argv, capsys)
+    assert (
+        main(["index", str(clips), "-o", str(tmp_path / "w"), "--model", str(tiny_checkpoint), "--window", "9"]) == 0
+    )
+    assert "; 4 moments" in capsys.readouterr().out  # longer than all videos: they are whole
+
+
+def test_merge_export_and_convert(index, tiny_checkpoint, clips, tmp_path, capsys):
+    assert main(["index", "export", str(index), str(tmp_path / "rows.parquet")]) == 0
+    assert "rows.parquet: 4 rows" in capsys.readouterr().out
+    merged = ["index", "merge", str(tmp_path / "rows.parquet"), str(index), "-o", str(tmp_path / "all")]
+    assert main([*merged, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"output": str(tmp_path / "all"), "rows": 4}
+    assert "no index of an older version" in error_of(["index", "convert", index], capsys)
+    assert "merge takes the indices" in usage_error(["index", "merge", index], capsys)
+    assert "export takes an index" in usage_error(["index", "export", index], capsys)
+    error = usage_error(["index", "merge", index, "-o", tmp_path / "x", "--window", "3"], capsys)
+    assert "argument --window: it is for indexing videos" in error
 
 
 def test_index_options(tiny_checkpoint, clips, tmp_path, capsys):
@@ -87,6 +133,23 @@ def test_index_errors(tiny_checkpoint, clips, index, tmp_path, capsys):
     for option in ("--batch-size", "--workers", "--num-frames"):
         error = usage_error(["index", clips, "-o", tmp_path / "new", option, "-1"], capsys)
         assert f"argument {option}: '-1' is not a whole number" in error
+    for option in ("--window", "--stride"):
+        error = usage_error(["index", clips, "-o", tmp_path / "new", "--window", "1", option, "0"], capsys)
+        assert f"argument {option}: '0' is not a number above 0" in error
+    error = error_of(["index", clips, "-o", tmp_path / "new", "--window", "1", "--stride", "2", *model], capsys)
+    assert "stride=2 is longer than window=1" in error
+    assert "--stride: it goes with --window" in usage_error(["index", clips, "-o", "x", "--stride", "2"], capsys)
+    assert "other settings (window=None, now 1.0" in error_of(
+        ["index", clips, "-o", index, "--window", "1", *model], capsys
+    )
+    assert "required: -o" in usage_error(["index", clips], capsys)
+    assert "name folders" in usage_error(["index", "-o", index], capsys)
+    assert "--model: it is for indexing videos" in usage_error(["index", "--prune", "-o", index, *model], capsys)
+    assert "holds no index" in error_of(["index", "--prune", "-o", tmp_path / "empty"], capsys)
+    assert "holds no index" in error_of(["index", "--optimize", "-o", tmp_path / "empty"], capsys)
+    (tmp_path / "loop.mp4").symlink_to(tmp_path / "loop.mp4")
+    error = error_of(["index", tmp_path / "loop.mp4", "-o", tmp_path / "new", *model], capsys)
+    assert "loop.mp4' is a link to a file that does not exist, or to itself" in error
     assert not (tmp_path / "new").exists()
 
 
@@ -104,10 +167,6 @@ def test_odd_names_and_files(tiny_checkpoint, clips, index, tmp_path, capsys, mo
         error = error_of(["classify", clips, "--labels-file", file, *model], capsys)
         assert f"--labels-file {file} cannot be read as text" in error
     assert "cannot be written to '/proc'" in error_of(["search", index, "a", "--sheet", "/proc/x.png"], capsys)
-    info = json.loads((index / "index.json").read_text())
-    for field, value in (("settings", "x"), ("dim", None), ("dtype", 3)):
-        (index / "index.json").write_text(json.dumps({**info, field: value}))
-        assert f"it does not say {field}" in error_of(["search", index, "a"], capsys)
 
 
 def test_damaged_files_can_be_salvaged(tiny_checkpoint, clips, tmp_path, capsys):
@@ -135,7 +194,7 @@ def test_names_that_are_no_text_and_files_that_are_gone(tiny_checkpoint, clips, 
     argv = ["search", str(tmp_path / "idx"), "a dog", "-k", "9"]
     assert main([*argv, "--sheet", str(tmp_path / "s.png")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 7
+    assert len(lines) == 6
     assert sum("caf\\xe9.mp4" in line for line in lines) == sum("two\\nlines.mp4" in line for line in lines) == 1
     assert ["missing" in line for line in lines] == ["moved.mp4" in line for line in lines]
     assert main([*argv, "--json"]) == 0
@@ -158,7 +217,7 @@ def test_a_full_disk(index, tiny_checkpoint, clips, tmp_path, capsys):
             while file.write(bytes(512)):
                 pass
         error = error_of(["index", clips, "-o", disk / "idx", "--model", tiny_checkpoint], capsys)
-        assert "No space left" in error and "index.json" in error
+        assert "No space left" in error and "the index '" in error
         assert sorted(path.name for path in disk.rglob("*")) == ["filler"]
     finally:
         subprocess.run(["umount", disk], check=True)
@@ -196,10 +255,46 @@ def test_search_table_json_and_sheet(index, tiny_checkpoint, tmp_path, capsys):
     assert main(["search", str(index), "a red dog", "-k", "3", "--sheet", str(tmp_path / "hits.png")]) == 0
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
-    assert lines[0].split() == ["rank", "cosine", "seconds", "file"]
-    assert [os.path.basename(line.split()[-1]) for line in lines[1:]] == [os.path.basename(path) for path in expected]
+    assert [os.path.basename(line.split()[1]) for line in lines] == [os.path.basename(path) for path in expected]
+    assert [float(line.split()[-1]) for line in lines] == pytest.approx(sorted(scores, reverse=True)[:3], abs=1e-4)
     with Image.open(tmp_path / "hits.png") as sheet:
         assert sheet.width > 1000
+
+
+def test_ways_to_ask(index, clips, tmp_path, capsys):
+    def hits(*argv) -> list[dict]:
+        assert main(["search", str(index), *map(str, argv), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    like = hits("--like", clips / "red.mp4", "-k", 1)
+    assert like[0]["path"].endswith("red.mp4") and like[0]["score"] == pytest.approx(1, abs=1e-5)
+    Image.new("RGB", (32, 32), (60, 80, 230)).save(tmp_path / "still.png")
+    assert len(hits("--like", tmp_path / "still.png")) == 4
+    plain, turned = hits("a red dog"), hits("a red dog", "--not", "a blue cat")
+    assert [hit["score"] for hit in plain] != [hit["score"] for hit in turned]
+    assert [Path(hit["path"]).suffix for hit in hits("a", "--where", "path like '%.gif'")] == [".gif"]
+    (tmp_path / "texts.txt").write_text("a red dog\n\na cat\n")
+    several = hits("--queries", tmp_path / "texts.txt")
+    assert [result["query"] for result in several] == ["a red dog", "a cat"]
+    assert [hit["path"] for hit in several[0]["hits"]] == [hit["path"] for hit in plain]
+    assert several[0]["hits"][0]["score"] == pytest.approx(plain[0]["score"], abs=1e-5)
+    assert main(["search", str(index), "--queries", str(tmp_path / "texts.txt"), "--csv", "-k", "2"]) == 0
+    lines = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert [(line["query"], line["rank"]) for line in lines] == [
+        ("a red dog", "1"), ("a red dog", "2"), ("a cat", "1"), ("a cat", "2")
+    ]  # fmt: skip
+    assert [line["path"] for line in lines[:2]] == [hit["path"] for hit in plain[:2]]
+    assert float(lines[0]["score"]) == pytest.approx(plain[0]["score"], abs=1e-5)
+
+    assert "give one of" in usage_error(["search", index], capsys)
+    assert "give one of" in usage_error(["search", index, "a", "--like", clips / "red.mp4"], capsys)
+    assert "condition 'nope > 1' cannot be used" in error_of(["search", index, "a", "--where", "nope > 1"], capsys)
+    assert "does not exist" in error_of(["search", index, "--like", clips / "none.mp4"], capsys)
+    assert "empty.mp4 is empty" in error_of(["search", index, "--like", clips / "empty.mp4"], capsys)
+    assert "cannot be read as text" in error_of(["search", index, "--queries", clips / "red.mp4"], capsys)
+    assert (
+        "no row fulfils" in (main(["search", str(index), "a", "--where", "width > 9999"]), capsys.readouterr().out)[1]
+    )
 
 
 def test_search_errors(index, tiny_checkpoint, tmp_path, capsys):
@@ -221,9 +316,9 @@ def test_search_errors(index, tiny_checkpoint, tmp_path, capsys):
 
 
 def test_the_model_of_an_index_may_have_moved(index, tiny_checkpoint, tmp_path, capsys):
-    info = json.loads((index / "index.json").read_text())
-    info["model"] = str(tmp_path / "old place")
-    (index / "index.json").write_text(json.dumps(info))
+    loaded = VideoIndex.load(index)
+    data = to_arrow({**loaded.info, "model": str(tmp_path / "old place")}, loaded.rows, loaded.features)
+    lancedb.connect(index).create_table("videos", data, mode="overwrite")
     assert "old place" in error_of(["search", index, "a dog"], capsys)
     assert main(["search", str(index), "a dog", "--model", str(tiny_checkpoint)]) == 0
 
@@ -283,5 +378,5 @@ def test_the_installed_command(index):
     script = Path(sys.executable).with_name("bt-adapter")
     done = subprocess.run([script, "search", index.name, "a dog"], cwd=index.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 5
+    assert len(done.stdout.splitlines()) == 4
     assert done.stderr == ""

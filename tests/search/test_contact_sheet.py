@@ -7,7 +7,8 @@ from PIL import Image
 from bt_adapter_hf.search import contact_sheet
 from bt_adapter_hf.search.contact_sheet import check_sheet_path, draw_contact_sheet, write_contact_sheet
 from bt_adapter_hf.search.encoding import VideoEncoder
-from bt_adapter_hf.search.index import Hit, IndexWriter, VideoIndex
+from bt_adapter_hf.search.index import Hit, VideoIndex
+from bt_adapter_hf.search.writer import IndexWriter
 from tests import tiny_pairs
 
 
@@ -68,9 +69,25 @@ def test_a_file_that_has_gone_is_said_on_the_sheet(index):
     assert count(sheet, (179, 38, 30), tolerance=10) > 100  # the error, written in its own colour
 
 
+def test_a_moment_shows_its_own_frames_and_its_time(index, monkeypatch):
+    """The square of these clips moves to the right."""
+    row, said = index.rows[0], []
+    write = lambda self, xy, text, *rest, **more: said.append(text)  # noqa: E731
+    monkeypatch.setattr(contact_sheet.ImageDraw.ImageDraw, "text", write)
+
+    def place(timestamps: list[float]) -> float:
+        moment = {**row, "start": timestamps[0], "end": timestamps[-1] + 0.1, "timestamps": timestamps}
+        sheet = np.asarray(draw_contact_sheet("x", [Hit(1, 0.5, moment)], index, floor=0.1)).astype(int)
+        columns = np.flatnonzero((np.abs(sheet - tiny_pairs.COLOURS["red"]).max(-1) < 40).any(0))
+        return columns.mean()
+
+    assert place([0.0, 0.1]) < place([0.4, 0.5])
+    assert "00:00.4-00:00.6" in " ".join(said)
+    assert "0.40 s" in said and "0.50 s" in said
+
+
 def test_long_names_queries_and_many_frames_stay_inside(index):
-    row = {**index.rows[0], "path": index.rows[0]["path"]}
-    index.info["settings"]["num_frames"] = 40
+    row = {**index.rows[0], "timestamps": [0.1 * (number % 6) for number in range(40)]}
     query = "a very long query " * 20 + "x" * 300
     sheet = draw_contact_sheet(query, [Hit(1, 0.5, row)] * 3, index, floor=0.5)
     paper = np.asarray(sheet)[:, -contact_sheet._MARGIN + 2 :]

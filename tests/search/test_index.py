@@ -1,225 +1,40 @@
 import json
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
+import lancedb
 import numpy as np
 import pytest
-import torch
 
-from bt_adapter_hf import BTAdapterModel
-from bt_adapter_hf.search import index as indexing
-from bt_adapter_hf.search.encoding import EncodedVideo, VideoEncoder
-from bt_adapter_hf.search.files import find_videos
-from bt_adapter_hf.search.index import IndexMismatchError, IndexWriter, VideoIndex
-from bt_adapter_hf.search.store import check_writable
-from tests import tiny_pairs
+from bt_adapter_hf.search.index import VideoIndex, combined
+from bt_adapter_hf.search.table import create_table, to_arrow
+
+
+INFO = {
+    "format": 2, "model": None, "revision": None, "fingerprint": "f", "dtype": "float32", "dim": 8, "settings": {},
+    "moments": None,
+}  # fmt: skip
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return (rows / np.linalg.norm(rows, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def make(folder, features: np.ndarray, rows: list[dict] | None = None, **info) -> VideoIndex:
+    rows = [{"path": f"{i}.mp4", "start": 0.0, "end": 1.0} for i in range(len(features))] if rows is None else rows
+    create_table(folder, to_arrow({**INFO, **info}, rows, features))
+    return VideoIndex.load(folder)
 
 
 @pytest.fixture(scope="module")
-def encoder(tiny_checkpoint) -> VideoEncoder:
-    return VideoEncoder.from_pretrained(tiny_checkpoint, device="cpu")
+def index(tmp_path_factory) -> VideoIndex:
+    return make(tmp_path_factory.mktemp("index"), unit(np.random.default_rng(0).normal(size=(50, 8))))
 
 
-def build(folder, encoder, videos) -> tuple[list[str], int]:
-    """Index what is missing; returns that, and how many were skipped."""
-    with IndexWriter(folder, encoder) as writer:
-        missing = writer.missing(find_videos(videos))
-        update = writer.update(find_videos(videos), videos)
-    assert update.added + len(update.skipped) == len(missing)
-    return [os.path.basename(path) for path in missing], len(update.skipped)
-
-
-def random_index(rows: int, dim: int = 8) -> VideoIndex:
-    features = np.random.default_rng(0).normal(size=(rows, dim)).astype(np.float32)
-    features /= np.linalg.norm(features, axis=1, keepdims=True)
-    return VideoIndex(Path("x"), {}, [{"path": f"{i}.mp4"} for i in range(rows)], features)
-
-
-def test_build_and_load(encoder, clips, tmp_path):
-    missing, skipped = build(tmp_path / "idx", encoder, [clips])
-    assert (len(missing), skipped) == (6, 2)
-    assert sorted(path.name for path in (tmp_path / "idx").iterdir()) == [
-        "index.json",
-        "part-00000.safetensors",
-        "skipped.jsonl",
-    ]
-    index = VideoIndex.load(tmp_path / "idx")
-    assert [Path(row["path"]).name for row in index.rows] == ["green.mp4", "grey.gif", "blue.MP4", "red.mp4"]
-    assert index.features.shape == (4, 12)
-    assert index.features.dtype == np.float32
-    for row, feature in zip(index.rows, index.features, strict=True):
-        (video,) = encoder.encode_videos([row["path"]])
-        np.testing.assert_allclose(feature, video.feature, atol=1e-6)
-        assert row["size"] == os.path.getsize(row["path"])
-        assert row["duration"] > 0
-
-    skipped = [json.loads(line) for line in (tmp_path / "idx" / "skipped.jsonl").read_text().splitlines()]
-    assert [Path(line["path"]).name for line in skipped] == ["empty.mp4", "garbage.avi"]
-    assert "empty" in skipped[0]["reason"]
-
-    info = json.loads((tmp_path / "idx" / "index.json").read_text())
-    assert info["model"] == encoder.source
-    assert info["fingerprint"] == encoder.fingerprint()
-    assert info["settings"]["num_frames"] == 4
-    assert info["settings"]["sampling"] == "uniform"
-    assert info["dtype"] == "float32"
-    assert {"bt_adapter_hf", "torch", "transformers"} <= info["packages"].keys()
-
-
-def test_resume_indexes_only_what_is_new_or_changed(encoder, clips, tmp_path):
-    build(tmp_path / "idx", encoder, [clips])
-    before = VideoIndex.load(tmp_path / "idx")
-    assert build(tmp_path / "idx", encoder, [clips])[0] == ["empty.mp4", "garbage.avi"]  # may have been mended
-
-    tiny_pairs.write_clip(clips / "new.mp4", (250, 250, 250), step=-3)
-    tiny_pairs.write_clip(clips / "red.mp4", (20, 250, 250), step=5, frames=8)
-    (clips / "empty.mp4").unlink()
-    assert sorted(build(tmp_path / "idx", encoder, [clips])[0]) == ["garbage.avi", "new.mp4", "red.mp4"]
-    after = VideoIndex.load(tmp_path / "idx")
-    assert sorted(Path(row["path"]).name for row in after.rows) == [
-        "blue.MP4",
-        "green.mp4",
-        "grey.gif",
-        "new.mp4",
-        "red.mp4",
-    ]
-    old = {row["path"]: feature for row, feature in zip(before.rows, before.features, strict=True)}
-    for row, feature in zip(after.rows, after.features, strict=True):
-        if row["path"].endswith("red.mp4"):
-            assert np.abs(feature - old[row["path"]]).max() > 1e-4
-        elif row["path"] in old:
-            np.testing.assert_array_equal(feature, old[row["path"]])
-
-
-def names(folder) -> list[str]:
-    return sorted(Path(row["path"]).name for row in VideoIndex.load(folder).rows)
-
-
-def test_what_is_gone_is_taken_out_where_it_was_looked_for(encoder, clips, tmp_path, monkeypatch):
-    monkeypatch.setattr(indexing, "PART_ROWS", 2)
-    build(tmp_path / "idx", encoder, [clips])
-    assert names(tmp_path / "idx") == ["blue.MP4", "green.mp4", "grey.gif", "red.mp4"]
-    (clips / "green.mp4").unlink()
-    (clips / "more" / "blue.MP4").unlink()
-    with IndexWriter(tmp_path / "idx", encoder) as writer:  # it looks elsewhere: they may lie on a disk that is away
-        assert writer.update([str(clips / "grey.gif")], [clips / "more" / "*.gif"]).gone == 1
-    assert names(tmp_path / "idx") == ["green.mp4", "grey.gif", "red.mp4"]
-    with IndexWriter(tmp_path / "idx", encoder) as writer:
-        update = writer.update(find_videos([clips]), [clips])
-    assert (update.added, update.present, update.gone) == (0, 2, 1)
-    assert names(tmp_path / "idx") == ["grey.gif", "red.mp4"]
-    # the rest is as it was, and a file that comes back is indexed again
-    tiny_pairs.write_clip(clips / "green.mp4", tiny_pairs.COLOURS["green"], step=3)
-    assert "green.mp4" in build(tmp_path / "idx", encoder, [clips])[0]
-    index = VideoIndex.load(tmp_path / "idx")
-    for row, feature in zip(index.rows, index.features, strict=True):
-        (video,) = encoder.encode_videos([row["path"]])
-        np.testing.assert_allclose(feature, video.feature, atol=1e-6)
-
-
-def test_a_file_under_several_names_counts_once(encoder, clips, tmp_path):
-    build(tmp_path / "idx", encoder, [clips / "red.mp4"])
-    os.link(clips / "red.mp4", clips / "a hard link.mp4")
-    os.symlink(clips / "red.mp4", clips / "a symbolic link.mp4")
-    missing, _ = build(tmp_path / "idx", encoder, [clips])
-    assert "red.mp4" not in missing and not any("link" in name for name in missing)
-    assert names(tmp_path / "idx") == ["blue.MP4", "green.mp4", "grey.gif", "red.mp4"]
-
-
-def test_two_writers_at_a_time(encoder, clips, tmp_path):
-    """The second is refused and changes nothing; a process that is killed keeps nobody out."""
-    with IndexWriter(tmp_path / "idx", encoder) as first:
-        with pytest.raises(OSError, match="another process is writing the index '.*idx': wait until it has ended"):
-            build(tmp_path / "idx", encoder, [clips / "grey.gif"])
-        first.update([str(clips / "red.mp4")])
-    assert names(tmp_path / "idx") == ["red.mp4"]
-    (tmp_path / "idx" / "index.lock").touch()  # of one that was killed
-    build(tmp_path / "idx", encoder, [clips / "grey.gif"])
-    assert names(tmp_path / "idx") == ["grey.gif", "red.mp4"]
-
-
-def test_parts_are_of_bounded_size(encoder, clips, tmp_path, monkeypatch):
-    monkeypatch.setattr(indexing, "PART_ROWS", 3)
-    whole = tmp_path / "whole"
-    build(whole, encoder, [clips])
-    assert [path.name for path in sorted(whole.glob("part-*"))] == ["part-00000.safetensors", "part-00001.safetensors"]
-    in_steps = tmp_path / "steps"  # part 0 is filled by two runs, then part 1 begun
-    for name in ("green.mp4", "grey.gif", "more", "red.mp4"):
-        build(in_steps, encoder, [clips / name])
-    assert len(list(in_steps.glob("part-*"))) == 2
-    a, b = VideoIndex.load(whole), VideoIndex.load(in_steps)
-    assert a.rows == b.rows
-    np.testing.assert_allclose(a.features, b.features, atol=1e-6)
-
-
-def test_killed_at_any_time_it_goes_on(encoder, tiny_checkpoint, clips, tmp_path):
-    """A process that is killed after two videos, while it writes the third, leaves an index of two."""
-    script = f"""
-import os, signal
-from bt_adapter_hf.search import index as indexing
-from bt_adapter_hf.search.encoding import VideoEncoder
-from bt_adapter_hf.search.files import find_videos
-indexing.FLUSH_SECONDS = 0
-replace, count = os.replace, 0
-def replace_or_die(source, target):
-    global count
-    count += str(target).endswith(".safetensors")
-    if count == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(source, target)
-os.replace = replace_or_die
-encoder = VideoEncoder.from_pretrained({str(tiny_checkpoint)!r}, device="cpu")
-with indexing.IndexWriter({str(tmp_path / "idx")!r}, encoder) as writer:
-    for video in encoder.encode_videos(writer.missing(find_videos([{str(clips)!r}])), batch_size=1):
-        writer.add(video)
-"""
-    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert [Path(row["path"]).name for row in VideoIndex.load(tmp_path / "idx").rows] == ["green.mp4", "grey.gif"]
-    assert build(tmp_path / "idx", encoder, [clips])[0] == ["empty.mp4", "garbage.avi", "blue.MP4", "red.mp4"]
-    assert len(VideoIndex.load(tmp_path / "idx").rows) == 4
-    assert not list((tmp_path / "idx").glob(".*"))
-
-
-def test_an_interrupt_keeps_what_was_done(encoder, clips, tmp_path):
-    with pytest.raises(KeyboardInterrupt), IndexWriter(tmp_path / "idx", encoder) as writer:
-        for video in encoder.encode_videos([str(clips / "red.mp4"), str(clips / "green.mp4")]):
-            writer.add(video)
-            raise KeyboardInterrupt
-    assert [Path(row["path"]).name for row in VideoIndex.load(tmp_path / "idx").rows] == ["red.mp4"]
-
-
-def test_another_model_is_refused(encoder, clips, tmp_path):
-    build(tmp_path / "idx", encoder, [clips])
-    before = {path.name: path.read_bytes() for path in (tmp_path / "idx").iterdir()}
-    torch.manual_seed(1)
-    other = VideoEncoder(BTAdapterModel(encoder.model.config), encoder.processor, "other/model")
-    with pytest.raises(IndexMismatchError, match=r"made with .*model \(float32\); the model now used, other/model"):
-        IndexWriter(tmp_path / "idx", other).__enter__()
-    index = VideoIndex.load(tmp_path / "idx")
-    index.check_model(encoder)
-    with pytest.raises(IndexMismatchError, match="other weights"):
-        index.check_model(other)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "idx").iterdir()} == before
-
-
-def test_other_settings_are_refused(encoder, tiny_checkpoint, clips, tmp_path):
-    build(tmp_path / "idx", encoder, [clips])
-    other = VideoEncoder.from_pretrained(tiny_checkpoint, device="cpu", num_frames=6)
-    with pytest.raises(IndexMismatchError, match=r"other settings \(num_frames=4, now 6\)"):
-        IndexWriter(tmp_path / "idx", other).__enter__()
-
-
-def test_search_equals_a_naive_one():
-    index = random_index(50)
-    queries = index.features[[7, 30]] + 0.1 * index.features[[8, 31]]
-    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+def test_search_equals_a_naive_one(index):
+    features = index.features
+    queries = unit(features[[7, 30]] + 0.1 * features[[8, 31]])
     results = index.search(queries, k=6)
     for query, hits in zip(queries, results, strict=True):
-        scores = [float(sum(a * b for a, b in zip(query, row, strict=True))) for row in index.features]
+        scores = [float(sum(a * b for a, b in zip(query, row, strict=True))) for row in features]
         expected = sorted(range(50), key=lambda i: -scores[i])[:6]
         assert [hit.row["path"] for hit in hits] == [f"{i}.mp4" for i in expected]
         assert [hit.score for hit in hits] == pytest.approx([scores[i] for i in expected], abs=1e-6)
@@ -228,65 +43,130 @@ def test_search_equals_a_naive_one():
     assert len(index.search(queries, k=500)[0]) == 50
 
 
-def test_search_refuses_bad_queries():
-    index = random_index(5)
+def test_search_refuses_bad_queries(index):
     with pytest.raises(ValueError, match=r"shape \(1, 3\); expected \(queries, 8\)"):
         index.search(np.ones((1, 3), np.float32))
     with pytest.raises(ValueError, match="k=0"):
         index.search(index.features[:1], k=0)
+    with pytest.raises(ValueError, match=r"overlap=1\.5"):
+        index.search(index.features[:1], overlap=1.5)
 
 
-def test_median_score():
-    index = random_index(9)
+def test_conditions(index):
+    (hits,) = index.search(index.features[:1], k=50, where="path like '%7%' and \"end\" >= 1")
+    assert sorted(hit.row["path"] for hit in hits) == ["17.mp4", "27.mp4", "37.mp4", "47.mp4", "7.mp4"]
+    for condition, reason in (
+        ("colour > 1", "No field named colour"),
+        ("path ==== 'x'", "parser error"),
+        ("", "parser error"),
+        ("path", "boolean"),
+        ("path = 3", "could not convert"),
+    ):
+        with pytest.raises(ValueError, match=f"condition '{condition}' cannot be used: .*{reason}.*columns path, "):
+            index.search(index.features[:1], where=condition)
+
+
+def test_median_score(index):
     query = index.features[0]
-    assert index.median_score(query) == pytest.approx(sorted(index.features @ query)[4])
+    assert index.median_score(query) == pytest.approx(np.median(index.features @ query))
 
 
-def test_no_index_and_damaged_index(encoder, clips, tmp_path):
+@pytest.fixture(scope="module")
+def films(tmp_path_factory) -> VideoIndex:
+    """Two films of 40 windows of 4 s, one every second, and a clip; the windows at 10 s and at 30 s of the first
+    are the best, and so are their neighbours."""
+    features, rows = [], []
+    for film in ("a.mp4", "b.mp4"):
+        for start in range(40):
+            near = max(1 - abs(start - 10) / 8, 0.9 - abs(start - 30) / 8, 0) if film == "a.mp4" else 0.3
+            features.append([near, 1 - near, *([0.01 * start] * 6)])
+            rows.append({"path": film, "start": float(start), "end": start + 4.0})
+    features.append([1.0, 1.0, *[0.0] * 6])
+    rows.append({"path": "clip.gif", "start": 0.0, "end": None})
+    info = {"moments": {"window": 4.0, "stride": 1.0}}
+    return make(tmp_path_factory.mktemp("films"), unit(np.array(features)), rows, **info)
+
+
+QUERY = np.eye(8, dtype=np.float32)[:1]
+
+
+def spans(hits) -> list[tuple[str, float]]:
+    return [(hit.row["path"], hit.row["start"]) for hit in hits]
+
+
+def test_neighbouring_windows_are_one_moment(films):
+    (hits,) = films.search(QUERY, k=2)
+    assert spans(hits) == [("a.mp4", 10.0), ("a.mp4", 30.0)]
+    (hits,) = films.search(QUERY, k=30)
+    assert [hit.rank for hit in hits] == list(range(1, len(hits) + 1))
+    for hit in hits:  # no two overlap, and each window that is left out overlaps a better one
+        others = [other for other in hits if other is not hit and other.row["path"] == hit.row["path"]]
+        assert all(abs(other.row["start"] - hit.row["start"]) >= 4 for other in others)
+    (all_of_them,) = films.search(QUERY, k=100, overlap=1.0)
+    assert len(all_of_them) == 81
+    kept = {path: [start for other, start in spans(hits) if other == path] for path in ("a.mp4", "b.mp4")}
+    for hit in all_of_them[:80]:
+        if hit.row["path"] != "clip.gif":
+            assert any(abs(hit.row["start"] - start) < 4 for start in kept[hit.row["path"]])
+    (half,) = films.search(QUERY, k=100, overlap=0.5)
+    assert len(hits) < len(half) < 81
+
+
+def test_the_best_moment_of_each_video(films):
+    (hits,) = films.search(QUERY, k=3, per_video=True)  # 80 windows are better than the clip, or as many
+    assert sorted(path for path, _ in spans(hits)) == ["a.mp4", "b.mp4", "clip.gif"]
+    assert spans(hits)[0] == ("a.mp4", 10.0)
+
+
+def test_against():
+    queries = combined(QUERY, np.eye(8, dtype=np.float32)[1])
+    assert np.linalg.norm(queries) == pytest.approx(1)
+    assert queries[0, 1] == pytest.approx(-queries[0, 0] / 2)
+    np.testing.assert_array_equal(combined(QUERY, None), QUERY)
+
+
+def test_optimize(tmp_path):
+    index = make(tmp_path, unit(np.random.default_rng(1).normal(size=(500, 8))))
+    assert index.optimize().at_10 is None
+    assert not index.table.list_indices()
+    built = index.optimize(exact_rows=300)
+    assert built.rows == 500
+    assert built.at_10 > 0.9
+    assert built.seconds > 0
+    query = index.features[7:8]
+    (exact,), (fast,) = index.search(query, k=10, exact=True), index.search(query, k=10)
+    assert len({hit.row["path"] for hit in exact} & {hit.row["path"] for hit in fast}) >= 5
+    assert fast[0] == exact[0]
+    # rows that come later are found too
+    query = unit(np.random.default_rng(2).normal(size=(1, 8)))
+    index.table.add(to_arrow(index.info, [{"path": "new.mp4", "start": 0.0}], query))
+    assert VideoIndex.load(tmp_path).search(query)[0][0].row["path"] == "new.mp4"
+
+
+def test_no_index_and_damaged_index(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no index: make one with `bt-adapter index"):
         VideoIndex.load(tmp_path)
-    build(tmp_path / "idx", encoder, [clips])
-    part = tmp_path / "idx" / "part-00000.safetensors"
-    content = part.read_bytes()
-    part.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match="part-00000.safetensors' is damaged"):
-        VideoIndex.load(tmp_path / "idx")
-    part.unlink()
+    good = make(tmp_path / "good", unit(np.ones((2, 8))))
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "index.json").write_text("{}")
+    with pytest.raises(ValueError, match="older version: `bt-adapter index convert"):
+        VideoIndex.load(tmp_path / "old")
+    with pytest.raises(ValueError, match=r"newer version \(format 3, this one reads 2\): upgrade"):
+        make(tmp_path / "newer", unit(np.ones((2, 8))), format=3)
+    with pytest.raises(ValueError, match="does not say settings"):
+        make(tmp_path / "wrong", unit(np.ones((2, 8))), settings="x")
+    database = lancedb.connect(tmp_path / "foreign")
+    database.create_table("videos", good.table.to_arrow().replace_schema_metadata({"bt_adapter": "{"}))
+    with pytest.raises(ValueError, match="is not a video index"):
+        VideoIndex.load(tmp_path / "foreign")
+    good.table.delete("true")
     with pytest.raises(ValueError, match="is empty"):
-        VideoIndex.load(tmp_path / "idx")
-    info = tmp_path / "idx" / "index.json"
-    info.write_text(info.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(ValueError, match="format 2; this version reads 1"):
-        VideoIndex.load(tmp_path / "idx")
-    info.write_text('{"format": 1, "model": null}')
-    with pytest.raises(ValueError, match="index.json' is damaged, it does not say revision, fingerprint"):
-        VideoIndex.load(tmp_path / "idx")
-    info.write_text("{")
-    with pytest.raises(ValueError, match="not the description of a video index"):
-        VideoIndex.load(tmp_path / "idx")
+        VideoIndex.load(tmp_path / "good")
+    for manifest in (tmp_path / "good" / "videos.lance" / "_versions").iterdir():
+        manifest.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="is damaged"):
+        VideoIndex.load(tmp_path / "good")
 
 
-def test_outputs_that_cannot_be_written(tmp_path):
-    file = tmp_path / "file"
-    file.write_text("x")
-    with pytest.raises(FileExistsError, match="is a file; an index is a folder"):
-        check_writable(file)
-    with pytest.raises(OSError, match="cannot be written to '.*file/below'"):
-        check_writable(file / "below")
-    with pytest.raises(ValueError, match=r"holds other files \('file'\) and no index"):
-        check_writable(tmp_path)
-    check_writable(tmp_path / "new" / "folder")
-    assert sorted(tmp_path.iterdir()) == [file]
-
-
-@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder that nobody can write to")
-def test_read_only_output():
-    with pytest.raises(OSError, match="the index cannot be written to '/proc/index'"):
-        check_writable("/proc/index")
-
-
-def test_a_feature_of_a_vanished_file_is_an_error(encoder, tmp_path):
-    video = EncodedVideo(str(tmp_path / "gone.mp4"), np.ones(12, np.float32), {}, None)
-    with pytest.raises(FileNotFoundError, match="gone.mp4"), IndexWriter(tmp_path / "idx", encoder) as writer:
-        writer.add(video)
-    assert not (tmp_path / "idx").exists()
+def test_what_made_it_is_in_the_table(index):
+    assert json.loads(index.table.schema.metadata[b"bt_adapter"]) == index.info == INFO

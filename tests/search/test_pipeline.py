@@ -70,7 +70,7 @@ def test_beside_an_accelerator_the_next_batch_is_begun_before_one_is_waited_for(
     steps, start, finish = [], encoder._start, encoder._finish
     monkeypatch.setattr(encoder, "_start", lambda *args: steps.append("start") or start(*args))
     monkeypatch.setattr(encoder, "_finish", lambda *args: steps.append("finish") or finish(*args))
-    found = list(encoder._encode_stream(map(encoder._prepare, paths), batch_size=2))
+    found = list(encoder._encode_stream(map(encoder.prepare, paths), batch_size=2))
     assert steps == ["start", "start", "finish", "start", "finish", "finish"]
     for video, other in zip(found, expected, strict=True):
         assert video.path == other.path and type(video.error) is type(other.error)

@@ -1,62 +1,112 @@
-"""`bt-adapter index`: features of all videos under a folder, resumable."""
+"""`bt-adapter index`: features of all videos under a folder, resumable; and what is done to indices."""
 
 import argparse
 import json
 import sys
-from pathlib import Path
 
-from ._options import add_model_options, load_encoder, path, print_skipped, progress
+from ._options import add_model_options, load_encoder, path, print_skipped, progress, real_number
 
 
 def register(subparsers) -> None:
     parser = subparsers.add_parser(
         "index",
         help="make video files searchable",
+        usage="bt-adapter index DIR_OR_GLOB [DIR_OR_GLOB ...] -o INDEX [options]\n"
+        "       bt-adapter index --optimize -o INDEX\n"
+        "       bt-adapter index merge INDEX_OR_PARQUET [INDEX_OR_PARQUET ...] -o INDEX\n"
+        "       bt-adapter index export INDEX OUT.parquet\n"
+        "       bt-adapter index convert INDEX [-o INDEX]",
         description="Decode the videos in folders, patterns and files and store their features, with what made them, "
-        "in the folder INDEX. Stop it at any time: the same command goes on where it stopped, and later adds what is "
-        "new or has changed and takes out what is gone. Files that cannot be read are counted and listed in "
-        "INDEX/skipped.jsonl.",
-        epilog="example: bt-adapter index ~/videos 'clips/**/*.mp4' -o videos.index",
+        "in the folder INDEX, a LanceDB table. Stop it at any time: the same command goes on where it stopped, and "
+        "later adds what is new, replaces what has changed, and with --prune takes out what is gone. Files that "
+        "cannot be read are counted and listed in INDEX/skipped.jsonl. The words merge, export and convert come "
+        "first: make one index of several, write one to a Parquet file, turn one of an older version into a table. (A "
+        "folder of such a name is ./merge.)",
+        epilog="examples:\n  bt-adapter index ~/videos 'clips/**/*.mp4' -o videos.index\n"
+        "  bt-adapter index ~/films -o films.index --window 8 --stride 4\n"
+        "  bt-adapter index merge a.index b.index -o all.index",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "videos", nargs="+", type=path, metavar="DIR_OR_GLOB", help="folder, glob pattern (** too) or file"
+        "videos", nargs="*", type=path, metavar="DIR_OR_GLOB", help="folder, glob pattern (** too) or file"
+    )
+    parser.add_argument("-o", "--output", type=path, metavar="INDEX", help="folder of the index, new or existing")
+    parser.add_argument(
+        "--window",
+        type=real_number(0, above=True),
+        metavar="SECONDS",
+        help="find moments: a row for every window of so many seconds; shorter videos are one row (default: a row "
+        "for each video)",
     )
     parser.add_argument(
-        "-o", "--output", required=True, type=path, metavar="INDEX", help="folder of the index, new or existing"
+        "--stride",
+        type=real_number(0, above=True),
+        metavar="SECONDS",
+        help="a window begins every so many seconds (default: half of --window)",
+    )
+    parser.add_argument(
+        "--prune", action="store_true", help="take out the files that are gone; without it, search marks them"
+    )
+    parser.add_argument(
+        "--optimize",
+        action="store_true",
+        help="put small parts together and, above the size where comparing with all rows is fast enough, build an "
+        "index of neighbours and print its recall",
     )
     add_model_options(parser)
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, parser=parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..search.files import find_videos
-    from ..search.index import IndexWriter
-    from ..search.store import check_writable, read_info
+    words = {"merge": _merge, "export": _export, "convert": _convert}
+    if args.videos[:1] and args.videos[0] in words:
+        _refuse_others(args, {"videos", "json", *(() if args.videos[0] == "export" else ("output",))})
+        return words[args.videos[0]](args, args.videos[1:])
+    if args.output is None:
+        args.parser.error("the following arguments are required: -o/--output")
+    if not args.videos and not (args.optimize or args.prune):
+        args.parser.error("name folders, patterns or files with videos (or --optimize, or --prune)")
+    if args.stride is not None and args.window is None:
+        args.parser.error("argument --stride: it goes with --window")
+    return _index(args) if args.videos else _maintain(args)
 
+
+def _index(args: argparse.Namespace) -> int:
+    from ..search.files import find_videos
+    from ..search.moments import Windows
+    from ..search.table import check_writable, has_table, open_table
+    from ..search.writer import IndexWriter
+
+    windows = None if args.window is None else Windows(args.window, args.stride or args.window / 2)
     paths = find_videos(args.videos)
     check_writable(args.output)
-    known = read_info(Path(args.output))
-    if known is not None and args.dtype == "auto":  # wherever it was made
-        args.dtype = known["dtype"]
+    if has_table(args.output) and args.dtype == "auto":
+        args.dtype = open_table(args.output)[1]["dtype"]  # wherever it was made
     encoder = load_encoder(args)
-    with IndexWriter(args.output, encoder) as writer:
+    with IndexWriter(args.output, encoder, windows) as writer:
         update = writer.update(
             paths,
             args.videos,
+            prune=args.prune,
             batch_size=args.batch_size,
             workers=args.workers,
             progress=lambda videos, total: progress(videos, total, "index"),
         )
-    skipped = len(update.skipped)
+    skipped, kept = len(update.skipped), update.gone - update.pruned
+    moments = {} if windows is None or writer.table is None else {"moments": writer.table.count_rows()}
     if args.json:
-        summary = {"index": args.output, "added": update.added, "present": update.present}
+        counts = {"added": update.added, "present": update.present, "gone": update.gone, "pruned": update.pruned}
         seconds = {stage: round(value, 3) for stage, value in encoder.stopwatch.seconds.items()}
-        print(json.dumps({**summary, "gone": update.gone, "skipped": skipped, "seconds": seconds}, indent=2))
+        summary = {"index": args.output, **counts, "skipped": skipped, **moments, "seconds": seconds}
+        print(json.dumps(summary, indent=2))
     else:
-        gone = f", {update.gone} gone and taken out" if update.gone else ""
-        print(f"{args.output}: {update.added} videos added, {update.present} already there, {skipped} skipped{gone}")
+        gone = f", {update.pruned} gone and taken out" if update.pruned else ""
+        gone += f", {kept} gone (--prune takes them out)" if kept else ""
+        print(
+            f"{args.output}: {update.added} videos added, {update.present} already there, {skipped} skipped{gone}"
+            + (f"; {moments['moments']} moments" if moments else "")
+        )
         if update.added:
             shares = (f"{stage} {share:.0%}" for stage, share in encoder.stopwatch.shares().items())
             print(f"where the time went: {', '.join(shares)}")
@@ -66,4 +116,73 @@ def run(args: argparse.Namespace) -> int:
     if update.added + update.present == 0:
         print("bt-adapter index: error: none of the files could be read", file=sys.stderr)
         return 1
+    if args.optimize:
+        _optimize(args)
     return 0
+
+
+def _maintain(args: argparse.Namespace) -> int:
+    """`--prune` and `--optimize` of an index, without videos and so without a model."""
+    from ..search.writer import prune
+
+    _refuse_others(args, {"output", "optimize", "prune", "json"})
+    if args.prune:
+        pruned = prune(args.output)
+        print(json.dumps({"pruned": pruned}) if args.json else f"{args.output}: {pruned} gone and taken out")
+    if args.optimize:
+        _optimize(args)
+    return 0
+
+
+def _optimize(args: argparse.Namespace) -> None:
+    from ..search.index import EXACT_ROWS, VideoIndex
+    from ..search.writer import locked
+
+    index = VideoIndex.load(args.output)
+    with locked(args.output):
+        built = index.optimize()
+    if args.json:
+        print(json.dumps({"rows": built.rows, "recall_at_10": built.at_10, "seconds": built.seconds}))
+    elif built.at_10 is None:
+        print(f"{built.rows} rows: a search compares with all of them, which is fast up to {EXACT_ROWS}")
+    else:
+        print(
+            f"{built.rows} rows: an index of neighbours was built in {built.seconds:.0f} s; of the 10 nearest rows it "
+            f"finds {built.at_10:.1%} (recall@10 of 100 rows against comparing with all)"
+        )
+
+
+def _merge(args: argparse.Namespace, sources: list[str]) -> int:
+    from ..search.exchange import merge
+
+    if not sources or args.output is None:
+        args.parser.error("merge takes the indices to put together, and -o INDEX")
+    return _done(args, args.output, merge(sources, args.output))
+
+
+def _export(args: argparse.Namespace, names: list[str]) -> int:
+    from ..search.exchange import export
+
+    if len(names) != 2:
+        args.parser.error("export takes an index and the name of a Parquet file")
+    return _done(args, names[1], export(*names))
+
+
+def _convert(args: argparse.Namespace, names: list[str]) -> int:
+    from ..search.exchange import convert
+
+    if len(names) != 1:
+        args.parser.error("convert takes one index")
+    return _done(args, args.output or names[0], convert(names[0], args.output))
+
+
+def _done(args: argparse.Namespace, output: str, rows: int) -> int:
+    print(json.dumps({"output": output, "rows": rows}, indent=2) if args.json else f"{output}: {rows} rows")
+    return 0
+
+
+def _refuse_others(args: argparse.Namespace, known: set[str]) -> None:
+    """An option that would do nothing is an error."""
+    for name, value in vars(args).items():
+        if name not in {*known, "videos", "command", "debug"} and value != args.parser.get_default(name):
+            args.parser.error(f"argument --{name.replace('_', '-')}: it is for indexing videos")

@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from ..import_utils import require_package
 
     require_package("sklearn", "quickstart")
+    require_package("lancedb", "quickstart")
     quiet_transformers()
     import torch
 
@@ -55,8 +56,9 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.moving_digits import evaluate_moving_digits, format_scores
     from ..search.contact_sheet import write_contact_sheet
     from ..search.encoding import VideoEncoder
-    from ..search.index import IndexWriter, VideoIndex
-    from ..search.store import check_writable
+    from ..search.index import VideoIndex
+    from ..search.table import check_writable
+    from ..search.writer import IndexWriter
 
     def say(text: str = "") -> None:
         if not args.json:

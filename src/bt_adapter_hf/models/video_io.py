@@ -221,7 +221,7 @@ def _local_source(video: Any, name: str, max_download_bytes: int, timeout: float
             yield Source(path, video)
         return
     if isinstance(video, (str, os.PathLike)):
-        yield _file_source(os.fsdecode(video))
+        yield file_source(os.fsdecode(video))
         return
     if isinstance(video, (bytearray, memoryview)):
         video = bytes(video)
@@ -239,7 +239,7 @@ def _local_source(video: Any, name: str, max_download_bytes: int, timeout: float
     yield Source(video, name)
 
 
-def _file_source(name: str) -> Source:
+def file_source(name: str) -> Source:
     path = os.path.abspath(os.path.expanduser(name))
     try:
         mode = os.stat(path).st_mode
@@ -362,7 +362,7 @@ def _load_picture(
     """One frame of a list as uint8 `(H, W, 3)`."""
     if isinstance(picture, Image.Image):
         return _still(picture, f"Frame {index}", background)
-    source = _file_source(os.fsdecode(picture))
+    source = file_source(os.fsdecode(picture))
     name = f"Frame {index}, {source.name},"
     with item_errors(name), source.opened() as file:
         try:

@@ -3,6 +3,7 @@
 import os
 import tempfile
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,8 +12,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..adapters.writing import printable, written_whole
 from ..models.video_errors import VideoError
-from ..models.video_io import load_video
+from .film import Film
 from .index import Hit, VideoIndex
+from .moments import span_text
 
 
 MAX_FRAMES = 8  # of a video that was sampled more densely, as many spread evenly are shown
@@ -83,7 +85,12 @@ def draw_contact_sheet(query: str, hits: Sequence[Hit], index: VideoIndex, floor
     model = index.info["model"] or "moving-digits"
     model = Path(model).name if os.path.isabs(model) else model  # of a Hub id the owner counts, of a folder the name
     model = printable(model)
-    draw.text((_MARGIN, y + 4), f"{len(hits)} of {len(index.rows)} videos  ·  {model}", _GREY, _font(18))
+    draw.text(
+        (_MARGIN, y + 4),
+        f"{len(hits)} of {len(index)} {'videos' if index.info['moments'] is None else 'moments'}  ·  {model}",
+        _GREY,
+        _font(18),
+    )
 
     best = hits[0].score if hits else floor
     y = header
@@ -101,15 +108,10 @@ def draw_contact_sheet(query: str, hits: Sequence[Hit], index: VideoIndex, floor
 
 
 def _load_strip(hit: Hit, settings: dict) -> _Strip:
+    seconds = hit.row["timestamps"]
     try:
-        frames, metadata = load_video(
-            hit.row["path"],
-            num_frames=settings["num_frames"] if settings["do_sample_frames"] else None,
-            sampling=settings["sampling"],
-            backend=settings["video_backend"],
-            on_damage=settings["on_damage"],
-            background=settings["background"],
-        )
+        with closing(Film(hit.row["path"], settings["on_damage"], tuple(settings["background"]))) as film:
+            frames = film.at(seconds)
     except VideoError as error:  # moved or damaged since it was indexed: the sheet says so in its place
         return _Strip([], [], printable(" ".join(str(error).split())))
     chosen = np.linspace(0, len(frames) - 1, min(MAX_FRAMES, len(frames))).round().astype(int)
@@ -118,7 +120,7 @@ def _load_strip(hit: Hit, settings: dict) -> _Strip:
     scale = min(cell / width, _MAX_FRAME_HEIGHT / height)
     size = (max(1, int(width * scale)), max(1, int(height * scale)))
     pictures = [Image.fromarray(frames[i]).resize(size, Image.Resampling.LANCZOS) for i in chosen]
-    return _Strip(pictures, [metadata.timestamps[i] for i in chosen], None)
+    return _Strip(pictures, [seconds[i] for i in chosen], None)
 
 
 def _draw_facts(draw: ImageDraw.ImageDraw, y: int, hit: Hit, fill: float) -> None:
@@ -126,8 +128,11 @@ def _draw_facts(draw: ImageDraw.ImageDraw, y: int, hit: Hit, fill: float) -> Non
     x, width = _MARGIN + 64, _TEXT_WIDTH - 64 - 36
     path = Path(hit.row["path"])
     draw.text((x, y), _shorten(printable(path.name), _font(20), width), _INK, _font(20))
-    duration = hit.row["duration"]
-    facts = [f"{duration:.1f} s"] if duration is not None else []
+    start, end, duration = hit.row["start"], hit.row["end"], hit.row["duration"]
+    if start > 0 or end != duration:  # a moment
+        facts = [span_text(start, end)]
+    else:
+        facts = [f"{duration:.1f} s"] if duration is not None else []
     facts += [
         f"{hit.row['width']} x {hit.row['height']}",
         _shorten(printable(path.parent.name) + "/", _font(16), width // 2),

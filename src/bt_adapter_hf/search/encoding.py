@@ -138,7 +138,7 @@ class VideoEncoder:
                         f"the text '{text[:40]}...' is {length} tokens long; this model takes {limit}: shorten it."
                     )
             inputs = self.processor(text=batch, padding=True, return_tensors="pt", **cut).to(self.model.device)
-            features.append(_unit_rows(self.model.get_text_features(**inputs).pooler_output, batch))
+            features.append(unit_rows(self.model.get_text_features(**inputs).pooler_output, batch))
         return np.concatenate(features)
 
     def label_scores(self, video: np.ndarray, texts: np.ndarray) -> list[tuple[int, float, float]]:
@@ -186,12 +186,16 @@ class VideoEncoder:
                 for encoded in in_order(pool, self._encode_paths, batches, workers + 1):
                     yield from encoded
             else:
-                yield from self._encode_stream(in_order(pool, self._prepare, paths, batch_size + workers), batch_size)
+                yield from self._encode_stream(in_order(pool, self.prepare, paths, batch_size + workers), batch_size)
 
     def _encode_paths(self, paths: Sequence[str]) -> list["EncodedVideo"]:
-        return self._finish(*self._start([self._prepare(path) for path in paths]))
+        return self.encode_batch([self.prepare(path) for path in paths])
 
-    def _encode_stream(self, prepared: Iterator["_Prepared"], batch_size: int) -> Iterator["EncodedVideo"]:
+    def encode_batch(self, batch: list["PreparedVideo"]) -> list["EncodedVideo"]:
+        """What `prepare` made of a few videos, through the model at once."""
+        return self._finish(*self._start(batch))
+
+    def _encode_stream(self, prepared: Iterator["PreparedVideo"], batch_size: int) -> Iterator["EncodedVideo"]:
         """While the accelerator computes one batch, the next one is copied to it."""
         device = self.model.device
         copies = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -204,7 +208,8 @@ class VideoEncoder:
         if running is not None:
             yield from self._finish(*running)
 
-    def _prepare(self, path: str) -> "_Prepared":
+    def prepare(self, path: str) -> "PreparedVideo":
+        """Decoded and preprocessed, or why not."""
         video = self.processor.video_processor
         try:
             with self.stopwatch("decode"):
@@ -219,13 +224,13 @@ class VideoEncoder:
             with self.stopwatch("preprocess"):
                 inputs = self.processor(videos=[frames], do_sample_frames=False, return_tensors="pt")
         except VideoError as error:
-            return _Prepared(path, None, {}, error)
-        return _Prepared(path, inputs["pixel_values_videos"][0], _describe(metadata), None)
+            return PreparedVideo(path, None, {}, error)
+        return PreparedVideo(path, inputs["pixel_values_videos"][0], _describe(metadata), None)
 
     @torch.inference_mode()
     def _start(
-        self, batch: list["_Prepared"], copies: "torch.cuda.Stream | None" = None
-    ) -> tuple[list["_Prepared"], torch.Tensor | None]:
+        self, batch: list["PreparedVideo"], copies: "torch.cuda.Stream | None" = None
+    ) -> tuple[list["PreparedVideo"], torch.Tensor | None]:
         """Features (good ones, P) of a batch, which an accelerator may not have computed yet."""
         videos = [video.pixels for video in batch if video.pixels is not None]
         if not videos:
@@ -244,15 +249,15 @@ class VideoEncoder:
             output = self.model.get_video_features(pixel_values.to(dtype), frame_mask=frame_mask)
         return batch, output.pooler_output
 
-    def _finish(self, batch: list["_Prepared"], features: torch.Tensor | None) -> list["EncodedVideo"]:
+    def _finish(self, batch: list["PreparedVideo"], features: torch.Tensor | None) -> list["EncodedVideo"]:
         rows = iter(())
         if features is not None:
             with self.stopwatch("tower"):  # an accelerator is waited for
-                rows = iter(_unit_rows(features, [video.path for video in batch if video.error is None]))
+                rows = iter(unit_rows(features, [video.path for video in batch if video.error is None]))
         return [EncodedVideo(path, None if error else next(rows), facts, error) for path, _, facts, error in batch]
 
 
-class _Prepared(NamedTuple):
+class PreparedVideo(NamedTuple):
     """One file: its frames (T, 3, H, W) and facts, or its error."""
 
     path: str
@@ -277,7 +282,7 @@ def _pad(videos: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     return padded, torch.arange(padded.shape[1])[None] < lengths[:, None]
 
 
-def _unit_rows(features: torch.Tensor, names: Sequence[str]) -> np.ndarray:
+def unit_rows(features: torch.Tensor, names: Sequence[str]) -> np.ndarray:
     """(n, P) of any dtype and device -> float32 (n, P) of unit rows."""
     features = torch.nn.functional.normalize(features.float(), dim=-1).cpu()
     bad = (~features.isfinite().all(-1)).nonzero().flatten().tolist()

@@ -33,6 +33,8 @@ def find_videos(inputs: Sequence[str | os.PathLike]) -> list[str]:
         path = _absolute(item)
         if os.path.exists(path):
             matches = [path]
+        elif os.path.islink(path):
+            raise FileNotFoundError(f"'{item}' is a link to a file that does not exist, or to itself.")
         else:
             matches = _matches(path, item)
             if not matches:

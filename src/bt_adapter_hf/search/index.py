@@ -1,37 +1,30 @@
-"""A searchable index of video files: what it finds, and how it is brought up to date."""
+"""Searching an index: exact, or by its index of neighbours where it is large."""
 
-import importlib.metadata
-import json
+import math
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from filelock import FileLock, Timeout
 
-from ..adapters.writing import PARTIAL
-from .encoding import EncodedVideo, VideoEncoder, describe_model
-from .files import file_identity, first_names, roots
-from .store import (
-    FORMAT,
-    LOCK_NAME,
-    check_writable,
-    part_path,
-    part_paths,
-    read_info,
-    read_part,
-    write_file,
-    write_part,
-)
+from .encoding import VideoEncoder, describe_model
+from .moments import suppress
+from .table import COLUMNS, open_table, row_of, writing
 
 
-PART_ROWS = 1024
-FLUSH_SECONDS = 20.0
-_RECORDED_PACKAGES = ("bt_adapter_hf", "transformers", "torch", "torchvision", "av")
+if TYPE_CHECKING:
+    import lancedb
+
+EXACT_ROWS = 100_000  # up to so many, a product with all rows answers in under 0.2 s on two cores
+# With the index of neighbours: the part of its cells that is looked at, and how many rows are then compared exactly.
+# They make the recall and the milliseconds of benchmarks/RESULTS.md.
+_PROBED, _COMPARED = 0.2, 400
+_SAMPLE = 1000  # rows that stand for all in a median
+_FACTS = [*COLUMNS, "path_bytes"]
 
 
 class IndexMismatchError(ValueError):
@@ -39,274 +32,188 @@ class IndexMismatchError(ValueError):
 
 
 class Hit(NamedTuple):
-    """One result. `score` is the cosine of text and video, `row` what the index knows about the file."""
+    """One result. `score` is the cosine of query and moment, `row` what the index knows about it."""
 
     rank: int
     score: float
     row: dict[str, Any]
 
 
+class Optimized(NamedTuple):
+    """How many rows there are; which part of the ten nearest rows the index of neighbours finds, and in how many
+    seconds it was built; None where none was called for."""
+
+    rows: int
+    at_10: float | None = None
+    seconds: float | None = None
+
+
 @dataclass
 class VideoIndex:
-    """An index in memory.
+    """An index on the disk, open for searching.
 
     Attributes:
-        info: the content of index.json.
-        rows: one dict per video: path, size (bytes), mtime_ns, duration (seconds), timestamps (seconds), ...
-        features: float32 (rows, P), L2-normalised.
+        info: what made the vectors: model, revision, fingerprint, dtype, settings, moments.
+        table: the LanceDB table.
     """
 
     folder: Path
     info: dict[str, Any]
-    rows: list[dict[str, Any]]
-    features: np.ndarray
+    table: "lancedb.table.Table"
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "VideoIndex":
-        """Read an index.
+        """Open an index.
 
         Raises:
             FileNotFoundError: there is no index at `folder`.
-            ValueError: it is empty, damaged, or of a newer format.
+            ValueError: it is empty, damaged, or of another format.
         """
-        folder = Path(folder)
-        info = read_info(folder)
-        if info is None:
-            raise FileNotFoundError(f"'{folder}' holds no index: make one with `bt-adapter index VIDEOS -o {folder}`.")
-        rows, parts = [], []
-        for path in part_paths(folder):
-            part_rows, part_features = read_part(path, info["dim"])
-            rows += part_rows
-            parts.append(part_features)
-        latest = {row["path"]: i for i, row in enumerate(rows)}
-        if not latest:
+        table, info = open_table(folder)
+        if table.count_rows() == 0:
             raise ValueError(f"the index '{folder}' is empty: run `bt-adapter index` again.")
-        keep = list(latest.values())
-        return cls(folder, info, [rows[i] for i in keep], np.concatenate(parts)[keep])
+        return cls(Path(folder), info, table)
+
+    def __len__(self) -> int:
+        """Number of rows: of moments, or of videos where the index has no moments."""
+        return self.table.count_rows()
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows, without their vectors: path, start and end (seconds), size (bytes), duration, timestamps, ..."""
+        return [row_of(row) for batch in self._batches(_FACTS) for row in batch.to_pylist()]
+
+    @property
+    def features(self) -> np.ndarray:
+        """All vectors, float32 (rows, P), in the order of `rows`."""
+        dim = self.info["dim"]
+        parts = [batch["vector"].flatten().to_numpy().reshape(-1, dim) for batch in self._batches(["vector"])]
+        return np.concatenate([np.empty((0, dim), np.float32), *parts])
 
     def check_model(self, encoder: VideoEncoder) -> None:
         """Raise `IndexMismatchError` unless `encoder` has the weights that made this index."""
-        _check_model(self.folder, self.info, encoder)
+        check_model(self.folder, self.info, encoder)
 
-    def search(self, queries: np.ndarray, k: int = 5) -> list[list[Hit]]:
-        """The k nearest videos by cosine, best first, for each query.
+    def search(
+        self,
+        queries: np.ndarray,
+        k: int = 5,
+        *,
+        where: str | None = None,
+        per_video: bool = False,
+        overlap: float = 0.0,
+        exact: bool = False,
+    ) -> list[list[Hit]]:
+        """The k nearest moments by cosine, best first, for each query.
 
         Args:
             queries: float32 (queries, P), L2-normalised, from `VideoEncoder.encode_texts` or `encode_videos`.
             k: number of hits; fewer come back from a smaller index.
+            where: SQL condition over the columns of the index, such as "duration > 60 and path like '%holiday%'".
+            per_video: only the best moment of each file.
+            overlap: moments of one file are left out that share more than this part of their time with a better one.
+            exact: compare with all rows, also where there is an index of neighbours.
+
+        Raises:
+            ValueError: queries of another width, or a condition that is none.
         """
         if k < 1:
             raise ValueError(f"k={k}: expected at least 1.")
-        if queries.ndim != 2 or queries.shape[1] != self.features.shape[1]:
+        if not 0 <= overlap <= 1:
+            raise ValueError(f"overlap={overlap}: expected a number from 0 to 1.")
+        if queries.ndim != 2 or queries.shape[1] != self.info["dim"]:
             raise ValueError(
-                f"queries have shape {queries.shape}; expected (queries, {self.features.shape[1]}), the width of the "
+                f"queries have shape {queries.shape}; expected (queries, {self.info['dim']}), the width of the "
                 "index: they must come from the same model."
             )
-        scores = queries @ self.features.T  # (queries, rows)
-        nearest = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        return [
-            [Hit(rank, float(of_query[i]), self.rows[i]) for rank, i in enumerate(found, start=1)]
-            for of_query, found in zip(scores, nearest, strict=True)
-        ]
+        neighbours = not exact and any("vector" in found.columns for found in self.table.list_indices())
+        return [self._search(query, k, where, per_video, overlap, neighbours) for query in queries]
+
+    def _search(
+        self, query: np.ndarray, k: int, where: str | None, per_video: bool, overlap: float, neighbours: bool
+    ) -> list[Hit]:
+        """Asks for twice as many until k are left of them."""
+        moments = per_video or self.info["moments"] is not None
+        limit = 4 * k if moments else k
+        while True:
+            found = self._nearest(query, limit, where, neighbours)
+            hits = [(1 - row["_distance"], row_of(row)) for row in found]
+            if moments:
+                hits = suppress(hits, overlap, per_video)
+            if len(hits) >= k or len(found) < limit:
+                return [Hit(rank, score, row) for rank, (score, row) in enumerate(hits[:k], start=1)]
+            limit *= 4
+
+    def _nearest(self, query: np.ndarray, limit: int, where: str | None, neighbours: bool) -> list[dict[str, Any]]:
+        search = self.table.search(query, vector_column_name="vector").distance_type("dot").limit(limit)
+        search = search.select([*_FACTS, "_distance"])
+        if neighbours:
+            search = search.nprobes(max(20, math.ceil(_PROBED * _cells(len(self))))).refine_factor(
+                max(2, _COMPARED // limit)
+            )
+        else:
+            search = search.bypass_vector_index()
+        if where is not None:
+            search = search.where(where, prefilter=True)
+        try:
+            return search.to_list()
+        except (RuntimeError, ValueError, OSError) as error:
+            if where is None:
+                raise ValueError(f"the index '{self.folder}' cannot be read: {error}.") from error
+            reason = str(error).splitlines()[0].split(", /")[0].removeprefix("Invalid input, ")
+            raise ValueError(
+                f"the condition '{where}' cannot be used: {reason.split(' Valid fields')[0]} It is SQL over the "
+                f"columns {', '.join(COLUMNS)}, such as \"duration > 60 and path like '%holiday%'\"."
+            ) from error
 
     def median_score(self, query: np.ndarray) -> float:
-        """Median over all videos of the cosine with `query` (P,): what a video scores that has nothing to do with it,
-        as long as most of them have not."""
-        return float(np.median(self.features @ query))
+        """Median over the videos of the cosine with `query` (P,): what a video scores that has nothing to do with it,
+        as long as most of them have not. Of a large index a thousand rows stand for all."""
+        return float(np.median(self._sample(_SAMPLE) @ query))
 
+    def _sample(self, count: int) -> np.ndarray:
+        rows = len(self)
+        offsets = np.unique(np.linspace(0, rows - 1, min(count, rows)).astype(int)).tolist()
+        found = self.table.take_offsets(offsets).select(["vector"]).to_arrow()
+        return found["vector"].combine_chunks().flatten().to_numpy().reshape(-1, self.info["dim"])
 
-class Update(NamedTuple):
-    """What a run did: numbers of videos, and of those that could not be read a line {"path", "reason"} each."""
+    def _batches(self, columns: list[str]) -> Iterator[Any]:
+        return self.table.search().select(columns).limit(max(1, len(self))).to_batches()
 
-    added: int
-    present: int
-    gone: int
-    skipped: list[dict[str, str]]
+    def optimize(self, exact_rows: int = EXACT_ROWS) -> Optimized:
+        """Puts small parts together, and builds an index of neighbours for more than `exact_rows` rows.
 
-
-class IndexWriter:
-    """Brings an index folder, new or existing, up to date.
-
-    A context manager: what has been added is written every 20 seconds and on leaving, errors and Ctrl-C included. Only
-    one at a time has a folder.
-
-    Raises:
-        IndexMismatchError: the folder holds an index of another model or other settings.
-        ValueError: the folder holds something else, or a damaged index.
-        OSError: it cannot be written, or another process writes it.
-    """
-
-    def __init__(self, folder: str | os.PathLike, encoder: VideoEncoder):
-        self.folder, self.encoder = Path(folder), encoder
-        self.skipped: list[dict[str, str]] = []
-        self._known: dict[str, tuple[int, int]] = {}
-        self._seen: dict[str, tuple[int, int] | None] = {}  # before decoding, so that a later change is noticed
-        self._rows: list[dict[str, Any]] = []  # of the part that is being filled
-        self._features: list[np.ndarray] = []
-        self._part = 0
-        self._flushed_at = time.monotonic()
-        self._changed = False
-        check_writable(self.folder)
-
-    def __enter__(self) -> "IndexWriter":
-        self._made_folder = not self.folder.exists()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.folder / LOCK_NAME, timeout=0)
-        try:
-            self._lock.acquire()
-        except Timeout as error:
-            raise OSError(
-                f"another process is writing the index '{self.folder}': wait until it has ended, or name another "
-                "folder with -o."
-            ) from error
-        try:
-            self._read()
-        except BaseException:
-            self._unlock()
-            raise
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        try:
-            with self.encoder.stopwatch("write"):
-                self._flush()
-                self._write_skipped()
-        finally:
-            self._unlock()
-
-    def update(
-        self,
-        paths: Sequence[str],
-        inputs: Sequence[str | os.PathLike] = (),
-        *,
-        batch_size: int = 8,
-        workers: int | None = None,
-        progress: Callable[[Iterable, int], Iterable] = lambda videos, total: videos,
-    ) -> Update:
-        """Adds the videos that the index lacks, and takes out those that are gone.
-
-        Args:
-            paths: of [`find_videos`].
-            inputs: of [`find_videos`]; what is in the index and lay there, and is no longer on the disk, is taken out.
-            batch_size, workers: of [`VideoEncoder.encode_videos`].
-            progress: what goes over the videos, given them and their number, such as a progress bar.
+        Returns:
+            The recall of that index against comparing with all rows, over 100 rows of the table as queries.
         """
-        folders = roots(inputs)
-        gone = {path for path in self._known if not os.path.exists(path) and _is_under(path, folders)}
-        self._take_out(gone)
-        missing = self.missing(paths)
-        videos = self.encoder.encode_videos(missing, batch_size=batch_size, workers=workers)
-        before = len(self.skipped)
-        for video in progress(videos, len(missing)):
-            self.add(video)
-        skipped = self.skipped[before:]
-        return Update(len(missing) - len(skipped), len(self._seen) - len(missing), len(gone), skipped)
+        from lancedb.index import IvfRq
 
-    def missing(self, paths: Iterable[str]) -> list[str]:
-        """Those of `paths` that are not in the index, or have changed in size or time of modification since.
-
-        A file that the index knows by another name is not missing.
-        """
-        known = first_names(self._known)
-        names = (known.get(file_identity(path), path) for path in paths)
-        self._seen = {path: _file_state(path) for path in names}
-        return [path for path, state in self._seen.items() if state is None or self._known.get(path) != state]
-
-    def add(self, video: EncodedVideo) -> None:
-        """Add one video, or note its error."""
-        if video.error is None:
-            state = self._seen.get(video.path) or _file_state(video.path)
-            if state is None:
-                raise FileNotFoundError(f"'{video.path}' does not exist.")
-            size, mtime_ns = state
-            self._rows.append({"path": video.path, "size": size, "mtime_ns": mtime_ns, **video.facts})
-            self._features.append(video.feature)
-            self._known[video.path] = state
-            self._changed = True
-        else:
-            self.skipped.append({"path": video.path, "reason": " ".join(str(video.error).split())})
-        if len(self._rows) >= PART_ROWS or time.monotonic() - self._flushed_at > FLUSH_SECONDS:
-            with self.encoder.stopwatch("write"):
-                self._flush()
-                self._write_skipped()
-
-    def _read(self) -> None:
-        for left in self.folder.glob(f".*{PARTIAL}"):  # by a process that was killed
-            left.unlink()
-        self.info = read_info(self.folder)
-        if self.info is None:
-            self.info = _new_info(self.encoder)
-        else:
-            _check_model(self.folder, self.info, self.encoder)
-            _check_settings(self.folder, self.info, self.encoder)
-        for path in part_paths(self.folder):
-            rows, features = read_part(path, self.info["dim"])
-            self._known.update((row["path"], (row["size"], row["mtime_ns"])) for row in rows)
-            full = len(rows) >= PART_ROWS
-            self._part = int(path.stem.removeprefix("part-")) + full
-            self._rows, self._features = ([], []) if full else (rows, list(features))
-
-    def _take_out(self, gone: set[str]) -> None:
-        """Rewrites the parts with rows of these paths; the one that is being filled follows with the next flush."""
-        if not gone:
-            return
-        current = part_path(self.folder, self._part)
-        for path in part_paths(self.folder):
-            rows, features = read_part(path, self.info["dim"])
-            kept = [i for i, row in enumerate(rows) if row["path"] not in gone]
-            if len(kept) == len(rows):
-                continue
-            rows, features = [rows[i] for i in kept], [features[i] for i in kept]
-            if path == current:
-                self._rows, self._features, self._changed = rows, features, True
-            else:
-                write_part(path, rows, features)
-        for path in gone:
-            del self._known[path]
-
-    def _flush(self) -> None:
-        self._flushed_at = time.monotonic()
-        if not self._changed:
-            return
-        self.info["updated"] = _now()
-        # First of all: parts without index.json would be nobody's.
-        write_file(self.folder / "index.json", (json.dumps(self.info, indent=2) + "\n").encode())
-        write_part(part_path(self.folder, self._part), self._rows, self._features)
-        self._changed = False
-        if len(self._rows) >= PART_ROWS:
-            self._rows, self._features = [], []
-            self._part += 1
-
-    def _write_skipped(self) -> None:
-        path = self.folder / "skipped.jsonl"
-        if self.skipped:
-            write_file(path, "".join(json.dumps(line) + "\n" for line in self.skipped).encode())
-        else:
-            path.unlink(missing_ok=True)
-
-    def _unlock(self) -> None:
-        Path(self._lock.lock_file).unlink(missing_ok=True)  # while it is held: FileLock sees that it is gone
-        self._lock.release()
-        if self._made_folder and not any(self.folder.iterdir()):
-            self.folder.rmdir()
+        rows = len(self)
+        with writing(self.folder):
+            # The lock of the writer is held: what no version names is left from one that was killed.
+            self.table.optimize(cleanup_older_than=timedelta(hours=1), delete_unverified=True)
+            if rows <= exact_rows:
+                return Optimized(rows)
+            started = time.monotonic()
+            config = IvfRq(distance_type="dot", num_partitions=_cells(rows))
+            self.table.create_index("vector", config=config, replace=True)
+        seconds, queries, found = time.monotonic() - started, self._sample(100), 0.0
+        for query in queries:
+            exact, fast = (
+                {(row["path"], row["start"]) for row in self._nearest(query, 10, None, neighbours)}
+                for neighbours in (False, True)
+            )
+            found += len(exact & fast) / len(exact)
+        return Optimized(rows, found / len(queries), seconds)
 
 
-def _new_info(encoder: VideoEncoder) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "model": encoder.source,
-        "revision": encoder.revision,
-        "fingerprint": encoder.fingerprint(),
-        "dtype": str(encoder.model.dtype).removeprefix("torch."),
-        "dim": encoder.model.config.projection_dim,
-        "settings": encoder.settings,
-        "packages": {name: importlib.metadata.version(name) for name in _RECORDED_PACKAGES},
-        "created": _now(),
-        "updated": _now(),
-    }
+def _cells(rows: int) -> int:
+    """Of the index of neighbours."""
+    return max(1, round(math.sqrt(rows)))
 
 
-def _check_model(folder: Path, info: dict[str, Any], encoder: VideoEncoder) -> None:
+def check_model(folder: str | os.PathLike, info: dict[str, Any], encoder: VideoEncoder) -> None:
+    """Raise `IndexMismatchError` unless `encoder` has the weights that made an index."""
     if info["fingerprint"] == encoder.fingerprint():
         return
     made_with = describe_model(info["model"], info["revision"], info["dtype"])
@@ -316,27 +223,33 @@ def _check_model(folder: Path, info: dict[str, Any], encoder: VideoEncoder) -> N
     )
 
 
-def _check_settings(folder: Path, info: dict[str, Any], encoder: VideoEncoder) -> None:
-    old, new = info["settings"], json.loads(json.dumps(encoder.settings))
-    differing = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+def check_same(folder: str | os.PathLike, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Raise `IndexMismatchError` unless videos are sampled and preprocessed, and cut into moments, in the same way."""
+    differing = []
+    for name, before, now in _settings(old, new):
+        if before != now:
+            differing.append(f"{name}={before!r}, now {now!r}")
     if differing:
-        values = ", ".join(f"{name}={old.get(name)!r}, now {new.get(name)!r}" for name in differing)
         raise IndexMismatchError(
-            f"the index '{folder}' was made with other settings ({values}). Use the same, or make a new index."
+            f"the index '{folder}' was made with other settings ({', '.join(differing)}). Use the same, or make a new "
+            "index."
         )
 
 
-def _is_under(path: str, folders: list[str]) -> bool:
-    return any(Path(path).is_relative_to(folder) for folder in folders)
+def _settings(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    for name in sorted(old["settings"].keys() | new["settings"].keys()):
+        yield name, old["settings"].get(name), new["settings"].get(name)
+    for name in ("window", "stride"):
+        yield name, (old["moments"] or {}).get(name), (new["moments"] or {}).get(name)
 
 
-def _file_state(path: str) -> tuple[int, int] | None:
-    try:
-        stat = os.stat(path)
-    except OSError:
-        return None
-    return stat.st_size, stat.st_mtime_ns
+def combined(queries: Sequence[np.ndarray], against: np.ndarray | None) -> np.ndarray:
+    """(queries, P) unit queries, turned away from what is not wanted.
 
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    The score is the cosine with the query less half of that with `against` (P,), scaled so that the query is a unit.
+    """
+    queries = np.stack(queries)
+    if against is None:
+        return queries
+    turned = queries - 0.5 * against
+    return (turned / np.linalg.norm(turned, axis=1, keepdims=True)).astype(np.float32)

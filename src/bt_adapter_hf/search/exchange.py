@@ -1,0 +1,151 @@
+"""Tables in and out: several indices made one, an index as a Parquet file, and an index of an older version."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..adapters.writing import written_whole
+from ..import_utils import require_package
+from .index import IndexMismatchError, VideoIndex, check_same
+from .table import FORMAT, check_writable, create_table, has_table, read_info, to_arrow
+from .writer import known_files, locked, replace_rows
+
+
+_AT_ONCE = 8192  # rows in memory
+
+
+def merge(sources: Sequence[str | os.PathLike], output: str | os.PathLike) -> int:
+    """Makes one index of several: folders of indices, and Parquet files of [`export`] or of Ray. Returns its rows.
+
+    Of a file that several have, the rows of the last one count, as if it had been indexed again. `output` may be an
+    index: what the sources have is put into it. A source is put in as a whole or not at all.
+
+    Raises:
+        IndexMismatchError: the sources are of several models or settings.
+        ValueError: a source is no index.
+        OSError: a source is not there, or `output` cannot be written.
+    """
+    require_package("lancedb", "search")
+    check_writable(output)
+    for source in sources:
+        if Path(source).absolute() == Path(output).absolute():
+            raise ValueError(f"'{output}' is to be merged into itself: name another index with -o.")
+    with locked(output):
+        index = VideoIndex.load(output) if has_table(Path(output)) else None
+        info = None if index is None else index.info
+        opened = []
+        for source in sources:
+            found, data = _open(source)
+            if info is not None:
+                _check_fits(source, found, output if index is not None else sources[0], info)
+            info = info or found
+            opened.append(data)
+        table = None if index is None else index.table
+        for data in opened:
+            rows = data()
+            if table is None:
+                table = create_table(output, rows)
+            else:
+                paths = set(rows["path"].to_pylist())
+                replace_rows(table, output, rows, sorted(paths & known_files(table).keys()))
+        return table.count_rows()
+
+
+def _open(source: str | os.PathLike):
+    """What made the vectors of a source, and what reads its rows."""
+    if os.path.isfile(source):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            info = read_info(source, pq.read_schema(source).metadata or {})
+        except pa.ArrowException as error:
+            raise ValueError(f"'{source}' is no Parquet file: {error}.") from error
+        return info, lambda: pq.read_table(source)
+    index = VideoIndex.load(source)
+    return index.info, index.table.to_arrow
+
+
+def _check_fits(source: str | os.PathLike, found: dict[str, Any], other: str | os.PathLike, info: dict) -> None:
+    if found["fingerprint"] != info["fingerprint"]:
+        raise IndexMismatchError(
+            f"'{source}' was made with another model than '{other}' ({found['model']}, {info['model']}; or with other "
+            "weights of it): their vectors do not compare."
+        )
+    check_same(other, info, found)
+
+
+def export(folder: str | os.PathLike, output: str | os.PathLike) -> int:
+    """Writes all rows of an index, vectors too, to a Parquet file, for other vector databases. Returns their number.
+
+    The metadata of its schema say what made the vectors, so that [`merge`] takes the file.
+    """
+    import pyarrow.parquet as pq
+
+    index = VideoIndex.load(folder)
+    if Path(output).suffix.lower() != ".parquet":
+        raise ValueError(f"'{output}' is to be a Parquet file: give it a name that ends in .parquet.")
+    rows = 0
+    with written_whole(output) as file, pq.ParquetWriter(file, index.table.schema) as writer:
+        batches = index.table.search().limit(len(index)).to_batches(batch_size=_AT_ONCE)
+        for batch in batches:
+            writer.write_batch(batch.select(index.table.schema.names))
+            rows += len(batch)
+    return rows
+
+
+def convert(folder: str | os.PathLike, output: str | os.PathLike | None = None) -> int:
+    """Makes a table of an index of format 1, in place or in another folder, and encodes nothing. Returns its rows.
+
+    In place, the old files go when the table is complete: whatever interrupts it, the same call ends it.
+    """
+    require_package("lancedb", "search")
+    folder = Path(folder)
+    output = folder if output is None else Path(output)
+    if not (folder / "index.json").is_file():
+        raise FileNotFoundError(f"'{folder}' holds no index of an older version (there is no index.json).")
+    if output != folder:
+        check_writable(output)
+    with locked(output):
+        if has_table(output):
+            if output != folder:
+                raise FileExistsError(f"'{output}' holds an index already: name a new folder with -o.")
+        else:
+            info, rows, features = _read_format1(folder)
+            create_table(output, to_arrow({**info, "format": FORMAT, "moments": None}, rows, features))
+        if output == folder:
+            for path in [*_parts(folder), folder / "index.json"]:
+                path.unlink()
+        return len(VideoIndex.load(output))
+
+
+def _parts(folder: Path) -> list[Path]:
+    return sorted(folder.glob("part-" + "[0-9]" * 5 + ".safetensors"))
+
+
+def _read_format1(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], np.ndarray]:
+    """Description, rows and features of index.json and its parts; of two rows with one path the later counts."""
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / "index.json"
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+        if info["format"] != 1:
+            raise ValueError(f"it has format {info['format']}")
+        latest: dict[str, tuple[dict[str, Any], np.ndarray]] = {}
+        for path in _parts(folder):
+            with safe_open(path, framework="numpy") as file:
+                rows, features = json.loads(file.metadata()["rows"]), file.get_tensor("features")
+            if features.shape != (len(rows), info["dim"]):
+                raise ValueError(f"{len(rows)} rows, features {features.shape}, {info['dim']} wide expected")
+            latest.update((row["path"], (row, feature)) for row, feature in zip(rows, features, strict=True))
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+        raise ValueError(f"'{path}' is damaged ({error}): make a new index.") from error
+    if not latest:
+        raise ValueError(f"the index '{folder}' is empty: make a new one.")
+    rows = [{**row, "start": 0.0, "end": row.get("duration")} for row, _ in latest.values()]
+    return info, rows, np.stack([feature for _, feature in latest.values()])

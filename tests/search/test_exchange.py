@@ -1,0 +1,125 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from safetensors.numpy import save_file
+
+from bt_adapter_hf.search.exchange import convert, export, merge
+from bt_adapter_hf.search.index import IndexMismatchError, VideoIndex
+from tests.search.test_index import INFO, make, unit
+
+
+def index_of(folder, names: list[str], seed: int = 0, **info) -> VideoIndex:
+    rows = [{"path": name, "start": 0.0, "end": 2.0, "size": seed, "mtime_ns": 5} for name in names]
+    return make(folder, unit(np.random.default_rng(seed).normal(size=(len(names), 8))), rows, **info)
+
+
+def contents(index: VideoIndex) -> dict[str, tuple[int, list[float]]]:
+    return {
+        row["path"]: (row["size"], feature.tolist()) for row, feature in zip(index.rows, index.features, strict=True)
+    }
+
+
+def test_merge(tmp_path):
+    a, b = index_of(tmp_path / "a", ["1", "2", "it's"]), index_of(tmp_path / "b", ["it's", "4"], seed=1)
+    assert merge([tmp_path / "a", tmp_path / "b"], tmp_path / "c") == 4
+    merged = VideoIndex.load(tmp_path / "c")
+    assert merged.info == a.info
+    assert contents(merged) == {**contents(a), **contents(b)}  # of one file the later rows count
+    index_of(tmp_path / "d", ["5"], seed=2)
+    assert merge([tmp_path / "d"], tmp_path / "c") == 5  # into one that is there
+    assert merge([tmp_path / "d"], tmp_path / "c") == 5
+
+
+def test_an_exported_index_is_merged_again(tmp_path):
+    a = index_of(tmp_path / "a", ["1", "2", "3"])
+    assert export(tmp_path / "a", tmp_path / "a.parquet") == 3
+    table = pq.read_table(tmp_path / "a.parquet")
+    assert table.column_names == a.table.schema.names
+    np.testing.assert_array_equal(np.stack(table["vector"].to_numpy()), a.features)
+    assert merge([tmp_path / "a.parquet"], tmp_path / "b") == 3
+    assert contents(VideoIndex.load(tmp_path / "b")) == contents(a)
+
+
+def test_what_does_not_fit_is_not_merged(tmp_path):
+    index_of(tmp_path / "a", ["1"])
+    index_of(tmp_path / "other", ["2"], fingerprint="g")
+    index_of(tmp_path / "frames", ["2"], settings={"num_frames": 4})
+    index_of(tmp_path / "moments", ["2"], moments={"window": 8.0, "stride": 4.0})
+    with pytest.raises(IndexMismatchError, match=r"other' was made with another model than '.*a'"):
+        merge([tmp_path / "a", tmp_path / "other"], tmp_path / "c")
+    with pytest.raises(IndexMismatchError, match="num_frames=None, now 4"):
+        merge([tmp_path / "a", tmp_path / "frames"], tmp_path / "c")
+    with pytest.raises(IndexMismatchError, match="window=None, now 8"):
+        merge([tmp_path / "a", tmp_path / "moments"], tmp_path / "c")
+    with pytest.raises(ValueError, match="merged into itself"):
+        merge([tmp_path / "a"], tmp_path / "a")
+    with pytest.raises(FileNotFoundError, match="holds no index"):
+        merge([tmp_path / "a", tmp_path / "none"], tmp_path / "c")
+    (tmp_path / "x.parquet").write_text("x")
+    with pytest.raises(ValueError, match=r"x\.parquet' is no Parquet file"):
+        merge([tmp_path / "x.parquet"], tmp_path / "c")
+    pq.write_table(
+        VideoIndex.load(tmp_path / "a").table.to_arrow().replace_schema_metadata({}), tmp_path / "y.parquet"
+    )
+    with pytest.raises(ValueError, match="does not say which model"):
+        merge([tmp_path / "y.parquet"], tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+    with pytest.raises(ValueError, match=r"ends in \.parquet"):
+        export(tmp_path / "a", tmp_path / "a.csv")
+
+
+def old_index(folder: Path) -> np.ndarray:
+    """As earlier versions wrote it; the second part replaces a row of the first."""
+    folder.mkdir()
+    info = {name: value for name, value in INFO.items() if name != "moments"}
+    (folder / "index.json").write_text(json.dumps({**info, "format": 1}))
+    features = unit(np.random.default_rng(0).normal(size=(5, 8)))
+    for part, (names, rows) in enumerate(((["1", "2", "caf\udce9"], features[:3]), (["2", "4"], features[3:]))):
+        facts = [{"path": name, "size": 7, "mtime_ns": 8, "duration": 2.5, "timestamps": [0.0]} for name in names]
+        save_file({"features": rows}, folder / f"part-0000{part}.safetensors", {"rows": json.dumps(facts)})
+    return features
+
+
+def test_an_index_of_format_1_becomes_a_table(tmp_path):
+    features = old_index(tmp_path / "old")
+    with pytest.raises(ValueError, match="convert .*old` makes a table of it"):
+        VideoIndex.load(tmp_path / "old")
+    with pytest.raises(ValueError, match="convert .*old` makes a table of it"):
+        merge([tmp_path / "old"], tmp_path / "c")
+    assert convert(tmp_path / "old", tmp_path / "new") == 4
+    assert convert(tmp_path / "old") == 4
+    assert [path.name for path in (tmp_path / "old").iterdir()] == ["videos.lance"]
+    for folder in ("old", "new"):
+        index = VideoIndex.load(tmp_path / folder)
+        assert index.info == INFO
+        assert [row["path"] for row in index.rows] == ["1", "2", "caf\udce9", "4"]
+        assert [(row["start"], row["end"], row["size"]) for row in index.rows] == [(0.0, 2.5, 7)] * 4
+        np.testing.assert_array_equal(index.features, features[[0, 3, 2, 4]])
+
+
+def test_a_conversion_that_was_killed_is_ended(tmp_path):
+    old_index(tmp_path / "old")
+    parts = {path: path.read_bytes() for path in (tmp_path / "old").iterdir()}
+    convert(tmp_path / "old")
+    for path, content in parts.items():  # the table is complete, the old files are still there
+        path.write_bytes(content)
+    assert len(VideoIndex.load(tmp_path / "old")) == 4
+    assert convert(tmp_path / "old") == 4
+    assert [path.name for path in (tmp_path / "old").iterdir()] == ["videos.lance"]
+
+
+def test_what_cannot_be_converted(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no index of an older version"):
+        convert(tmp_path)
+    old_index(tmp_path / "old")
+    index_of(tmp_path / "new", ["1"])
+    with pytest.raises(FileExistsError, match="holds an index already"):
+        convert(tmp_path / "old", tmp_path / "new")
+    part = tmp_path / "old" / "part-00000.safetensors"
+    part.write_bytes(part.read_bytes()[:-20])
+    with pytest.raises(ValueError, match="part-00000.safetensors' is damaged"):
+        convert(tmp_path / "old")
+    assert part.exists()
