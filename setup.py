@@ -34,7 +34,7 @@ EXTRAS = {
     "quickstart": ["lancedb>=0.39", "scikit-learn>=1.5"],
     "quantization": ["bitsandbytes>=0.50"],
     "torchcodec": ["torchcodec>=0.12"],  # a further decoder; needs FFmpeg's libraries
-    "demo": ["gradio>=6.20"],
+    "demo": ["gradio>=6.20", "lancedb>=0.39"],
     "docs": ["mkdocs>=1.6.1", "mkdocs-material>=9.7", "mkdocstrings-python>=2.0"],
     "test": [
         "pytest>=8.0",

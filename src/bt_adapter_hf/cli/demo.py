@@ -65,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
     from ..import_utils import require_package
 
     require_package("gradio", "demo")
+    require_package("lancedb", "demo")
     if not args.videos and args.model is None:
         require_package("sklearn", "quickstart")
     _check_port(args.host, args.port)
@@ -123,12 +124,15 @@ def gather(args: argparse.Namespace, folder: Path):
 
 
 def _is_index(path: str) -> bool:
-    return (Path(path) / "index.json").is_file()
+    from ..search.table import has_table
+
+    return has_table(path) or (Path(path) / "index.json").is_file()  # of an older version: loading it says so
 
 
 def _make_index(videos: list[str], folder: Path, encoder):
     from ..search.files import find_videos
-    from ..search.index import IndexWriter, VideoIndex
+    from ..search.index import VideoIndex
+    from ..search.writer import IndexWriter
 
     with IndexWriter(folder, encoder) as writer:
         done = writer.update(find_videos(videos), progress=lambda found, total: progress(found, total, "index"))
