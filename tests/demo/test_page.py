@@ -1,7 +1,6 @@
 """The page as a program sees it: gradio's client against a server in this process, with the models of the package."""
 
-import argparse
-import os
+import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,34 +9,12 @@ import httpx
 import pytest
 
 from bt_adapter_hf.cli.demo import gather
-from bt_adapter_hf.cli.main import build_parser, main
+from bt_adapter_hf.cli.main import main
+from tests.demo.conftest import arguments
 
 
-pytest.importorskip("sklearn")
 gradio_client = pytest.importorskip("gradio_client")
-from bt_adapter_hf.demo.page import serve  # noqa: E402
-
-
 RIGHT, LEFT = "a red zero moves from the left to the right", "a red zero moves from the right to the left"
-
-
-def arguments(*options: str) -> argparse.Namespace:
-    return build_parser(["demo"]).parse_args(["demo", "--port", "0", "--device", "cpu", *options])
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    """The page on its default models, with limits: (page, address, folder of uploads)."""
-    folder = tmp_path_factory.mktemp("demo")
-    before = os.environ.get("GRADIO_TEMP_DIR")
-    os.environ["GRADIO_TEMP_DIR"] = str(folder / "uploads")
-    page = gather(arguments("--max-upload", "1", "--max-seconds", "20", "--max-files", "2"), folder)
-    with serve(page, "127.0.0.1", 0) as address:
-        yield page, address, folder / "uploads"
-    if before is None:
-        del os.environ["GRADIO_TEMP_DIR"]
-    else:
-        os.environ["GRADIO_TEMP_DIR"] = before
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +28,6 @@ def handle(path) -> dict:
 
 def example(served, caption: str) -> str:
     """The clip with a caption."""
-    import json
-
     page, _, _ = served
     folder = Path(page.examples[0]).parent
     rows = map(json.loads, (folder / "metadata.jsonl").read_text().splitlines())

@@ -26,7 +26,7 @@ def test_navigation():
             assert (ROOT / name.removeprefix("repository/")).is_file()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda path: path.name)
 def test_links_lead_somewhere(page):
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     for is_picture, label, link in LINK.findall(text):

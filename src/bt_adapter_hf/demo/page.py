@@ -48,7 +48,7 @@ def serve(material: Material, host: str, port: int, queue: int = 16) -> Iterator
         server_name=host,
         server_port=port or _free_port(host),
         max_file_size=f"{material.limits.megabytes}mb",
-        theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"]),  # none from elsewhere
+        theme=_theme(),
         css=CSS,
         footer_links=[],
         share=False,
@@ -64,6 +64,17 @@ def serve(material: Material, host: str, port: int, queue: int = 16) -> Iterator
         yield address
     finally:
         blocks.close(verbose=False)
+
+
+def _theme() -> gr.themes.Base:
+    """Fonts of the visitor's machine, none from elsewhere; colours whose contrast is at least 4.5 to 1."""
+    theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    return theme.set(
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        block_label_text_color="*primary_800",
+        block_title_text_color="*primary_800",
+    )
 
 
 def wait() -> None:

@@ -37,7 +37,9 @@ def search(page: Material) -> None:
         with gr.Column():
             player = gr.HTML()
             told = gr.Markdown()
-    gallery = gr.Gallery(label="Best first; a click plays it", columns=4, allow_preview=False, object_fit="contain")
+    gallery = gr.Gallery(
+        label="Best first; a click plays it", columns=4, allow_preview=False, object_fit="contain", buttons=[]
+    )
     found = gr.State([])
 
     @clear_errors
@@ -102,7 +104,7 @@ def chat(page: Material) -> None:
         f"Videos and images, up to {page.limits.files} a message, and questions about them. A video costs as many "
         "tokens as an image, whatever its length."
     )
-    talk = gr.Chatbot(label="Conversation", height=420)
+    talk = gr.Chatbot(label="Conversation", height=420, buttons=["copy"])
     tokens = gr.Markdown()
     box = gr.MultimodalTextbox(
         label="Message",
