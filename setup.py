@@ -40,7 +40,9 @@ EXTRAS = {
         "pytest>=8.0",
         "pytest-xdist>=3.6",
         "ruff==0.17.*",
+        "evaluate>=0.4.6",
         "open_clip_torch>=2.30",
+        "sentence-transformers>=6.2",
         "tensorboard>=2.20",
     ],
 }

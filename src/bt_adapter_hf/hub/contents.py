@@ -22,6 +22,7 @@ from ..models.configuration_bt_adapter_chat import (
     BTAdapterLlavaConfig,
     BTAdapterMiniGPT4Config,
 )
+from .sentence_files import SENTENCE_NAMES
 
 
 # model type -> start of the names of its classes
@@ -41,6 +42,7 @@ _NAMES = frozenset(
     processor_config.json preprocessor_config.json video_preprocessor_config.json
     chat_template.jinja chat_template.json
     tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json
+    {" ".join(SENTENCE_NAMES)}
     vocab.json vocab.txt merges.txt tokenizer.model spiece.model sentencepiece.bpe.model""".split()
 )
 # Folders of a processor: templates beside the default one, and InstructBLIP's second tokenizer.

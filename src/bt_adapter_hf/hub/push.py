@@ -29,6 +29,7 @@ from .compat import git_hash
 from .contents import Contents, collect_files
 from .remote_code import add_code, code_files, without_code
 from .result_files import read_results
+from .sentence_files import sentence_files
 
 
 logger = logging.getLogger(__name__)
@@ -147,7 +148,7 @@ def push_to_hub(
 
         changed = code_files(described) if with_code else without_code(described)
         return publish(
-            {**files, **changed},
+            {**files, **changed, **sentence_files(described)},
             repo_id,
             make_card=make_card,
             revision=revision,

@@ -11,6 +11,7 @@ from ..hub.card import is_generated, model_card
 from ..hub.contents import SUMMARY_NAME, belongs, collect_files, read_json
 from ..hub.push import Pushed, PushError, publish
 from ..hub.remote_code import code_files
+from ..hub.sentence_files import sentence_files
 from .checkpoint import DATA_STATE_NAME, TRAINED_WEIGHTS_NAME
 from .compat import TRAINER_STATE_NAME
 
@@ -131,7 +132,7 @@ class HubPushMixin(Trainer):
         if self._summary() is not None:  # of an earlier run in this folder
             published.pop(SUMMARY_NAME, None)
         return publish(
-            {**published, **code_files(folder), **files},
+            {**published, **code_files(folder), **sentence_files(folder), **files},
             self.hub_model_id,
             make_card=lambda readme, repo_id: self._card(readme, repo_id, metadata),
             revision=revision or self.args.hub_revision,
