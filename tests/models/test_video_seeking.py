@@ -1,15 +1,24 @@
 """Decoding from key frames gives the pixels and times of decoding from the start, or leaves the file to that."""
 
+from itertools import cycle
+
 import av
 import numpy as np
 import pytest
 
-from bt_adapter_hf.models import video_io
+from bt_adapter_hf.models import video_io, video_seeking
 from bt_adapter_hf.models.video_backends import available_video_backends
 from bt_adapter_hf.models.video_errors import VideoDecodeError, VideoError
 from bt_adapter_hf.models.video_io import load_video
 from tests.clip_tools import numbered_picture, write_clip
 from tests.models.test_video_io import CLIPS
+
+
+@pytest.fixture(autouse=True)
+def threads(monkeypatch):
+    """One thread and several, by turns."""
+    numbers = cycle([1, 4])
+    monkeypatch.setattr(video_seeking, "decoding_threads", lambda: next(numbers))
 
 
 def pictures(count=60):

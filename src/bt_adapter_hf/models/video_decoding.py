@@ -278,6 +278,7 @@ def open_container(source: Source) -> Iterator[tuple[Any, Any]]:
                 raise NoVideoStreamError(f"{source.name} has no video stream (streams found: {kinds}).")
             if stream.codec_context is None:
                 raise VideoDecodeError(f"{source.name} uses a video codec that PyAV has no decoder for.")
+            stream.codec_context.thread_count = 1  # else one per core, in each worker
             yield container, stream
 
 

@@ -6,11 +6,13 @@ A part of the package that `trust_remote_code` does not bring along.
 """
 
 import logging
+import threading
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
+import torch
 
 from .video_decoding import FrameCollector, Painter, Scan, Source, frame_rate, import_pyav, packet_times
 from .video_mp4_index import HEAD, heads, read_index
@@ -20,6 +22,11 @@ logger = logging.getLogger(__name__)
 
 _CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 _PROGRESSIVE = 1  # of FFmpeg's field orders
+
+
+def decoding_threads() -> int:
+    """As many as torch has where one video is loaded by itself; one in workers, each of which has its own."""
+    return torch.get_num_threads() if threading.current_thread() is threading.main_thread() else 1
 
 
 class Seeker:
@@ -105,6 +112,8 @@ class Seeker:
         collector = FrameCollector(indices)
         if self.problem is None:
             av = import_pyav()
+            context = self.stream.codec_context
+            context.thread_type, context.thread_count = "FRAME", decoding_threads()
             try:
                 self.problem = self._decode(painter, collector, name)
             except (av.error.FFmpegError, OSError) as error:
