@@ -4,7 +4,7 @@ import av
 import numpy as np
 import pytest
 
-from bt_adapter_hf.models import video_decoding, video_mp4_index
+from bt_adapter_hf.models import video_decoding, video_mp4_index, video_seeking
 from bt_adapter_hf.models.video_decoding import Source, open_container
 from bt_adapter_hf.models.video_io import load_video
 from bt_adapter_hf.models.video_mp4_index import HEAD, heads, read_index
@@ -67,7 +67,7 @@ def test_frames_are_found_without_reading_the_packets(tmp_path, monkeypatch, cod
     )
     assert agrees(Source(str(path), "a"))
     every = load_video(path, num_frames=None, on_damage="check")[0]
-    monkeypatch.setattr(video_decoding, "scan_packets", None)  # nobody calls it
+    monkeypatch.setattr(video_seeking, "scan_packets", None)  # nobody calls it
     frames, metadata = load_video(path, num_frames=5)
     assert metadata.decoding == "seeking" and metadata.total_num_frames == len(every)
     assert np.array_equal(frames, every[metadata.frames_indices])

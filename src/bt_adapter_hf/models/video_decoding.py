@@ -400,9 +400,7 @@ def load_pyav(
     seeking = package_part("video_seeking") if on_damage != "check" else None
     with open_container(source) as (container, stream):
         seeker = seeking and seeking.Seeker(container, stream)
-        scan = (seeker and seeker.read_index(source)) or scan_packets(
-            source, container, stream, seeker and seeker.visit
-        )
+        scan = seeker.scan(source) if seeker else scan_packets(source, container, stream)
         if seeker and scan.frames and not scan.damage:
             found = seeker.decode(choose(scan.frames), Painter(stream, source.name, background), source.name)
             if found is not None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .video_decoding import FrameCollector, Painter, Scan, Source, frame_rate, import_pyav, packet_times
+from .video_decoding import FrameCollector, Painter, Scan, Source, frame_rate, import_pyav, packet_times, scan_packets
 from .video_mp4_index import HEAD, heads, read_index
 
 
@@ -57,6 +57,9 @@ class Seeker:
             self.problem = "fields may be packets of their own"
         else:
             self.look = self.look(extradata)
+
+    def scan(self, source: Source) -> Scan:
+        return self.read_index(source) or scan_packets(source, self.container, self.stream, self.visit)
 
     def read_index(self, source: Source) -> Scan | None:
         """What the index of an mp4 file says of its packets, of which the first bytes are read; None: scan them."""
