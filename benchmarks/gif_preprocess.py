@@ -81,25 +81,32 @@ def main() -> None:
         "CLIPImageProcessorPil": CLIPImageProcessorPil(**size),
         "VideoMAEImageProcessorPil": VideoMAEImageProcessorPil(**size),
     }
-    calls: dict[str, Callable[[Path], object]] = {
-        "this package": lambda path: ours(str(path), return_tensors="pt"),
-        "PIL alone": chosen,
+
+    def by_native(native, frames: list[Image.Image]):
+        return native([frames] if "VideoMAE" in type(native).__name__ else frames, return_tensors="pt")
+
+    whole: dict[str, Callable[[Path], object]] = {"this package": lambda path: ours(str(path), return_tensors="pt")}
+    whole["PIL alone"] = chosen
+    whole |= {
+        name: lambda path, native=native: by_native(native, every_frame(path)) for name, native in natives.items()
     }
-    for name, native in natives.items():
-        nested = name.startswith("VideoMAE")
-
-        def call(path: Path, native=native, nested=nested):
-            frames = every_frame(path)
-            return native([frames] if nested else frames, return_tensors="pt")
-
-        calls[name] = call
     with tempfile.TemporaryDirectory() as folder:
         paths = args.gifs or synthetic(Path(folder))
-        print(f"{'CPU ms per GIF, best':<28}" + "".join(f"{path.stem[-18:]:>20}" for path in paths))
-        rows = {name: [milliseconds(call, path, args.seconds) for path in paths] for name, call in calls.items()}
-    for name, row in rows.items():
-        cells = (f"{value:10.1f} ({value / own:5.2f}x)" for value, own in zip(row, rows["this package"], strict=True))
-        print(f"{name:<28}" + "".join(f"{cell:>20}" for cell in cells))
+        arrays = {path: np.stack(chosen(path)) for path in paths}
+        pictures = {path: chosen(path) for path in paths}
+        pixels: dict[str, Callable[[Path], object]] = {
+            "this package": lambda path: ours(arrays[path], return_tensors="pt")
+        }
+        pixels |= {
+            name: lambda path, native=native: by_native(native, pictures[path]) for name, native in natives.items()
+        }
+        for title, calls in (("file to tensor", whole), ("frames to tensor", pixels)):
+            print(f"{title + ', CPU ms, best':<30}" + "".join(f"{path.stem[-18:]:>20}" for path in paths))
+            rows = {name: [milliseconds(call, path, args.seconds) for path in paths] for name, call in calls.items()}
+            for name, row in rows.items():
+                pairs = zip(row, rows["this package"], strict=True)
+                cells = (f"{value:10.1f} ({value / own:5.2f}x)" for value, own in pairs)
+                print(f"{name:<30}" + "".join(f"{cell:>20}" for cell in cells), flush=True)
 
 
 if __name__ == "__main__":

@@ -104,6 +104,9 @@ def what(contents: Contents) -> str:
         "[BT-Adapter](https://arxiv.org/abs/2309.15785), a branch beside a frozen image tower that reads the order "
     )
     branch += "of the frames"
+    if not contents.layers and contents.kind in ("chat model", "LoRA adapter"):
+        parts = "a frozen X-CLIP, frame by frame, a connector and a language model that answers questions about GIFs"
+        return f"LoRA and the connector of {parts}." if contents.kind == "LoRA adapter" else f"A{parts[1:]}."
     return {
         "dual encoder": f"Features of videos and of texts in one space, for search and zero-shot labels: {branch}.",
         "tower": f"A video tower: {branch}.",
@@ -122,7 +125,8 @@ def sizes(folder: Path, contents: Contents) -> list[tuple[str, Any]]:
     else:
         if contents.config.get("architectures"):
             rows.append(("class", ", ".join(f"`{name}`" for name in contents.config["architectures"])))
-        rows += _tower_rows(contents.backbone, contents.layers, contents.tower)
+        if "backbone" in contents.tower or "backbone" in contents.config:
+            rows += _tower_rows(contents.backbone, contents.layers, contents.tower)
     weights = sorted(folder.glob("*.safetensors"))
     if weights:
         counts = [_count(path) for path in weights]
@@ -137,8 +141,11 @@ def sizes(folder: Path, contents: Contents) -> list[tuple[str, Any]]:
 def _tower_rows(backbone: dict[str, Any], layers: list[int], branch: dict[str, Any]) -> list[tuple[str, Any]]:
     names = {"num_hidden_layers": "layers", "hidden_size": "wide", "image_size": "pixels", "patch_size": "per patch"}
     sizes = ", ".join(f"{backbone[key]} {name}" for key, name in names.items() if key in backbone)
+    tower = ("image tower", f"`{backbone['model_type']}`, {sizes}")
+    if not layers:
+        return [tower]
     return [
-        ("image tower", f"`{backbone['model_type']}`, {sizes}"),
+        tower,
         ("branch", f"K = {len(layers)} layers, fed by the image tower's layers {', '.join(map(str, layers))}"),
         ("rows of the time table", branch.get("max_frames")),
     ]

@@ -22,13 +22,14 @@ from ..models.configuration_bt_adapter_chat import (
     BTAdapterLlavaConfig,
     BTAdapterMiniGPT4Config,
 )
+from ..models.configuration_bt_adapter_gif_qa import BTAdapterGifQAConfig
 from .sentence_files import SENTENCE_NAMES
 
 
 # model type -> start of the names of its classes
 CHAT_CLASSES = {
     config.model_type: config.__name__.removesuffix("Config")
-    for config in (BTAdapterLlavaConfig, BTAdapterInstructBlipConfig, BTAdapterMiniGPT4Config)
+    for config in (BTAdapterLlavaConfig, BTAdapterInstructBlipConfig, BTAdapterMiniGPT4Config, BTAdapterGifQAConfig)
 }
 
 
@@ -75,8 +76,8 @@ class Contents:
 
     @property
     def layers(self) -> list[int]:
-        """Backbone layers that feed the branch."""
-        return (self.config if "branch" in self.config else self.tower)["adapter_layers"]
+        """Backbone layers that feed the branch; none where there is no branch."""
+        return (self.config if "branch" in self.config else self.tower).get("adapter_layers", [])
 
     @property
     def image_size(self) -> int:
@@ -104,6 +105,8 @@ class Contents:
             config = read_json(folder / CONFIG_NAME)
             kind = "LoRA adapter" if (folder / PEFT_CONFIG_NAME).is_file() else "adapter"
             return cls(kind, config.get("model_type"), config)
+        if (folder / PEFT_CONFIG_NAME).is_file():  # of a model without a branch
+            return cls("LoRA adapter", BTAdapterGifQAConfig.model_type, read_json(folder / PEFT_CONFIG_NAME))
         if (folder / "processor_config.json").is_file():
             return cls("processor", None, read_json(folder / "processor_config.json"))
         raise ValueError(
@@ -171,7 +174,8 @@ def _check_inside(path: Path, folder: Path) -> None:
 def _check_weights(folder: Path, files: dict[str, Path], left_out: list[str]) -> None:
     contents = Contents.of(folder)
     if contents.kind in ("adapter", "LoRA adapter"):
-        AdapterConfig.read(folder)
+        if (folder / CONFIG_NAME).is_file():
+            AdapterConfig.read(folder)
         weights = [WEIGHTS_NAME if contents.kind == "adapter" else PEFT_WEIGHTS_NAME]
     elif contents.kind == "processor":
         weights = []

@@ -32,12 +32,20 @@ _MODELS = {
         "ForConditionalGeneration",
     ),
     "bt_adapter_minigpt4": (*_CHAT, "modeling_bt_adapter_minigpt4", "BTAdapterMiniGPT4", "ForConditionalGeneration"),
+    "bt_adapter_gif_qa": (
+        "configuration_bt_adapter_gif_qa",
+        "AutoModelForImageTextToText",
+        "modeling_bt_adapter_gif_qa",
+        "BTAdapterGifQA",
+        "ForConditionalGeneration",
+    ),
 }
 _PROCESSORS = {
     "BTAdapterProcessor": "processing_bt_adapter",
     "BTAdapterLlavaProcessor": "processing_bt_adapter_llava",
     "BTAdapterInstructBlipProcessor": "processing_bt_adapter_qformer",
     "BTAdapterMiniGPT4Processor": "processing_bt_adapter_qformer",
+    "BTAdapterGifQAProcessor": "processing_bt_adapter_gif_qa",
 }
 
 
