@@ -96,7 +96,12 @@ def table(name: str, rows: Rows, times: dict[tuple[str, str], float], seeds: int
         words = SETTINGS[setting].words
         if lacking:
             missing.append(f"{setting} (seed {', '.join(map(str, lacking))})")
-            lines.append(f"| {words} | not all seeds have been run" + " |" * (len(titles) - 1))
+            single = [
+                ", ".join(f"seed {seed}: {100 * hits(row, score).mean():.1f}" for seed, row in found.items())
+                for score in ("order", "object")
+            ]
+            cells = [words, single[0] or "not run", "", single[1], *[""] * (len(titles) - 4)]
+            lines.append("| " + " | ".join(cells) + " |")
             continue
         done[setting] = found
         place = TABLES[name].index(setting)

@@ -48,15 +48,15 @@ def _rival(name: str, words: str, temporal: str, pixels: bool = False, project: 
 
 _ALL = (
     _rival("frame_average", "frame-averaged CLIP", "frame_average"),
-    _rival("separate", "+ separate-ST, CLIP frozen", "separate", time_embedding_init_std=0.5),
+    _rival("separate", "separate-ST, CLIP frozen", "separate", time_embedding_init_std=0.5),
     _rival(
-        "lone_branch", "+ branch", "branch", time_embedding_init_std=0.5, drop_path_rate=0.0, mask_ratio=0.5,
+        "lone_branch", "branch without interaction", "branch", time_embedding_init_std=0.5, drop_path_rate=0.0, mask_ratio=0.5,
         fusion="sum", output_gate_scale=1.0,
     ),
-    Setting("vtc", "+ interaction (VTC only)", ONLY_VTC),
-    Setting("both", "+ MBTA + MBCA (the recipe)"),
-    Setting("reversed", "+ reversed clips, opposite captions", {"order_negatives": "reversed"}),
-    Setting("shuffled", "+ shuffled clips too", {"order_negatives": "reversed_and_shuffled"}),
+    Setting("vtc", "branch with interaction, VTC alone", ONLY_VTC),
+    Setting("both", "the recipe: VTC + MBTA + MBCA, mask 0.5, K = 2"),
+    Setting("reversed", "the recipe + reversed clips, opposite captions", {"order_negatives": "reversed"}),
+    Setting("shuffled", "the recipe + those and shuffled clips", {"order_negatives": "reversed_and_shuffled"}),
     Setting("mbta", "VTC + MBTA", {"mbca_weight": 0.0}),
     Setting("mbca", "VTC + MBCA", {"mbta_weight": 0.0}),
     *(Setting(f"mask{rate}", f"mask 0.{rate // 10}" if rate else "mask 0", {"mask_ratio": rate / 100})
@@ -66,8 +66,8 @@ _ALL = (
     Setting("released_gates", "gate scales as released", {"fusion_gate_scale": 100.0, "output_gate_scale": 1e4}),
     _rival("projected", "frame-averaged CLIP, projection learns", "frame_average", project=True),
     _rival("st_pooling", "spatial-temporal pooling, projection learns", "st_pooling", project=True),
-    _rival("joint", "joint-ST", "joint", pixels=True, frozen=False, time_embedding_init_std=0.1),
-    _rival("free_separate", "separate-ST", "separate", pixels=True, frozen=False, time_embedding_init_std=0.5),
+    _rival("joint", "joint-ST, CLIP learns", "joint", pixels=True, frozen=False, time_embedding_init_std=0.1),
+    _rival("free_separate", "separate-ST, CLIP learns", "separate", pixels=True, frozen=False, time_embedding_init_std=0.5),
     *(Setting(f"layers{K}", f"K = {K}", {"adapter_layers": list(range(4 - K, 4))}) for K in (1, 3, 4)),
 )  # fmt: skip
 SETTINGS = {setting.name: setting for setting in _ALL}
