@@ -50,8 +50,8 @@ _ALL = (
     _rival("frame_average", "frame-averaged CLIP", "frame_average"),
     _rival("separate", "separate-ST, CLIP frozen", "separate", time_embedding_init_std=0.5),
     _rival(
-        "lone_branch", "branch without interaction", "branch", time_embedding_init_std=0.5, drop_path_rate=0.0, mask_ratio=0.5,
-        fusion="sum", output_gate_scale=1.0,
+        "lone_branch", "branch without interaction", "branch", time_embedding_init_std=0.5, drop_path_rate=0.0,
+        mask_ratio=0.5, fusion="sum", output_gate_scale=1.0,
     ),
     Setting("vtc", "branch with interaction, VTC alone", ONLY_VTC),
     Setting("both", "the recipe: VTC + MBTA + MBCA, mask 0.5, K = 2"),
@@ -67,7 +67,9 @@ _ALL = (
     _rival("projected", "frame-averaged CLIP, projection learns", "frame_average", project=True),
     _rival("st_pooling", "spatial-temporal pooling, projection learns", "st_pooling", project=True),
     _rival("joint", "joint-ST, CLIP learns", "joint", pixels=True, frozen=False, time_embedding_init_std=0.1),
-    _rival("free_separate", "separate-ST, CLIP learns", "separate", pixels=True, frozen=False, time_embedding_init_std=0.5),
+    _rival(
+        "free_separate", "separate-ST, CLIP learns", "separate", pixels=True, frozen=False, time_embedding_init_std=0.5
+    ),
     *(Setting(f"layers{K}", f"K = {K}", {"adapter_layers": list(range(4 - K, 4))}) for K in (1, 3, 4)),
 )  # fmt: skip
 SETTINGS = {setting.name: setting for setting in _ALL}
