@@ -262,3 +262,5 @@ def test_states_of_the_backbone_stand_in_for_pixels():
     torch.testing.assert_close(pretraining(**inputs, backbone_states=states, row_seeds=seeds).loss, expected.loss)
     with pytest.raises(ValueError, match="4 texts, 3 videos"):
         pretraining(**inputs, backbone_states={n: x[:3] for n, x in states.items()})
+    with pytest.raises(ValueError, match="clips of one length"):
+        pretraining(**inputs, pixel_values_videos=videos, frame_mask=torch.ones(videos.shape[:2]))

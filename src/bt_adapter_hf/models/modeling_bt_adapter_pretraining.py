@@ -147,6 +147,11 @@ class BTAdapterForPreTraining(BTAdapterModel):
         if bool_masked_pos is None:
             bool_masked_pos, kept_patches = self.draw_mask(seen, row_seeds)
         reads_order = self.training and self.config.order_negatives != "none"
+        if reads_order and kwargs.get("frame_mask") is not None:
+            raise ValueError(
+                f"order_negatives={self.config.order_negatives!r} reverses whole clips: pass clips of one length, "
+                "without frame_mask."
+            )
         if reads_order and backbone_states is None and self.vision_model.backbone_is_frozen():
             # The copies have the same frames: the frozen backbone sees each once.
             last = self.config.vision_config.num_hidden_layers
