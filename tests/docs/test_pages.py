@@ -21,7 +21,13 @@ from tests.hub.conftest import hf_home, hub  # noqa: F401 (fixtures)
 
 
 DOCS = Path(__file__).parents[2] / "docs"
-SHIPPED = ("how_it_works.md", "install.md", "labels.md", "quicktour.md")  # these run on what is inside the package
+SHIPPED = (
+    "how_it_works.md",
+    "install.md",
+    "labels.md",
+    "quicktour.md",
+    "serving.md",
+)  # these run on what is inside the package
 LLAVA = "llava-hf/llava-1.5-7b-hf"
 
 
