@@ -45,7 +45,12 @@ def register(subparsers) -> None:
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print JSON")
     output.add_argument("--csv", action="store_true", help="print CSV")
-    parser.add_argument("--sheet", type=path, metavar="PNG", help="also write a contact sheet of the hits")
+    parser.add_argument(
+        "--sheet",
+        type=path,
+        metavar="PNG_OR_HTML",
+        help="also write a contact sheet of the hits; one that ends in .html is a page that plays them",
+    )
     parser.add_argument(
         "--model",
         type=path,
@@ -64,10 +69,11 @@ def run(args: argparse.Namespace) -> int:
     quiet_transformers()
     from ..search.contact_sheet import check_sheet_path, write_contact_sheet
     from ..search.encoding import VideoEncoder
+    from ..search.html_sheet import write_html_sheet
     from ..search.index import VideoIndex, combined
 
     if args.sheet:
-        check_sheet_path(args.sheet)
+        check_sheet_path(args.sheet, kinds=(".png", ".html"))
     names = _queries(args)
     index = VideoIndex.load(args.index)
     model = args.model or index.info["model"]
@@ -103,7 +109,8 @@ def run(args: argparse.Namespace) -> int:
         for name, hits in zip(names, found, strict=True):
             _print_table(name if args.queries else None, hits, index.info["moments"] is not None)
     if args.sheet:
-        write_contact_sheet(args.sheet, names[0], found[0], index, floor=index.median_score(queries[0]))
+        write = write_html_sheet if args.sheet.lower().endswith(".html") else write_contact_sheet
+        write(args.sheet, names[0], found[0], index, floor=index.median_score(queries[0]))
         print(f"contact sheet: {args.sheet}", file=sys.stderr)
     return 0
 

@@ -1,5 +1,7 @@
 """The tabs of the page: what each shows, and what answers it."""
 
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,9 @@ import torch
 
 from ..models.image_io import load_image
 from ..models.video_errors import VideoError
-from ..models.video_io import load_video
+from ..search.film import Film
 from ..search.label_plot import both_ways
+from ..search.moments import span_text
 from .answers import in_and_out, part
 from .clips import STILLS, say
 from .guard import clear_errors
@@ -19,12 +22,13 @@ from .over_time import FOLLOW, plot, similarity_over_time
 
 
 HITS = 8
+_GREY = np.full((90, 160, 3), 230, np.uint8)
 VIDEO_FILES = ["video", ".gif"]
 ANY_FILES = ["video", "image"]
 
 
 def search(page: Material) -> None:
-    gr.Markdown(f"Finds the clips that fit a sentence, a clip or a picture, among {len(page.index.rows)}.")
+    gr.Markdown(f"Finds the clips that fit a sentence, a clip or a picture, among {len(page.index)}.")
     with gr.Row():
         with gr.Column():
             text = gr.Textbox(
@@ -49,17 +53,25 @@ def search(page: Material) -> None:
         else:
             (query,) = page.encoder.encode_texts([page.text(text, "sentence")])
         (hits,) = page.index.search(query[None], HITS)
-        moments = [(hit.row["path"], *_moment(hit.row), hit.score) for hit in hits]
-        shown = [
-            (_thumbnail(path, start, end), _caption(path, start, end, score)) for path, start, end, score in moments
-        ]
-        return shown, moments, *_play(page, moments[0])
+        moments = [(hit.row["path"], *_moment(page, hit.row), hit.score) for hit in hits]
+        captions = [_caption(*moment) for moment in moments]
+        answer = moments, *_play(page, moments[0])
+
+        def pictures():
+            yield [(_GREY, caption) for caption in captions], *answer  # the best one plays while these are decoded
+            with ThreadPoolExecutor(2) as pool:
+                yield list(zip(pool.map(lambda hit: _thumbnail(page, hit.row), hits), captions, strict=True)), *answer
+
+        return pictures()
+
+    def stream(text: str, file: str | None):
+        yield from run(text, file)
 
     def play(moments: list, event: gr.SelectData):
         return _play(page, moments[event.index])
 
     outputs = [gallery, found, player, told]
-    gr.on([button.click, text.submit], run, [text, file], outputs, api_name="search", concurrency_id="search")
+    gr.on([button.click, text.submit], stream, [text, file], outputs, api_name="search", concurrency_id="search")
     gallery.select(play, [found], [player, told], api_visibility="private", concurrency_id="search")
 
 
@@ -219,24 +231,24 @@ def _query(page: Material, path: str) -> np.ndarray:
     return torch.nn.functional.normalize(feature.float(), dim=-1).cpu().numpy()
 
 
-def _moment(row: dict[str, Any]) -> tuple[float | None, float | None]:
-    return row.get("start"), row.get("end")
+def _moment(page: Material, row: dict[str, Any]) -> tuple[float | None, float | None]:
+    """Of an index without moments a row is a whole video."""
+    return (None, None) if page.index.info["moments"] is None else (row["start"], row["end"])
 
 
 def _caption(path: str, start: float | None, end: float | None, score: float) -> str:
-    moment = "" if start is None else f" {start:.1f}-{end:.1f} s"
+    moment = "" if start is None else f" {span_text(start, end)}"
     return f"{Path(path).name}{moment} ({score:.2f})"
 
 
-def _thumbnail(path: str, start: float | None, end: float | None) -> np.ndarray:
-    """The frame in the middle of a moment."""
+def _thumbnail(page: Material, row: dict[str, Any]) -> np.ndarray:
+    """The frame in the middle of what the model saw."""
+    settings = page.index.info["settings"]
     try:
-        frames, metadata = load_video(path, num_frames=32 if start is not None else 3, sampling="centers")
+        with closing(Film(row["path"], settings["on_damage"], tuple(settings["background"]))) as film:
+            return film.at([row["timestamps"][len(row["timestamps"]) // 2]])[0]
     except VideoError:  # moved or damaged since it was indexed: its caption still says what was there
-        return np.full((90, 160, 3), 230, np.uint8)
-    if start is None:
-        return frames[1]
-    return frames[int(np.abs(np.array(metadata.timestamps) - (start + end) / 2).argmin())]
+        return _GREY
 
 
 def _play(page: Material, moment: tuple) -> tuple[str, str]:

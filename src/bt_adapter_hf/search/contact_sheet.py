@@ -17,6 +17,7 @@ from .index import Hit, VideoIndex
 from .moments import span_text
 
 
+_KINDS = {".png": "PNG picture", ".html": "page"}
 MAX_FRAMES = 8  # of a video that was sampled more densely, as many spread evenly are shown
 
 _MARGIN = 56
@@ -35,13 +36,16 @@ class _Strip(NamedTuple):
     error: str | None
 
 
-def check_sheet_path(path: str | os.PathLike, what: str = "contact sheet") -> None:
-    """Raise `ValueError` or `OSError`, before any work, when no PNG can be written to `path`."""
+def check_sheet_path(path: str | os.PathLike, what: str = "contact sheet", kinds: tuple[str, ...] = (".png",)) -> None:
+    """Raise `ValueError` or `OSError`, before any work, when no such file can be written to `path`."""
     path = Path(path)
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"the {what} '{path}' is a PNG picture: give it a name that ends in .png.")
+    if path.suffix.lower() not in kinds:
+        raise ValueError(
+            f"the {what} '{path}' is a {' or '.join(_KINDS[kind] for kind in kinds)}: give it a name that ends in "
+            f"{' or '.join(kinds)}."
+        )
     if path.is_dir():
-        raise IsADirectoryError(f"'{path}' is a folder; name a .png file for the {what}.")
+        raise IsADirectoryError(f"'{path}' is a folder; name a file for the {what}.")
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"the folder '{path.absolute().parent}' for the {what} does not exist.")
     try:
@@ -70,7 +74,7 @@ def write_contact_sheet(
 
 def draw_contact_sheet(query: str, hits: Sequence[Hit], index: VideoIndex, floor: float) -> Image.Image:
     """The picture that `write_contact_sheet` writes."""
-    strips = [_load_strip(hit, index.info["settings"]) for hit in hits]
+    strips = [load_strip(hit, index.info["settings"]) for hit in hits]
     row_heights = [max(124, strip.frames[0].height + 26 if strip.frames else 0) + 36 for strip in strips]
     title = _wrap(printable(query), _font(40), _TEXT_WIDTH + _STRIP_WIDTH)
     header = 104 + 50 * len(title)
@@ -107,7 +111,8 @@ def draw_contact_sheet(query: str, hits: Sequence[Hit], index: VideoIndex, floor
     return sheet
 
 
-def _load_strip(hit: Hit, settings: dict) -> _Strip:
+def load_strip(hit: Hit, settings: dict) -> _Strip:
+    """The frames of a hit that the model saw, at most `MAX_FRAMES` of them, as small pictures of one size."""
     seconds = hit.row["timestamps"]
     try:
         with closing(Film(hit.row["path"], settings["on_damage"], tuple(settings["background"]))) as film:
