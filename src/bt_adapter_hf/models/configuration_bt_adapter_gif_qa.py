@@ -2,8 +2,7 @@
 
 from typing import Any, ClassVar
 
-from transformers import AutoConfig, Blip2QFormerConfig, PreTrainedConfig
-from transformers.models.x_clip.configuration_x_clip import XCLIPVisionConfig
+from transformers import AutoConfig, Blip2QFormerConfig, PreTrainedConfig, XCLIPVisionConfig
 
 from .compat_bt_adapter import SubConfigSpec, strict
 from .configuration_bt_adapter import BTAdapterVisionConfig

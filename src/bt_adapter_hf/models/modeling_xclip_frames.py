@@ -7,13 +7,8 @@ import copy
 
 import torch
 from torch import nn
-from transformers import AutoModel
-from transformers.models.x_clip.modeling_x_clip import (
-    XCLIPAttention,
-    XCLIPMultiframeIntegrationTransformer,
-    XCLIPPreTrainedModel,
-    XCLIPVisionModel,
-)
+from transformers import AutoModel, XCLIPPreTrainedModel, XCLIPVisionModel
+from transformers.models.x_clip.modeling_x_clip import XCLIPAttention, XCLIPMultiframeIntegrationTransformer
 
 from .compat_bt_adapter import BaseModelOutputWithPooling, can_return_tuple
 from .configuration_bt_adapter_gif_qa import XCLIPFramesConfig
