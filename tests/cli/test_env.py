@@ -129,6 +129,16 @@ def test_each_version_is_compared_with_the_tested_one_and_the_range(monkeypatch)
     assert re.search(r"pip install -c .*/assets/constraints\.txt peft tokenizers transformers$", note)
 
 
+def test_what_is_not_installed_says_what_it_is_for(capsys):
+    packages = {name: {"version": None, "error": None} for name in (*env.PURPOSES, "torch")}
+    empty = {"bt_adapter_hf": "1", "python": "3", "platform": "x", "packages": packages, "builds": {}, "versions": {}}
+    lists = dict.fromkeys(("devices", "problems", "notes"), [])
+    env._print_report({**empty, **lists, "precision": None, "video_decoders": {}, "chat": "answers"})
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
+    assert lines["scikit-learn"].endswith("not installed; for the digits of quickstart (pip install '.[quickstart]')")
+    assert lines["decord"].endswith("not installed; for another decoder") and "not installed" not in lines["torch"]
+
+
 def test_no_problem_is_not_found_while_chat_is_broken(monkeypatch, capsys):
     """As with the transformers that renamed a field of an output class: all imports work, and a video ends in an
     error."""

@@ -132,17 +132,14 @@ def explain(error: BaseException, repo_id: str, revision: str | None = None) -> 
             "has access (`hf auth login`, or token=...)"
         )
     if isinstance(cause, OfflineModeIsEnabled | LocalEntryNotFoundError):
+        missing = f"{repo_id}{at} is not in the local cache, and"
         if is_offline_mode():
-            return (
-                f"{repo_id}{at} is not in the local cache, and HF_HUB_OFFLINE is set: unset it, or load it once online"
-            )
-        behind = [
-            link for link in _chain(cause) if not isinstance(link, OfflineModeIsEnabled | LocalEntryNotFoundError)
-        ]
-        if behind:
-            why = str(behind[0]).strip().partition("\n")[0].rstrip(".") or type(behind[0]).__name__
-            return f"{repo_id}{at} is not in the local cache, and could not be fetched ({why}): try later"
-        return f"{repo_id}{at} is not in the local cache, and was not to be fetched: load it once online"
+            return f"{missing} HF_HUB_OFFLINE is set: unset it, or load it once online"
+        behind = cause.__cause__
+        if behind is not None and not isinstance(behind, OfflineModeIsEnabled | LocalEntryNotFoundError):
+            why = str(behind).strip().partition("\n")[0].rstrip(".") or type(behind).__name__
+            return f"{missing} could not be fetched ({why}): try later"
+        return f"{missing} was not to be fetched: load it once online"
     if isinstance(cause, HfHubHTTPError):
         status = cause.response.status_code
         if status == 401:
