@@ -1,10 +1,10 @@
-"""The models inside the package in native form, and conversations about quickstart's clips: to train without a download.
+"""The models inside the package in native form, and conversations about quickstart's clips, to train on offline.
 
     bt-adapter quickstart
     python examples/small_models.py small
 
-Writes small/clip (a CLIPModel), small/llava (a LlavaForConditionalGeneration with the same image tower, which has never
-seen a video) and small/chats.jsonl. README's section on training shows the commands that go on from here.
+Writes small/clip (a CLIPModel), small/llava (a LlavaForConditionalGeneration with the same image tower, which has
+never seen a video) and small/chats.jsonl. README's section on training shows the commands that go on from here.
 """
 
 import argparse

@@ -1,13 +1,20 @@
 """The examples run as their headers say."""
 
 import os
+import re
+import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import CLIPModel, LlavaForConditionalGeneration
 
 from bt_adapter_hf.assets import default_model_path
+from bt_adapter_hf.cli.main import build_parser
+from bt_adapter_hf.data.instructions import load_instructions
 from bt_adapter_hf.data.moving_digits import write_clips
 
 
@@ -49,6 +56,22 @@ def test_the_clip_l14_recipe_runs_its_command(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_small_models_are_native_and_the_readme_goes_on_from_them(tmp_path, monkeypatch):
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.mp4", "text": "a red seven moves"}\n')
+    monkeypatch.setattr(sys, "argv", ["small_models.py", str(tmp_path / "small"), "--clips", str(tmp_path)])
+    runpy.run_path(str(EXAMPLES / "small_models.py"), run_name="__main__")
+    clip, llava = CLIPModel.from_pretrained(tmp_path / "small/clip"), tmp_path / "small/llava"
+    native = LlavaForConditionalGeneration.from_pretrained(llava)
+    for name, tensor in native.model.vision_tower.state_dict().items():  # one tower: the adapter of one fits the other
+        assert torch.equal(tensor, clip.vision_model.state_dict()[name])
+    (table,) = [load_instructions(tmp_path / "small/chats.jsonl")]
+    assert table.messages(0)[1]["content"] == [{"type": "text", "text": "a red seven moves"}]
+    readme = (EXAMPLES.parent / "README.md").read_text()
+    (block,) = re.findall(r"```bash\npython examples/small_models.py small.*?\n(.*?)```", readme, re.DOTALL)
+    commands = [shlex.split(line)[1:] for line in block.replace("\\\n", " ").splitlines()]
+    assert [build_parser().parse_args(command).command for command in commands] == ["pretrain", "finetune", "chat"]
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
