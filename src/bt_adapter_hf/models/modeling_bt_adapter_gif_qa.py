@@ -255,7 +255,7 @@ class BTAdapterGifQAForConditionalGeneration(BTAdapterQFormerChatMixin, PreTrain
         """Answers, as ids behind those of the prompt; see [`forward`] for the inputs and transformers' `generate` for
         `generate_kwargs`. The model's `generation_config` counts where they say nothing."""
         encoded = self._features(input_ids, pixel_values_videos, frame_mask)
-        generate_kwargs.setdefault("generation_config", self.generation_config)
+        self.language_model.generation_config = self.generation_config  # it is saved with the whole model
         return self._generate(input_ids, attention_mask, encoded, **generate_kwargs)
 
 
