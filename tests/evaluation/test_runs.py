@@ -113,3 +113,11 @@ def test_labels_by_number_and_bad_classes(encoder, folder, tmp_path):
         evaluate_recognition(encoder, opened, tmp_path / "b", **{**options, "classes": ["left"]})
     with pytest.raises(ValueError, match="has no {}"):
         evaluate_recognition(encoder, opened, tmp_path / "b", templates=["a video"], **options)
+
+
+@pytest.mark.slow
+def test_five_thousand_captions_and_videos_are_scored_in_ten_seconds():
+    from benchmarks import scoring
+
+    _, busy, _ = scoring.main(5000, 768, [])
+    assert busy < 10  # of the processor, whatever else the machine does

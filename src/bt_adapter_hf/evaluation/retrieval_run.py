@@ -12,7 +12,7 @@ from .clips import Clips, as_clips, broken_rows, describe_encoder, draws_of
 from .features import ALL_CONTROLS, FULL, ClipFeatures, encode_clips
 from .results import EvaluationResult
 from .retrieval import RECALL_AT, cosine_similarity, rank_metrics, retrieval_ranks
-from .statistics import Interval, compare, mean_interval, median_interval
+from .statistics import Comparison, Interval, compare, mean_interval, median_interval
 
 
 def evaluate_retrieval(
@@ -85,27 +85,7 @@ def evaluate_retrieval(
     cut = sum(len(ids) > length for ids in encoder.processor.tokenizer(captions)["input_ids"])
     texts = encoder.encode_texts(captions, max_length=length)
 
-    similarity = {
-        condition: _similarity(texts, features, condition, videos, dual_softmax) for condition in features.features
-    }
-    ranks = {
-        "t2v": {condition: retrieval_ranks(scores, owners, videos) for condition, scores in similarity.items()},
-        "v2t": {condition: retrieval_ranks(scores.T, videos, owners) for condition, scores in similarity.items()},
-    }
-    queries = {"t2v": owners, "v2t": videos}
-    scores = {
-        condition: {
-            f"{direction}_{metric}": interval
-            for direction, of_direction in ranks.items()
-            for metric, interval in _rank_scores(draws_of(of_direction, condition), queries[direction], seed).items()
-        }
-        for condition in (FULL, *controls)
-    }
-    against = {}
-    if "frame_average" in controls:
-        for direction, of_direction in ranks.items():
-            hits = [of_direction[condition] <= 1 for condition in (FULL, "frame_average")]
-            against[f"{direction}_R1"] = compare(*hits, queries[direction], seed=seed).scaled(100)
+    scores, against, reference_ties = score_retrieval(texts, features, owners, videos, controls, dual_softmax, seed)
     return EvaluationResult(
         task="retrieval",
         scores=scores.pop(FULL),
@@ -122,11 +102,54 @@ def evaluate_retrieval(
             "seed": seed,
         },
         failed=failed,
-        reference_ties={
-            f"t2v_{metric}": value
-            for metric, value in rank_metrics(retrieval_ranks(similarity[FULL], owners, videos, True)).items()
-        },
+        reference_ties={f"t2v_{metric}": value for metric, value in reference_ties.items()},
     )
+
+
+def score_retrieval(
+    texts: np.ndarray,
+    features: ClipFeatures,
+    owners: Sequence[str],
+    videos: Sequence[str],
+    controls: Sequence[str] = (),
+    dual_softmax: bool = False,
+    seed: int = 0,
+) -> tuple[dict[str, dict[str, Interval]], dict[str, Comparison], dict[str, float]]:
+    """Scores of features; one matrix (texts, videos) at a time is in memory.
+
+    Args:
+        texts: (texts, P); owners: the video of each.
+        videos: names of the gallery.
+        controls, dual_softmax, seed: see `evaluate_retrieval`.
+
+    Returns:
+        Scores under "full" and every control; paired tests against averaged frames; and the metrics from text to
+        video by the tie rule of the released code.
+    """
+    numbers = {name: number for number, name in enumerate(videos)}
+    of_texts, of_videos = [numbers[name] for name in owners], range(len(videos))
+    ranks: dict[str, dict[str, np.ndarray]] = {"t2v": {}, "v2t": {}}
+    for condition in features.features:
+        similarity = _similarity(texts, features, condition, videos, dual_softmax)
+        ranks["t2v"][condition] = retrieval_ranks(similarity, of_texts, of_videos)
+        ranks["v2t"][condition] = retrieval_ranks(similarity.T, of_videos, of_texts)
+        if condition == FULL:
+            reference_ties = rank_metrics(retrieval_ranks(similarity, of_texts, of_videos, True))
+    queries = {"t2v": owners, "v2t": videos}
+    scores = {
+        condition: {
+            f"{direction}_{metric}": interval
+            for direction, of_direction in ranks.items()
+            for metric, interval in _rank_scores(draws_of(of_direction, condition), queries[direction], seed).items()
+        }
+        for condition in (FULL, *controls)
+    }
+    against = {}
+    if "frame_average" in controls:
+        for direction, of_direction in ranks.items():
+            hits = [of_direction[condition] <= 1 for condition in (FULL, "frame_average")]
+            against[f"{direction}_R1"] = compare(*hits, queries[direction], seed=seed).scaled(100)
+    return scores, against, reference_ties
 
 
 def dual_softmax_scores(similarity: np.ndarray, scale: float = 100.0) -> np.ndarray:

@@ -4,8 +4,9 @@ Items of one video (its captions, its questions) stand or fall together, so whol
 models are compared on the same draws.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -17,6 +18,7 @@ Values = Sequence[float] | np.ndarray
 DRAWS = 2000
 CONFIDENCE = 0.95
 _BATCH = 200  # draws at once, which bounds the memory
+_KEPT = 2 * 10**7  # numbers of draws that are kept for the next score, 160 MB
 
 
 @dataclass(frozen=True)
@@ -152,13 +154,21 @@ def _per_video(values: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.n
 
 def _resampled(videos: int, statistic: Callable[[np.ndarray], np.ndarray], draws: int, seed: int) -> np.ndarray:
     """The statistic of every draw: it takes how often each video was drawn, (draws, videos), and gives (draws,)."""
+    parts = _draws(videos, draws, seed) if videos * draws <= _KEPT else _draw(videos, draws, seed)
+    return np.concatenate([statistic(weights) for weights in parts])
+
+
+def _draw(videos: int, draws: int, seed: int) -> Iterator[np.ndarray]:
     generator = np.random.default_rng(seed)
     share = np.full(videos, 1 / videos)
-    parts = [
-        statistic(generator.multinomial(videos, share, size=min(_BATCH, draws - start)))
-        for start in range(0, draws, _BATCH)
-    ]
-    return np.concatenate(parts)
+    for start in range(0, draws, _BATCH):
+        yield generator.multinomial(videos, share, size=min(_BATCH, draws - start))
+
+
+@lru_cache(maxsize=2)
+def _draws(videos: int, draws: int, seed: int) -> list[np.ndarray]:
+    """All scores of a run draw the same videos: drawing takes longer than scoring."""
+    return list(_draw(videos, draws, seed))
 
 
 def _interval(value: float, resampled: np.ndarray) -> Interval:
