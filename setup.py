@@ -35,7 +35,7 @@ EXTRAS = {
     "quantization": ["bitsandbytes>=0.50"],
     "torchcodec": ["torchcodec>=0.12"],  # a further decoder; needs FFmpeg's libraries
     "demo": ["gradio>=6.20", "lancedb>=0.39"],
-    "docs": ["mkdocs>=1.6.1", "mkdocs-material>=9.7", "mkdocstrings-python>=2.0"],
+    "docs": ["jupytext>=1.17", "mkdocs>=1.6.1", "mkdocs-material>=9.7", "mkdocstrings-python>=2.0"],
     "test": [
         "pytest>=8.0",
         "pytest-xdist>=3.6",

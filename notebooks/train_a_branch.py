@@ -18,6 +18,7 @@ import json
 from pathlib import Path
 
 from PIL import Image
+from transformers import CLIPConfig, CLIPModel
 
 from bt_adapter_hf import BTAdapterModel, BTAdapterProcessor, unload_bt_adapter
 from bt_adapter_hf.assets import default_model_path
@@ -34,7 +35,10 @@ CLIPS, EPOCHS = 720, 10
 # taken away.
 
 # %%
-clip = unload_bt_adapter(BTAdapterModel.from_pretrained(default_model_path()))
+dual = BTAdapterModel.from_pretrained(default_model_path())
+parts = {"text_config": dual.config.text_config, "projection_dim": dual.config.projection_dim}
+clip = CLIPModel(CLIPConfig(**parts, vision_config=dual.config.vision_config.backbone))
+clip.load_state_dict(unload_bt_adapter(dual).state_dict())
 processor = BTAdapterProcessor.from_pretrained(default_model_path())
 clip.save_pretrained("clip")
 processor.image_processor.save_pretrained("clip")
