@@ -303,7 +303,8 @@ def tune(model: BTAdapterLlavaForConditionalGeneration, clips: Path, folder: Pat
     set_seed(TRAIN_SEED)
     model.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
-    if not isinstance(model.model, FrameAveragedLlavaModel):
+    has_branch = not isinstance(model.model, FrameAveragedLlavaModel)
+    if has_branch:
         model.model.vision_tower.bt_adapter.requires_grad_(True)
     train(
         model,
@@ -313,7 +314,7 @@ def tune(model: BTAdapterLlavaForConditionalGeneration, clips: Path, folder: Pat
         max_steps=TUNING_STEPS,
         per_device_train_batch_size=TUNING_BATCH,
         learning_rate=TUNING_LR,
-        lr_multipliers=LR_MULTIPLIERS,
+        lr_multipliers=LR_MULTIPLIERS if has_branch else {},
     )
 
 
