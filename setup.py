@@ -75,5 +75,8 @@ setup(
     python_requires=">=3.11",
     install_requires=CORE,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["bt-adapter = bt_adapter_hf.cli.main:main"]},
+    entry_points={
+        "console_scripts": ["bt-adapter = bt_adapter_hf.cli.main:main"],
+        "lmms_eval.models": ["bt_adapter = bt_adapter_hf.evaluation.lmms_eval:manifest"],
+    },
 )
