@@ -25,7 +25,9 @@ SHIPPED = (
     "how_it_works.md",
     "install.md",
     "labels.md",
+    "many_machines.md",
     "quicktour.md",
+    "search.md",
     "serving.md",
 )  # these run on what is inside the package
 LLAVA = "llava-hf/llava-1.5-7b-hf"

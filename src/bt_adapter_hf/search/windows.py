@@ -36,7 +36,7 @@ class EncodedMoments(NamedTuple):
     error: VideoError | None
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """What is to be encoded of a film; anew if a second one comes, for then the first was made of a wrong count."""
 
     moments: list[Moment]
@@ -72,7 +72,7 @@ def encode_moments(
         try:
             while True:
                 ahead = islice(remaining, workers + 1 - len(films))
-                films.extend(_Film(path, _read(encoder, path, windows, batch_size), pool) for path in ahead)
+                films.extend(_Film(path, read_film(encoder, path, windows, batch_size), pool) for path in ahead)
                 film = films.popleft() if films else None
                 if film is not None and isinstance(film.first, PreparedVideo):
                     whole.append(film.first)
@@ -92,7 +92,7 @@ def encode_moments(
 
 
 class _Film:
-    """What `_read` yields for one video, one step ahead of who asks for it, in a thread."""
+    """What `read_film` yields for one video, one step ahead of who asks for it, in a thread."""
 
     def __init__(self, path: str, steps: Iterator, pool: ThreadPoolExecutor):
         self.path, self._steps, self._pool = path, steps, pool
@@ -114,7 +114,7 @@ def _encode(encoder: VideoEncoder, film: _Film) -> EncodedMoments:
     states, plan, features = FrameStates(encoder.model), None, []
     try:
         for step in film:
-            if isinstance(step, _Plan):
+            if isinstance(step, Plan):
                 states, plan, features = FrameStates(encoder.model), step, []
                 continue
             states.add(step)
@@ -131,7 +131,7 @@ def _encode(encoder: VideoEncoder, film: _Film) -> EncodedMoments:
     return EncodedMoments(film.path, np.concatenate(features), plan.moments, plan.facts, None)
 
 
-def _read(encoder: VideoEncoder, path: str, windows: Windows, batch_size: int) -> Iterator[Any]:
+def read_film(encoder: VideoEncoder, path: str, windows: Windows, batch_size: int) -> Iterator[Any]:
     """Of a film its plan, then its frames (F, 3, H, W) in order; of a shorter video what the processor makes of it."""
     processor, settings = encoder.processor.video_processor, encoder.settings
     with closing(Film(path, settings["on_damage"], tuple(settings["background"]))) as film:
@@ -152,7 +152,7 @@ def _read(encoder: VideoEncoder, path: str, windows: Windows, batch_size: int) -
                 return
 
 
-def _plan(film: Film, windows: Windows, num_frames: int, centred: bool) -> tuple[_Plan, np.ndarray]:
+def _plan(film: Film, windows: Windows, num_frames: int, centred: bool) -> tuple[Plan, np.ndarray]:
     """The plan of a film, and the numbers of the frames that it needs, increasing."""
     grid, starts, step = windows.plan(film.duration, num_frames)
     points = np.array(starts)[:, None] + step * np.arange(num_frames)  # (windows, T)
@@ -163,4 +163,4 @@ def _plan(film: Film, windows: Windows, num_frames: int, centred: bool) -> tuple
         for start, row in zip(starts, shown, strict=True)
     ]
     facts = {"duration": film.duration, "fps": film.fps, "total_num_frames": len(film.times)}
-    return _Plan(moments, places.reshape(shown.shape), facts), frames
+    return Plan(moments, places.reshape(shown.shape), facts), frames
