@@ -19,7 +19,7 @@ def test_a_film_is_its_moments_and_pauses():
     ends = [0.0]
     moving = np.zeros(len(frames), bool)
     for moment in moments:
-        assert moment.start >= ends[-1] - 1e-9 and 1.6 <= moment.end - moment.start <= 2.4
+        assert moment.start >= ends[-1] - 1e-9 and 1.6 <= round(moment.end - moment.start, 3) <= 2.4
         assert moment.text == clip_caption(moment.digit, moment.colour, moment.motion)
         ends.append(moment.end)
         shown = slice(round(moment.start * FPS), round(moment.end * FPS))

@@ -1,0 +1,128 @@
+"""A large index searched: LanceDB as `bt-adapter index` and `search` use it, beside a plain product and FAISS.
+
+    python benchmarks/search.py                     # 1,000,000 rows of 512 numbers; 5 GB of disk
+    python benchmarks/search.py --rows 100000       # where a search still compares with all rows
+
+Vectors are drawn by chance with a spectrum that falls like 1/sqrt(i), as features of images roughly do; without, in
+512 dimensions alike, every index of neighbours does worse. FAISS is left out where it is not installed. Opening and
+searching are measured in a process of their own.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from bt_adapter_hf.import_utils import is_available
+from bt_adapter_hf.search.index import VideoIndex
+from bt_adapter_hf.search.table import create_table, to_arrow
+
+
+QUERIES = 100
+
+
+def draw(rng: np.random.Generator, rows: int, dim: int) -> np.ndarray:
+    vectors = rng.normal(size=(rows, dim)).astype(np.float32) * np.arange(1, dim + 1, dtype=np.float32) ** -0.5
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def write(folder: Path, rows: int, dim: int, at_once: int = 100_000) -> float:
+    """Writes rows as indexing does, a transaction each time; returns the seconds of the last one."""
+    info = {
+        "format": 2, "model": None, "revision": None, "fingerprint": "", "dtype": "float32", "dim": dim,
+        "settings": {}, "moments": None,
+    }  # fmt: skip
+    rng, table = np.random.default_rng(0), None
+    for start in range(0, rows, at_once):
+        count = min(at_once, rows - start)
+        names = [{"path": f"/videos/{start + i:08d}.mp4", "start": 0.0, "end": 10.0} for i in range(count)]
+        vectors = draw(rng, count, dim)
+        begun = time.monotonic()
+        data = to_arrow(info, names, vectors)
+        if table is None:
+            table = create_table(folder, data)
+        else:
+            table.add(data)
+        seconds = time.monotonic() - begun
+    return seconds
+
+
+def search(folder: str, exact: bool) -> dict:
+    """In a fresh process: open and first query, then one query after the other."""
+    dim = json.loads((Path(folder) / "dim.json").read_text())
+    queries = draw(np.random.default_rng(1), QUERIES, dim)
+    begun = time.monotonic()
+    index = VideoIndex.load(folder)
+    index.search(queries[:1], 10, exact=exact)
+    first, times, found = time.monotonic() - begun, [], []
+    for query in queries[: 10 if exact else QUERIES]:
+        begun = time.monotonic()
+        (hits,) = index.search(query[None], 10, exact=exact)
+        times.append(time.monotonic() - begun)
+        found.append([hit.row["path"] for hit in hits])
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB on Linux
+    return {"first": first, "median": float(np.median(times)), "memory": memory, "found": found}
+
+
+def in_its_own_process(folder: Path, exact: bool) -> dict:
+    argv = [sys.executable, __file__, "--search", str(folder), *(["--exact"] if exact else [])]
+    return json.loads(subprocess.run(argv, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--folder", type=Path, help="to keep the index in; it is written if it is not there")
+    parser.add_argument("--search", help=argparse.SUPPRESS)
+    parser.add_argument("--exact", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.search:
+        print(json.dumps(search(args.search, args.exact)))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = args.folder or Path(scratch) / "index"
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            print(f"append of the last 100,000 rows   {write(folder, args.rows, args.dim):8.1f} s")
+            (folder / "dim.json").write_text(json.dumps(args.dim))
+        index = VideoIndex.load(folder)
+        built = index.optimize()
+        if built.at_10 is not None:
+            print(f"index of neighbours built in      {built.seconds:8.1f} s, recall@10 of rows {built.at_10:.3f}")
+        queries, vectors = draw(np.random.default_rng(1), QUERIES, args.dim), index.features
+        paths = np.array([row["path"] for row in index.rows])
+        begun = time.monotonic()
+        best = [np.argsort(-(vectors @ query), kind="stable")[:10] for query in queries[:10]]
+        print(f"numpy, a product with all rows    {100 * (time.monotonic() - begun):8.1f} ms a query, all in memory")
+        best += [np.argpartition(-(vectors @ query), 10)[:10] for query in queries[10:]]
+        if is_available("faiss"):
+            import faiss
+
+            begun = time.monotonic()
+            flat = faiss.IndexFlatIP(args.dim)
+            flat.add(vectors)
+            filled, begun = time.monotonic() - begun, time.monotonic()
+            for query in queries[:10]:
+                flat.search(query[None], 10)
+            print(f"FAISS flat                        {100 * (time.monotonic() - begun):8.1f} ms a query, ", end="")
+            print(f"{filled:.1f} s to fill")
+        del vectors
+        for exact in (False, True):
+            found = in_its_own_process(folder, exact)
+            right = [len(set(a) & set(paths[b])) / 10 for a, b in zip(found["found"], best, strict=False)]
+            name = "LanceDB, comparing with all" if exact else "LanceDB, as searched by default"
+            print(
+                f"{name:<33} {1000 * found['median']:8.1f} ms a query; open and first {found['first']:.2f} s; "
+                f"recall@10 {np.mean(right):.3f}; {found['memory']:.0f} MiB with the interpreter and torch"
+            )
+
+
+if __name__ == "__main__":
+    main()
