@@ -116,7 +116,8 @@ class Seeker:
         if self.problem is None:
             av = import_pyav()
             context = self.stream.codec_context
-            context.thread_type, context.thread_count = "FRAME", decoding_threads()
+            if not context.is_open:  # by an earlier part of the same film
+                context.thread_type, context.thread_count = "FRAME", decoding_threads()
             try:
                 self.problem = self._decode(painter, collector, name)
             except (av.error.FFmpegError, OSError) as error:
