@@ -279,3 +279,13 @@ def test_what_is_not_as_published(tmp_path):
     tables = [load_table(tmp_path / "qa.jsonl", text_column=name) for name in ("question", "answer")]
     with pytest.raises(ValueError, match="Row 0 of .* has no answer"):
         table_questions(*tables)
+
+
+def test_gifs_may_lie_beside_the_tables(tmp_path):
+    from bt_adapter_hf.data.moving_digits_gif_qa import write_gif_questions
+    from bt_adapter_hf.evaluation.qa_sets import open_question_set
+
+    write_gif_questions(tmp_path, "test", 4, 1)
+    questions = open_question_set("tgif-qa", root=tmp_path)
+    assert len(questions.clips) > 0
+    assert all(clip.problem is None for clip in questions.clips)

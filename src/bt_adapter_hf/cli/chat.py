@@ -182,7 +182,7 @@ def _named_model(args: argparse.Namespace) -> tuple[str, str | None, str | Path 
     if found is None:
         raise ValueError(
             f"'{args.model}' holds neither a model with its config.json nor an adapter"
-            f"{', but ' + holding(Path(args.model)) if os.path.isdir(args.model) else ''}."
+            f"{': it holds ' + holding(Path(args.model)) if os.path.isdir(args.model) else ''}."
         )
     folder, adapter = found
     if args.bt_adapter is not None:

@@ -15,6 +15,9 @@ from ..data.media import Media, open_media
 from ..hub.access import retried
 
 
+VIDEO_ENDINGS = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".gif")
+
+
 class BenchmarkFiles:
     """Annotations and videos below one root.
 
@@ -107,7 +110,7 @@ class BenchmarkFiles:
         raise ValueError(f"{whole} is neither .json, .jsonl, .csv, .tsv nor .parquet.")
 
     def media(self, folders: Sequence[str] = ("",), archives: Sequence[str] = ()) -> Media:
-        """The videos: below the media root that the user gave, in one of these folders, or in archives.
+        """The videos: below the media root that the user gave, in one of these folders, in archives, or in the root.
 
         Raises:
             ValueError: none of them is there.
@@ -123,6 +126,8 @@ class BenchmarkFiles:
             found = None
         if found is not None:
             return Media(None, MediaArchives([f"{self.root}/{path}" for path in found]))
+        if not is_remote(self.root) and any(path.suffix in VIDEO_ENDINGS for path in Path(self.root).iterdir()):
+            return Media(self.root, within=[self.root])  # beside the tables
         if is_remote(self.root) and not archives:
             return Media("/".join(filter(None, (self.root, folders[0]))), within=[self.root])
         places = [repr(place) for place in (*folders, *archives)]

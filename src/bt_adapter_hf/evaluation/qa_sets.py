@@ -9,7 +9,7 @@ from typing import Any
 from ..data.media import Media
 from ..data.moving_digits_chat import QUESTIONS, answers, write_chat_clips
 from ..data.sources import PairTable
-from .benchmark_files import BenchmarkFiles, field
+from .benchmark_files import VIDEO_ENDINGS, BenchmarkFiles, field
 from .clips import Clips, ListedClip, ListedClips, TableClips
 
 
@@ -46,7 +46,6 @@ class QuestionSet:
 
 
 Asked = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], str]  # paths of the video, wordings, references, kind
-VIDEO_ENDINGS = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".gif")
 
 
 def msvd_qa(files: BenchmarkFiles, split: str) -> Iterator[Asked]:
@@ -90,7 +89,8 @@ def activitynet_qa(files: BenchmarkFiles, split: str) -> Iterator[Asked]:
 
 def tgif_qa(files: BenchmarkFiles, split: str) -> Iterator[Asked]:
     """The authors' csv files of open answers: FrameQA and counting."""
-    for path in files.find(f"*{split.capitalize()}_*question.csv", f"**/*{split.capitalize()}_*question.csv"):
+    table = f"*[{split[0].upper()}{split[0]}]{split[1:]}_*question.csv"
+    for path in files.find(table, f"**/{table}"):
         kind = next((kind for kind in ("frameqa", "count") if kind in path.lower()), None)
         if kind is not None:  # the others are multiple choice
             for row in files.read(path):

@@ -46,4 +46,4 @@ def holding(folder: Path) -> str:
         return "a training run that has not come to its end (go on with --resume), and no finished model"
     if any(name in names for name in ("processor_config.json", "preprocessor_config.json", "tokenizer.json")):
         return "a processor and no model"
-    return f"no model (but {', '.join(names[:3])}{' and more' if len(names) > 3 else ''})" if names else "nothing"
+    return f"only {', '.join(names[:3])}{' and more' if len(names) > 3 else ''}" if names else "no file at all"

@@ -252,7 +252,7 @@ class _Decoded:
 def damaged(name: str, reason: str, frames: int, on_damage: str) -> None:
     message = f"{name} is truncated or damaged: {reason}"
     if on_damage != "salvage" or frames == 0:
-        hint = "use on_damage='salvage' with backend='pyav' to sample among these" if frames else "nothing to salvage"
+        hint = "on_damage='salvage', a command's --on-damage salvage, takes these" if frames else "nothing to salvage"
         raise TruncatedVideoError(f"{message}; {frames} frames are readable ({hint}).")
     logger.warning("%s; salvaged %d frames, sampling among these.", message, frames)
 
