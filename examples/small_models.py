@@ -11,8 +11,6 @@ import argparse
 import json
 from pathlib import Path
 
-from transformers import CLIPConfig, CLIPModel
-
 from bt_adapter_hf import (
     BTAdapterLlavaForConditionalGeneration,
     BTAdapterLlavaProcessor,
@@ -32,10 +30,7 @@ def main() -> None:
         parser.error(f"{args.clips} holds no metadata.jsonl: run `bt-adapter quickstart` first, or name --clips.")
 
     dual = BTAdapterModel.from_pretrained(default_model_path())
-    parts = {name: getattr(dual.config, name) for name in ("text_config", "projection_dim")}
-    clip = CLIPModel(CLIPConfig(**parts, vision_config=dual.config.vision_config.backbone))
-    clip.load_state_dict(unload_bt_adapter(dual).state_dict())
-    clip.save_pretrained(args.output / "clip")
+    unload_bt_adapter(dual).save_pretrained(args.output / "clip")
     processor = BTAdapterProcessor.from_pretrained(default_model_path())
     processor.image_processor.save_pretrained(args.output / "clip")
     processor.tokenizer.save_pretrained(args.output / "clip")

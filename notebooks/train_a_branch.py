@@ -9,16 +9,14 @@
 # # Train a branch on your clips
 #
 # From a plain CLIP, which has only seen stills, to one that reads the order of frames, on a CPU. Needs
-# `pip install -c constraints.txt '.[quickstart,train]'` in the clone. More clips and epochs teach it more; the model
-# inside
-# the package was made so, by `recipes/moving_digits`.
+# `pip install -c constraints.txt '.[quickstart,train]'` in the clone. More clips and epochs teach it more: the model
+# inside the package was made so, by `recipes/moving_digits`.
 
 # %%
 import json
 from pathlib import Path
 
 from PIL import Image
-from transformers import CLIPConfig, CLIPModel
 
 from bt_adapter_hf import BTAdapterModel, BTAdapterProcessor, unload_bt_adapter
 from bt_adapter_hf.assets import default_model_path
@@ -35,10 +33,7 @@ CLIPS, EPOCHS = 720, 10
 # taken away.
 
 # %%
-dual = BTAdapterModel.from_pretrained(default_model_path())
-parts = {"text_config": dual.config.text_config, "projection_dim": dual.config.projection_dim}
-clip = CLIPModel(CLIPConfig(**parts, vision_config=dual.config.vision_config.backbone))
-clip.load_state_dict(unload_bt_adapter(dual).state_dict())
+clip = unload_bt_adapter(BTAdapterModel.from_pretrained(default_model_path()))
 processor = BTAdapterProcessor.from_pretrained(default_model_path())
 clip.save_pretrained("clip")
 processor.image_processor.save_pretrained("clip")

@@ -6,7 +6,13 @@ import pytest
 import torch
 from transformers import CLIPModel
 
-from bt_adapter_hf import BTAdapterLlavaForConditionalGeneration, BTAdapterModel, load_bt_adapter, save_bt_adapter
+from bt_adapter_hf import (
+    BTAdapterLlavaForConditionalGeneration,
+    BTAdapterModel,
+    load_bt_adapter,
+    save_bt_adapter,
+    unload_bt_adapter,
+)
 from bt_adapter_hf.adapters.files import AdapterError
 from bt_adapter_hf.adapters.host_modules import find_tower
 from bt_adapter_hf.adapters.whole_models import read_config
@@ -47,6 +53,15 @@ def test_the_branch_of_a_whole_model(clip, folders, kind):
     assert read_config(folders / kind).fingerprint == read_config(folders / "adapter").fingerprint
     named = (read_config(folders / kind).base_model_name_or_path, read_config(folders / kind).revision)
     assert named == (("org/clip", "abc") if kind == "run" else (str(folders / kind), None))
+
+
+def test_a_dual_encoder_without_its_branch_is_the_native_model_on_disk_too(clip, folders, tmp_path):
+    native = unload_bt_adapter(BTAdapterModel.from_pretrained(folders / "dual"))
+    native.save_pretrained(tmp_path)
+    assert not hasattr(native.config, "temperature")  # of ours, and none of CLIP's
+    again = CLIPModel.from_pretrained(tmp_path)
+    for name, value in clip.vision_model.state_dict().items():
+        assert again.vision_model.state_dict()[name].equal(value), name
 
 
 def test_another_backbone_is_refused_all_the_same(folders):

@@ -212,7 +212,8 @@ def _composite(config_class: type[PreTrainedConfig], source: PreTrainedConfig, f
             getattr(config, name).backbone = fields[name]
     config._attn_implementation_internal = source._attn_implementation_internal
     config._name_or_path = source._name_or_path
-    for name, value in vars(source).items():  # beside its fields: the quantization, for one
+    for name in vars(source).keys() - source.__class__.__dataclass_fields__.keys():  # the quantization, for one
+        value = getattr(source, name)
         if not name.startswith("_") and not hasattr(config, name):
             setattr(config, name, copy.deepcopy(value))
     return config
