@@ -42,7 +42,7 @@ def table(text: str, first: str, last: str) -> str:
 
 def figures(folder: Path) -> dict[str, tuple[str, str]]:
     """(what the page shows, what comes out now), by what it is."""
-    quickstart = printed("quickstart", "--output", str(folder / "quickstart"))
+    quickstart = printed("quickstart", "--output", str(folder / "quickstart")).replace("\n   ", "\n")  # is indented
     order = printed("eval", "temporal", "--data", "moving-digits-order", "--items", "60", "-o", str(folder / "order"))
     return {
         "README.md, moving digits": (block("README.md", "%  "), table(quickstart, "%  ", "(chance)")),
