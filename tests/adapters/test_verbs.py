@@ -213,10 +213,13 @@ def test_stored_in_half_precision(tmp_path):
     assert load_bt_adapter(vision().bfloat16(), tmp_path).bt_adapter.video_cls.dtype == torch.bfloat16
 
 
-def test_in_place_on_a_model_with_a_branch(adapter):
+def test_in_place_on_a_model_with_a_branch(adapter, caplog):
+    load_bt_adapter(clip(), adapter)
+    assert "replaced" not in caplog.text  # nothing was
     model = get_bt_adapter_model(clip(), 3, max_frames=5)
     tower = model.vision_model
     assert load_bt_adapter(model, adapter) is model and model.vision_model is tower
+    assert f"The branch that the BTAdapterModel had is replaced by that of {adapter}" in caplog.text
     assert tower.bt_adapter.video_cls.equal(load_file(adapter / WEIGHTS_NAME)["video_cls"])
     assert tower.config.max_frames == 64 and model.config.vision_config is tower.config
 

@@ -1,5 +1,6 @@
 """`bt-adapter finetune` from a native model and a table to a model that answers."""
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig
 
 from bt_adapter_hf import BTAdapterLlavaForConditionalGeneration, BTAdapterLlavaProcessor
+from bt_adapter_hf.cli.finetune import load_model
 from bt_adapter_hf.cli.main import main
 from tests import tiny_instructions
 from tests.chat import tiny_hosts
@@ -95,6 +97,30 @@ def test_qlora_from_start_to_answer(table, tmp_path, monkeypatch, capsys):
     assert isinstance(answer(capsys, clip, "--model", host.native, "--bt-adapter", out), str)
 
 
+def test_a_fresh_branch_is_told_unless_a_checkpoint_brings_it(llava, caplog):
+    args = argparse.Namespace(
+        model=str(llava.native), revision=None, bt_adapter=None, num_frames=None, on_damage=None, load_in_4bit=False
+    )
+    for resumed in (False, True, False):
+        caplog.clear()
+        load_model(args, argparse.Namespace(bf16=False, device="cpu"), resumed)
+        assert ("newly initialised" in caplog.text) is not resumed
+
+
+def test_a_model_with_a_branch_takes_no_adapter(llava, tmp_path, capsys):
+    """Told before tables and weights are read: there are none."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "bt_adapter_llava"}')
+    argv = ["finetune", "--model", folder, "--bt-adapter", llava.adapter, "--train", "absent.jsonl"]
+    assert main([*map(str, argv), "--output-dir", str(tmp_path / "a" / "out")]) == 1
+    assert capsys.readouterr().err == (
+        f"bt-adapter finetune: error: '{folder}' has an adapter in: leave out --bt-adapter, or name the native model "
+        "with --model.\n"
+    )
+    assert not (tmp_path / "a").exists()
+
+
 def test_states_are_computed_once(llava, table, tmp_path, capsys):
     states, weights = tmp_path / "states", {}
     for name, options in (("plain", []), ("cached", ["--cache-states", states, "--cache-dtype", "fp32"])):
@@ -134,7 +160,7 @@ def test_resume(llava, table, tmp_path, capsys):
         (["--load-in-4bit"], "takes LoRA; add --lora"),
         (["--lora", "--adapter-only"], "would leave LoRA out"),
         (["--validation", "absent.jsonl"], "Cannot read the table absent.jsonl"),
-        (["--train", "table.csv"], "is a .jsonl or a .json file"),
+        (["--train", "table.txt"], "is a .jsonl or a .json file"),
         (["--set", "learning_rat=1"], "Nearest: learning_rate"),
         (["--eval-steps", "5"], "needs --validation"),
         (["--batch-size", "50"], "fewer than one batch"),
@@ -151,7 +177,7 @@ def test_bad_input_is_one_clear_line(options, message, llava, table, tmp_path, c
 def test_another_kind_of_model(tiny_checkpoint, table, tmp_path, capsys):
     argv = ["finetune", "--model", str(tiny_checkpoint), "--train", str(table), "--output-dir", str(tmp_path)]
     assert main(argv) == 1
-    assert "holds a model of type 'bt_adapter'; expected one of llava" in capsys.readouterr().err
+    assert "holds a dual encoder of type 'bt_adapter'; expected a chat model, of type llava" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -50,12 +50,13 @@ def pretrain(clip, clips, output_dir, *options) -> int:
     return main(argv)
 
 
-def test_from_a_clip_to_a_model_that_loads(clip, clips, tmp_path, capsys):
+def test_from_a_clip_to_a_model_that_loads(clip, clips, tmp_path, capsys, caplog):
     out = tmp_path / "out"
     options = ["--validation", clips, "--epochs", "2", "--learning-rate", "1e-3", "--mask-ratio", "0.5"]
     options += ["--eval-controls", "reversed", "--logging-steps", "1", "--set", "warmup-steps=0.5"]
     assert pretrain(clip, clips, out, *options) == 0
     assert "recall over 12 validation pairs" in capsys.readouterr().out
+    assert "newly initialised" not in caplog.text  # branch and head: what pretraining starts with
     assert Image.open(out / "losses.png").format == "PNG"
     summary = json.loads((out / "run_summary.json").read_text())
     assert summary["kind"] == "pretraining" and summary["finished"] and summary["train_loss"] > 0
@@ -129,7 +130,7 @@ def test_bad_input_is_one_clear_line(options, message, clip, clips, tmp_path, ca
     assert pretrain(clip, clips, tmp_path / "out", *options) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("bt-adapter pretrain: error: ") and message in error
-    assert not (tmp_path / "out" / "model.safetensors").exists()
+    assert not (tmp_path / "out").exists()  # nothing is left of what was refused
 
 
 def test_a_run_that_was_killed_in_its_first_checkpoint_starts_anew(tmp_path, caplog):
@@ -153,8 +154,11 @@ def test_two_runs_into_one_folder(command, tiny_checkpoint, tmp_path, capsys):
             f"bt-adapter {command}: error: another run writes to {out}: wait until it has ended, or choose another "
             "--output-dir.\n"
         )
+        assert list(out.iterdir()) == [out / "run.lock"]
+    assert not out.exists()
+    out.mkdir()
+    assert main(argv) == 1 and "another run" not in capsys.readouterr().err
     assert list(out.iterdir()) == []
-    assert main(argv) == 1 and "t.jsonl" in capsys.readouterr().err
 
 
 def test_bad_places(clip, clips, tmp_path, capsys):

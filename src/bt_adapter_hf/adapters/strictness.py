@@ -7,6 +7,8 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..models.modeling_bt_adapter_pretraining import BTAdapterForPreTraining
+
 
 logger = logging.get_logger(__name__)
 
@@ -24,7 +26,8 @@ _SIZE_OF = {
 def check_loading(model: PreTrainedModel, info: dict[str, Any], source: str, is_ours: bool = False) -> None:
     """Looks at transformers' report on what `from_pretrained` has done.
 
-    Modules that a checkpoint of a bare backbone lacks as a whole (the model's `_new_modules`) are told in the log.
+    Modules that a checkpoint of a bare backbone lacks as a whole (the model's `_new_modules`) are told in the log: as
+    a warning, but where pretraining starts.
 
     Args:
         info: the report.
@@ -68,7 +71,9 @@ def check_loading(model: PreTrainedModel, info: dict[str, Any], source: str, is_
             "config.json."
         )
     if fresh:
-        logger.warning(f"{source} holds no {', '.join(fresh)}: newly initialised.")
+        # A fresh branch and head are what pretraining starts with, and on --resume its checkpoint brings them.
+        tell = logger.info if isinstance(model, BTAdapterForPreTraining) else logger.warning
+        tell(f"{source} holds no {', '.join(fresh)}: newly initialised.")
 
 
 def with_nearest(keys: list[str], others: Collection[str]) -> str:

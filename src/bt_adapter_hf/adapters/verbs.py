@@ -176,6 +176,7 @@ def _with_adapter(
             "peft's disable_adapter() the model has the tuned branch."
         )
     if has_branch:
+        logger.warning(f"The branch that the {type(model).__name__} had is replaced by that of {folder}.")
         _set_branch(model, tower, new.bt_adapter.train(tower.training), config)
     else:
         attachment = Attachment.of(model, backbone)

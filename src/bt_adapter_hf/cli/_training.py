@@ -53,6 +53,21 @@ def chat_processor(args: argparse.Namespace, **fields: Any):
     """
     import bt_adapter_hf
 
+    from .chat import HOSTS
+
+    model_type = chat_type(args)
+    cls = getattr(bt_adapter_hf, f"BTAdapter{HOSTS[model_type]}Processor")
+    if args.on_damage is not None:
+        fields["on_damage"] = args.on_damage
+    return cls.from_pretrained(args.model, revision=args.revision, **fields), HOSTS[model_type]
+
+
+def chat_type(args: argparse.Namespace) -> str:
+    """Type of the chat model that `--model` names.
+
+    Raises:
+        ValueError: for a model of another kind.
+    """
     from ..hub.kinds import wrong_kind
     from ..hub.source import model_type_of
     from .chat import HOSTS
@@ -60,10 +75,7 @@ def chat_processor(args: argparse.Namespace, **fields: Any):
     model_type = model_type_of(args.model, args.revision)
     if model_type not in HOSTS:
         raise wrong_kind(args.model, model_type, f"a chat model, of type {', '.join(HOSTS)}")
-    cls = getattr(bt_adapter_hf, f"BTAdapter{HOSTS[model_type]}Processor")
-    if args.on_damage is not None:
-        fields["on_damage"] = args.on_damage
-    return cls.from_pretrained(args.model, revision=args.revision, **fields), HOSTS[model_type]
+    return model_type
 
 
 def text_limit(wanted: int | None, tokenizer, config) -> int:
@@ -93,9 +105,6 @@ def begin(
         arguments: class of the training arguments.
         packages: that are needed.
         options, fixed: of `training_arguments`.
-
-    Returns:
-        The training arguments, and the checkpoint to go on from, if any.
     """
     from ..import_utils import require_package
 
@@ -104,24 +113,37 @@ def begin(
     quiet_transformers()
     from transformers import set_seed
 
-    checkpoint = find_checkpoint(args)
     training_args = training_arguments(args, arguments, options, **fixed)
     set_seed(training_args.seed)
-    return training_args, checkpoint
+    return training_args
 
 
 @contextlib.contextmanager
 def only_run(output_dir: str) -> Iterator[None]:
     """Makes the output folder, and holds its lock: of two runs into one folder each would take the other's files.
 
+    Folders that were made and that nothing was written into, as by a run that was refused, are taken away at the end.
+
     Raises:
         ValueError: if another run writes there.
     """
-    Path(output_dir).mkdir(parents=True, exist_ok=True)
-    if os.environ.get("RANK", "0") != "0":  # the first of several processes holds it for all
-        yield
-        return
-    lock = FileLock(Path(output_dir, LOCK_NAME), timeout=0)
+    folder = Path(output_dir)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        # the first of several processes holds the lock for all
+        with _locked(folder) if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext():
+            yield
+    finally:
+        for path in made:
+            if not path.is_dir() or any(path.iterdir()):
+                break
+            path.rmdir()
+
+
+@contextlib.contextmanager
+def _locked(output_dir: Path) -> Iterator[None]:
+    lock = FileLock(output_dir / LOCK_NAME, timeout=0)
     try:
         lock.acquire()
     except Timeout as error:
@@ -196,7 +218,7 @@ def run_training(trainer, checkpoint: str | None, started: float, **described: A
     except BaseException as failure:
         interrupted = isinstance(failure, KeyboardInterrupt)
         error = "interrupted" if interrupted else f"{type(failure).__name__}: {failure}"
-        if trainer.state.max_steps:  # it had begun
+        if trainer.state.max_steps and trainer.optimizer is not None:  # it had begun
             try:
                 report()
             except OSError as second:  # no space left, perhaps; the first error is the one to show

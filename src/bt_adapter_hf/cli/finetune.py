@@ -6,7 +6,7 @@ from typing import Any
 
 from ..import_utils import require_package
 from ._options import path, progress, real_number, whole_number
-from ._training import begin, chat_processor, end, only_run, run_training
+from ._training import begin, chat_processor, chat_type, end, find_checkpoint, only_run, run_training
 from ._training_options import (
     TRAINING_OPTIONS,
     add_data_limits,
@@ -147,12 +147,17 @@ def run(args: argparse.Namespace) -> int:
 
 def train(args: argparse.Namespace) -> int:
     started = time.time()
+    checkpoint = find_checkpoint(args)
+    if chat_type(args).startswith("bt_adapter_") and args.bt_adapter is not None:
+        raise ValueError(
+            f"'{args.model}' has an adapter in: leave out --bt-adapter, or name the native model with --model."
+        )
     from ..training.arguments import InstructionArguments
 
     if args.load_in_4bit:
         require_package("bitsandbytes", "quantization")
     packages = ("accelerate", "matplotlib", *(["peft"] if args.lora else []))
-    training_args, checkpoint = begin(args, InstructionArguments, packages, OPTIONS)
+    training_args = begin(args, InstructionArguments, packages, OPTIONS)
 
     from ..data.augmentation import ClipAugmentation
     from ..data.instructions import InstructionCollator, InstructionDataset, load_instructions, longest_conversation
@@ -164,7 +169,7 @@ def train(args: argparse.Namespace) -> int:
         part: load_instructions(source, media_root=args.media_root, revision=args.dataset_revision)
         for part, source in sources.items()
     }
-    model, processor = load_model(args, training_args)
+    model, processor = load_model(args, training_args, resumed=checkpoint is not None)
     lora = {field: getattr(args, option) for option, field in LORA_OPTIONS.items()} if args.lora else None
     model = prepare_for_tuning(model, lora)
     states = None
@@ -210,13 +215,18 @@ def train(args: argparse.Namespace) -> int:
     return end(trainer, summary, lambda: print_result(args, summary))
 
 
-def load_model(args: argparse.Namespace, training_args):
-    """The chat model that the options describe, on the device of the training, and its processor."""
+def load_model(args: argparse.Namespace, training_args, resumed: bool = False):
+    """The chat model that the options describe, on the device of the training, and its processor.
+
+    Args:
+        resumed: a checkpoint brings what was trained, so that a fresh branch is nothing to tell.
+    """
     import torch
     from transformers.utils import logging
 
     import bt_adapter_hf
 
+    from ..adapters import strictness
     from ..models.compat_bt_adapter import resolve_revision
 
     args.revision = resolve_revision(args.model, args.revision)  # one commit for model and processor
@@ -232,12 +242,15 @@ def load_model(args: argparse.Namespace, training_args):
         options["device_map"] = {"": training_args.device}
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its report names every tensor of a fresh branch
+    if resumed:
+        strictness.logger.setLevel(logging.ERROR)
     try:
         model = getattr(bt_adapter_hf, f"BTAdapter{host}ForConditionalGeneration").from_pretrained(
             args.model, revision=args.revision, bt_adapter=args.bt_adapter, **options
         )
     finally:
         logging.set_verbosity(verbosity)
+        strictness.logger.setLevel(logging.NOTSET)
     return model if args.load_in_4bit else model.to(training_args.device), processor
 
 

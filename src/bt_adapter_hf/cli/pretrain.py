@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 from ._options import path, real_number, whole_number
-from ._training import begin, end, only_run, open_table, run_training, text_limit
+from ._training import begin, end, find_checkpoint, only_run, open_table, run_training, text_limit
 from ._training_options import (
     TRAINING_OPTIONS,
     add_data_limits,
@@ -158,6 +158,7 @@ def run(args: argparse.Namespace) -> int:
 
 def train(args: argparse.Namespace) -> int:
     started = time.time()
+    checkpoint = find_checkpoint(args)
     from ..training.arguments import BTAdapterTrainingArguments
 
     options = {**TRAINING_OPTIONS, "cached_gradient_batch_size": "cached_gradient_batch_size"}
@@ -165,7 +166,7 @@ def train(args: argparse.Namespace) -> int:
     if args.num_frames is not None and len(args.num_frames) > 1:
         lists["frame_counts"] = args.num_frames
     packages = ("accelerate", "datasets", "matplotlib")
-    training_args, checkpoint = begin(args, BTAdapterTrainingArguments, packages, options, **lists)
+    training_args = begin(args, BTAdapterTrainingArguments, packages, options, **lists)
     if args.eval_controls == []:
         training_args.eval_controls = []
 

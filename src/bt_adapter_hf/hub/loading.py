@@ -56,7 +56,8 @@ def load_bt_adapter(
 
     Args:
         model: as in [`get_bt_adapter_model`]; or a model of ours, whose branch, on the same backbone layers, is
-            replaced in place.
+            replaced in place, as a warning says. (`from_pretrained(..., bt_adapter=...)` and `--bt-adapter` name a
+            checkpoint to start from, and refuse one with a branch.)
         adapter: folder, or id on the Hub; also one that peft saved from a model with a branch (see
             [`lora_config`]), or of a whole tower, dual encoder or pretraining run, whose branch is taken.
         adapter_layers: attach the first branch layers only, those fed by these backbone layers.
