@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -40,6 +41,29 @@ def test_what_is_left_out_is_listed_and_can_be_named(hub, tiny_checkpoint, tmp_p
     assert "LICENSE" in hub.files("tester/some") and "passwords.txt" not in hub.files("tester/some")
     assert cli.main(["push", str(folder), "tester/some", "--include", "nope"]) == 1
     assert "holds no file 'nope', which was to be included" in capsys.readouterr().err
+
+
+def test_dry_run_lists_and_asks_nobody(tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    def connect(*_):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setattr(socket, "getaddrinfo", connect)
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "run")
+    (folder / "passwords.txt").write_text("x")
+    argv = ["push", str(folder), "tester/dry", "--dry-run"]
+    assert cli.main(argv) == 0
+    out = capsys.readouterr().out.splitlines()
+    listed = [line.strip() for line in out if line.startswith("  ")]
+    assert out[0] == f"{len(listed)} files would be published as tester/dry:"
+    assert {"README.md", "config.json", "model.safetensors", "modeling_bt_adapter.py"} <= set(listed)
+    assert out[-1].startswith("left out: passwords.txt (") and "passwords.txt" not in listed
+    assert cli.main([*argv, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["files"], found["commit"], found["url"]) == (listed, None, None)
+    (folder / "README.md").write_text(f"hf_{'a' * 34}")
+    assert cli.main(argv) == 1
+    assert "README.md holds a token of the Hub" in capsys.readouterr().err
 
 
 def test_json_branch_pull_request_private_message(hub, tiny_checkpoint, tmp_path, capsys):  # noqa: F811

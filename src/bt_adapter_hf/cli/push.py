@@ -8,6 +8,7 @@ from ._options import path, quiet_transformers
 
 
 _EXAMPLES = """examples:
+  bt-adapter push my-adapter me/bt-adapter-clip-l14 --dry-run
   bt-adapter push my-adapter me/bt-adapter-clip-l14 --license apache-2.0
   bt-adapter push my-adapter me/bt-adapter-clip-l14 --revision experiment --message "Half the learning rate"
   bt-adapter push my-adapter org/bt-adapter-clip-l14 --pr --include LICENSE --include "images/*.png"
@@ -55,6 +56,11 @@ def register(subparsers) -> None:
         metavar="RESULT",
         help="results of `bt-adapter eval`, files or folders, whose scores go into the card",
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check the files, list those that would be published and those left out, and ask the Hub for nothing",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
@@ -80,11 +86,16 @@ def run(args: argparse.Namespace) -> int:
         card={"license": args.license, "language": args.language},
         include=args.include,
         results=args.results,
+        dry_run=args.dry_run,
     )
     if args.json:
         print(json.dumps(dataclasses.asdict(pushed)))
         return 0
-    print(f"{len(pushed.files)} files published: {pushed.url}")
+    if args.dry_run:
+        print(f"{len(pushed.files)} files would be published as {printable(args.repo_id)}:")
+        print("\n".join(f"  {printable(name)}" for name in pushed.files))
+    else:
+        print(f"{len(pushed.files)} files published: {pushed.url}")
     if pushed.left_out:
         print(f"left out: {', '.join(map(printable, pushed.left_out))} (--include publishes what you name)")
     return 0

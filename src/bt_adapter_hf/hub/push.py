@@ -45,20 +45,20 @@ class PushError(OSError):
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push did.
+    """What a push did, or would do.
 
     Args:
         repo_id: of the repository, with its namespace.
-        commit: the commit that holds all of it.
-        url: of the commit, or of the pull request.
+        commit: the commit that holds all of it; None of a dry run.
+        url: of the commit, or of the pull request; None of a dry run.
         pull_request: its number, if one was opened.
         files: in the commit, by their path.
         left_out: files and folders of the source that were not published.
     """
 
     repo_id: str
-    commit: str
-    url: str
+    commit: str | None
+    url: str | None
     files: list[str]
     pull_request: int | None = None
     left_out: list[str] = field(default_factory=list)
@@ -79,6 +79,7 @@ def push_to_hub(
     card: Mapping[str, Any] | None = None,
     include: Sequence[str] = (),
     results: Sequence[str | Path] = (),
+    dry_run: bool = False,
 ) -> Pushed:
     """Publishes a model, an adapter or a processor with a model card, in one commit: all of it or nothing.
 
@@ -103,6 +104,7 @@ def push_to_hub(
         include: further files of the folder, by their path in it or by a pattern such as "images/*.png".
         results: result files of `bt-adapter eval`, or their folders: their scores go into the card. The files
             themselves, which name paths of yours, are not published.
+        dry_run: check the files and list them, without asking the Hub for anything.
 
     Raises:
         ValueError: if the source is nothing of this package, is incomplete, or has a token of the Hub in one of its
@@ -157,6 +159,7 @@ def push_to_hub(
             token=token,
             commit_message=commit_message or f"Upload {kind}",
             left_out=[name for name in left_out if name not in changed],
+            dry_run=dry_run,
         )
 
 
@@ -189,12 +192,18 @@ def publish(
     token: str | None = None,
     commit_message: str,
     left_out: Sequence[str] = (),
+    dry_run: bool = False,
 ) -> Pushed:
     """One commit of files, by their path in the repository, and of a card; see [`push_to_hub`].
 
     Args:
         make_card: gives the README, from the one in `files` or else in the repository, and the repository's full name.
     """
+    if dry_run:
+        readme = _read_readme(files["README.md"]) if "README.md" in files else None
+        contents = {**files, "README.md": make_card(readme, repo_id).encode()}
+        _refuse_tokens(contents, token)
+        return Pushed(repo_id, None, None, sorted(contents), left_out=list(left_out))
     if is_offline_mode():
         raise PushError(f"HF_HUB_OFFLINE is set, so nothing can be published as {repo_id}: unset it.")
     api = HfApi(token=token)
