@@ -129,6 +129,16 @@ def test_each_version_is_compared_with_the_tested_one_and_the_range(monkeypatch)
     assert re.search(r"pip install -c .*/assets/constraints\.txt peft tokenizers transformers$", note)
 
 
+def test_every_package_of_the_parts_for_users_is_told():
+    users = ("train", "eval", "search", "quickstart", "quantization", "torchcodec", "demo")
+    parts = {
+        re.match(r"[\w-]+", line)[0]: re.search(r"extra == .(\w+)", line)[1]
+        for line in importlib.metadata.requires("bt_adapter_hf")
+        if re.search(rf"extra == .({'|'.join(users)})\b", line)
+    }
+    assert len(parts) > 8 and parts.keys() <= env.PURPOSES.keys()
+
+
 def test_what_is_not_installed_says_what_it_is_for(capsys):
     packages = {name: {"version": None, "error": None} for name in (*env.PURPOSES, "torch")}
     empty = {"bt_adapter_hf": "1", "python": "3", "platform": "x", "packages": packages, "builds": {}, "versions": {}}

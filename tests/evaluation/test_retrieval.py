@@ -7,6 +7,7 @@ import torch
 from safetensors.numpy import load_file
 
 from bt_adapter_hf.evaluation.retrieval import cosine_similarity, rank_metrics, retrieval_metrics, retrieval_ranks
+from bt_adapter_hf.evaluation.retrieval_run import chance_of_recall
 
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden"
@@ -100,3 +101,10 @@ def test_cosine_is_float32_and_equal_for_equal_features():
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_chance_of_recall():
+    found = chance_of_recall(np.array([1, 3]), 4)  # of four: the only right one first; one of three first
+    assert found["R1"] == pytest.approx(100 * (1 / 4 + 3 / 4) / 2)
+    assert found["R5"] == found["R10"] == 100
+    assert chance_of_recall(np.array([2]), 20)["R5"] == pytest.approx(100 * (1 - 15 * 14 / (20 * 19)))

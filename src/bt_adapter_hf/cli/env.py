@@ -25,7 +25,10 @@ CORE = (
 )
 DECODERS = (("decord", "decord"), ("torchcodec", "torchcodec"))
 # Their versions only: importing them is slow, and what breaks them is mostly one of the above.
-OTHERS = ("accelerate", "datasets", "peft", "bitsandbytes", "matplotlib", "scikit-learn", "tokenizers")
+OTHERS = (
+    *("accelerate", "datasets", "peft", "bitsandbytes", "matplotlib", "scikit-learn", "tokenizers"),
+    *("lancedb", "scipy", "ftfy", "openai", "gradio"),
+)
 # What the optional ones are for, and the extra that brings them.
 PURPOSES = {
     "accelerate": ("pretrain and finetune", "train"),
@@ -34,6 +37,11 @@ PURPOSES = {
     "bitsandbytes": ("language models in 4 or 8 bits", "quantization"),
     "matplotlib": ("plots of losses and results", "train"),
     "scikit-learn": ("the digits of quickstart", "quickstart"),
+    "lancedb": ("index and search", "search"),
+    "scipy": ("paired tests of eval", "eval"),
+    "ftfy": ("captions of some sets of eval", "eval"),
+    "openai": ("judges of eval", "eval"),
+    "gradio": ("the page of demo", "demo"),
     "decord": ("another decoder", None),
     "torchcodec": ("another decoder", "torchcodec"),
 }

@@ -70,7 +70,9 @@ def evaluate_recognition(
     names = list(classes) if classes is not None else sorted({texts[0] for _, _, texts in labelled if texts})
     if len(names) < 2 or len(set(names)) < len(names):
         raise ValueError(
-            f"Expected two or more different classes, found {len(names)}, {len(set(names))} of them different."
+            f"Expected two or more different classes, found {len(names)} in "
+            f"{'the classes given' if classes is not None else f'the labels of {clips.source}'}, {len(set(names))} of "
+            f"them different{f': {names[0]!r}' if len(names) == 1 else ''}."
         )
     numbers = {name: number for number, name in enumerate(names)}
     kept, right = [], []

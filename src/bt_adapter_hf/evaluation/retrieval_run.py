@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.broken import BrokenItem
+from ..data.broken import BrokenItem, described
 from ..data.sources import PairTable
 from ..search.encoding import VideoEncoder
 from .clips import Clips, as_clips, broken_rows, describe_encoder, draws_of
@@ -74,7 +74,7 @@ def evaluate_retrieval(
     if not videos:
         raise ValueError(
             f"No row of {clips.source} has a video that can be read and a text. The first of {len(failed)}: "
-            f"{failed[0]['video']}: {failed[0]['reason']}"
+            f"{described(failed[0])}"
         )
     if paragraph:
         texts_of = {name: [" ".join(texts)] for name, texts in texts_of.items()}
@@ -91,7 +91,14 @@ def evaluate_retrieval(
         scores=scores.pop(FULL),
         controls=scores,
         against_frame_average=against,
-        chance={f"t2v_R{k}": 100 * min(1.0, k / len(videos)) for k in RECALL_AT},
+        chance={
+            f"{direction}_{metric}": value
+            for direction, right, gallery in (
+                ("t2v", np.ones(len(captions), int), len(videos)),
+                ("v2t", np.array([len(texts_of[name]) for name in videos]), len(captions)),
+            )
+            for metric, value in chance_of_recall(right, gallery).items()
+        },
         items={"texts": len(captions), f"of them cut at {length} tokens": cut, "videos": len(videos)},
         protocol={
             **protocol,
@@ -150,6 +157,17 @@ def score_retrieval(
             hits = [of_direction[condition] <= 1 for condition in (FULL, "frame_average")]
             against[f"{direction}_R1"] = compare(*hits, queries[direction], seed=seed).scaled(100)
     return scores, against, reference_ties
+
+
+def chance_of_recall(right: np.ndarray, gallery: int) -> dict[str, float]:
+    """What a random order gives, in percent; right: (queries,) how many answers of each query are right."""
+    found = {}
+    for k in RECALL_AT:
+        missed = np.ones(len(right))
+        for place in range(min(k, gallery)):  # none of them at this place, nor before
+            missed *= np.clip(gallery - place - right, 0, None) / (gallery - place)
+        found[f"R{k}"] = 100 * float(1 - missed.mean())
+    return found
 
 
 def dual_softmax_scores(similarity: np.ndarray, scale: float = 100.0) -> np.ndarray:
