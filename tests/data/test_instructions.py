@@ -301,7 +301,7 @@ def test_fingerprint_tells_tables_apart(media):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("a.csv", "", "is a .jsonl or a .json file"),
+        ("a.txt", "", "is a .jsonl or a .json file"),
         ("gone.json", None, "No such file"),
         ("latin.jsonl", b'{"q": "caf\xe9"}', "it is not UTF-8 .byte 0xe9 at 10.: save it as UTF-8"),
         ("wide.jsonl", "{}".encode("utf-16"), "it is encoded in UTF-16: save it as UTF-8"),

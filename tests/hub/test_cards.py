@@ -66,7 +66,7 @@ def run(tiny_checkpoint, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     for path in tiny_checkpoint.iterdir():
-        (folder / path.name).symlink_to(path)
+        (folder / path.name).write_bytes(path.read_bytes())
     (folder / "run_summary.json").write_text(json.dumps(SUMMARY))
     return folder
 
@@ -291,6 +291,7 @@ def test_cards_of_the_recipes_are_valid(path):
 
 def test_each_recipe_has_a_card():
     recipes = {folder.name for folder in (ROOT / "recipes").iterdir() if (folder / "README.md").is_file()}
+    recipes -= {"ablations", "moving_digits_gif_qa"}  # comparisons: no model of theirs is published
     assert recipes <= {path.stem.replace("-", "_") for path in CARDS}
 
 

@@ -13,11 +13,11 @@ from bt_adapter_hf.hub.source import resolve_adapter
 
 
 FILES = {
-    "nothing": {},
+    "no file at all": {},
     "a checkpoint of a training run": {"trained.safetensors": "\x02\0\0\0\0\0\0\0{}"},
     "a training run that has not come to its end": {"checkpoint-500/x": ""},
     "a processor and no model": {"processor_config.json": "{}", "a.json": "{}"},
-    "no model (but a.mp4, b.mp4, c.mp4 and more)": {f"{name}.mp4": "" for name in "abcd"},
+    "only a.mp4, b.mp4, c.mp4 and more": {f"{name}.mp4": "" for name in "abcd"},
     "an index of videos": {"index.json": "{}", "part-00000.safetensors": "\x02\0\0\0\0\0\0\0{}"},
     "LoRA of peft without a branch": {"adapter_config.json": "{}"},
     "LoRA with a branch": {"adapter_config.json": "{}", "bt_adapter_config.json": "{}"},

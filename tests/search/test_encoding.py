@@ -177,7 +177,7 @@ def test_what_is_no_dual_encoder_is_named(adapter, tmp_path):
     with pytest.raises(ValueError, match="chat' holds an adapter of a model of type 'bt_adapter_llava'; expected"):
         VideoEncoder.from_pretrained(tmp_path / "chat")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty' holds nothing; expected 'bt_adapter', a dual encoder"):
+    with pytest.raises(ValueError, match="empty' holds no file at all; expected 'bt_adapter', a dual encoder"):
         VideoEncoder.from_pretrained(tmp_path / "empty")
     (tmp_path / "empty" / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="empty' holds LoRA of peft without a branch"):

@@ -131,7 +131,8 @@ def find_model(args: argparse.Namespace):
     name, revision, adapter, model_type = _named_model(args)
     if model_type not in HOSTS:
         raise wrong_kind(name, model_type, f"a chat model, of type {', '.join(HOSTS)}, or an adapter of one")
-    if adapter is not None and model_type.startswith("bt_adapter_"):
+    is_lora = adapter is not None and is_peft_folder(resolve_adapter(adapter))
+    if adapter is not None and model_type.startswith("bt_adapter_") and not is_lora:
         raise ValueError(f"'{name}' has an adapter in: leave out --bt-adapter, or name the native model with --model.")
     is_native = not model_type.startswith("bt_adapter_")
     if is_native and adapter is None and not all(map(_is_image, args.files)):

@@ -21,7 +21,7 @@ from ..models.image_io import load_image
 from ..models.video_errors import VideoAccessError, VideoError, VideoNotFoundError
 from .addresses import Addresses, AddressReader, is_address
 from .archives import ARCHIVE_SUFFIXES, MediaArchives
-from .files import check_encoding, find_files, is_remote, join, repository, split_hub_path, unicode_reason
+from .files import check_encoding, find_files, is_remote, join, parsed_json, repository, split_hub_path, unicode_reason
 from .sources import NothingToFetch, PairTable
 from .tgif_qa import TABLE_SUFFIXES, GifQuestion, read_tgif_qa
 
@@ -123,7 +123,7 @@ class InstructionTable:
             UnusableRow: if it is none, in words.
         """
         try:
-            content = json.loads(self.rows[row])
+            content = parsed_json(self.rows[row])
         except ValueError as error:
             raise UnusableRow(f"it is no JSON: {error}") from error
         if not isinstance(content, dict):
@@ -311,7 +311,7 @@ def load_instructions(
         elif path.suffix in TABLE_SUFFIXES:
             rows = [_tgif_qa(question) for question in read_tgif_qa(text, source)]
         else:
-            rows = json.loads(text)
+            rows = parsed_json(text)
             if not isinstance(rows, list):
                 raise ValueError(f"it holds a {type(rows).__name__}, and no list of rows")
             rows = [json.dumps(row) for row in rows]

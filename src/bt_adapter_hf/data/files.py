@@ -5,13 +5,14 @@ Its `xopen` reads remote files by byte ranges and goes on after broken connectio
 
 import codecs
 import glob
+import json
 import os
 import posixpath
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -23,6 +24,18 @@ from ..models.video_errors import VideoAccessError
 # Bytes that one request asks for at least: small for looking at headers and footers, large for reading on.
 PEEK_BYTES = 1 << 16
 READ_BYTES = 1 << 23
+
+
+def parsed_json(text: str | bytes) -> Any:
+    """What a text of JSON says.
+
+    Raises:
+        ValueError: if it is none, or is nested more deeply than Python goes.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def is_remote(path: str) -> bool:

@@ -1,13 +1,12 @@
 """Tables of JSON with a row that Arrow cannot hold: read one by one, so that only that row is lost."""
 
 import codecs
-import json
 import re
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..adapters.writing import no_character
-from .files import PEEK_BYTES, identity, open_file
+from .files import PEEK_BYTES, identity, open_file, parsed_json
 from .readers import clean_texts
 
 
@@ -85,7 +84,7 @@ def _rows(paths: Iterable[str]) -> Iterator[Any]:
             head = file.read(PEEK_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
             file.seek(0)
             if head.startswith(b"["):
-                yield from json.loads(file.read().decode("utf-8-sig"))
+                yield from parsed_json(file.read().decode("utf-8-sig"))
                 continue
             for number, line in enumerate(file):
                 line = line.removeprefix(codecs.BOM_UTF8) if number == 0 else line
@@ -95,6 +94,6 @@ def _rows(paths: Iterable[str]) -> Iterator[Any]:
 
 def _parsed(line: bytes) -> Any:
     try:
-        return json.loads(line)
+        return parsed_json(line)
     except ValueError as error:
         return ValueError(f"It is no JSON: {error}")

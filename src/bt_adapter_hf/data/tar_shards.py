@@ -13,7 +13,7 @@ import numpy as np
 from ..adapters.writing import no_character, printable, written_whole
 from ..models.video_errors import MAX_BYTES, sentence
 from .archives import TarMember, read_range, scan_tar, too_large
-from .files import PEEK_BYTES, FoundFiles, identity, is_remote, open_file
+from .files import PEEK_BYTES, FoundFiles, identity, is_remote, open_file, parsed_json
 from .readers import (
     TEXT_COLUMNS,
     ColumnError,
@@ -105,8 +105,8 @@ class TarShards(Reader):
         if not sample.text_is_json:
             return clean_texts(text.strip())
         try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
+            values = parsed_json(text)
+        except ValueError as error:
             logger.warning("%s: its json member cannot be read (%s).", sample.name, error)
             return []
         keys = TEXT_COLUMNS if self.text_column in (None, "json") else (self.text_column,)
