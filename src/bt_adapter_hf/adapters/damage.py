@@ -1,6 +1,7 @@
 """Files of a model that are not what their names say: told before a library meets them, in words."""
 
 import json
+import re
 from pathlib import Path
 
 
@@ -9,7 +10,9 @@ _JSON = frozenset(
     preprocessor_config.json video_preprocessor_config.json tokenizer.json tokenizer_config.json
     special_tokens_map.json added_tokens.json vocab.json model.safetensors.index.json""".split()
 )
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "tokenizer.model")
+_WEIGHTS = re.compile(  # a copy under another name is not loaded
+    r"(model(\.\w+)?(-\d{5}-of-\d{5})?|bt_adapter|adapter_model|trained)\.safetensors|pytorch_model.*\.bin|tokenizer\.model"
+)
 _POINTER = b"version https://git-lfs"
 _PARSED_BYTES = 1 << 20  # of larger JSON only the ends are looked at
 
@@ -38,11 +41,9 @@ def check_whole(folder: Path) -> None:
     Raises:
         ValueError: if one of them is damaged, with what to do.
     """
-    files = [folder / name for name in sorted(_JSON)] + [
-        path for kind in _WEIGHTS for path in sorted(folder.glob(kind))
-    ]
-    for path in files:
-        if path.is_file() and (damage := damage_of(path)):
+    for path in sorted(folder.iterdir()):
+        loaded = path.name in _JSON or _WEIGHTS.fullmatch(path.name)
+        if loaded and path.is_file() and (damage := damage_of(path)):
             raise ValueError(f"{damage}.")
 
 
