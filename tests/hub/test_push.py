@@ -200,6 +200,7 @@ def test_of_a_folder_only_what_belongs_there(hub, tiny_checkpoint, tmp_path):
     assert set(hub.files("tester/run")) - {".gitattributes"} == {
         "README.md", "config.json", "model.safetensors", "processor_config.json", "run_summary.json",
         "tokenizer.json", "tokenizer_config.json",
+        "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json",
     }  # fmt: skip
     left_out = {
         "checkpoint-5",
