@@ -123,3 +123,32 @@ def test_what_cannot_be_converted(tmp_path):
     with pytest.raises(ValueError, match="part-00000.safetensors' is damaged"):
         convert(tmp_path / "old")
     assert part.exists()
+
+
+def test_parts_that_are_no_rows_are_refused_and_nothing_is_written(tmp_path):
+    import numpy as np
+    import pyarrow as pa
+
+    from bt_adapter_hf.search.exchange import _checked
+
+    rows = pa.table({"path": ["a", "b"], "start": [0.0, 0.0], "vector": pa.array([[1.0, 0.0]] * 2)})
+    assert _checked("x", rows) is rows
+    with pytest.raises(ValueError, match="'x' has no column path"):
+        _checked("x", rows.drop_columns(["path"]))
+    with pytest.raises(ValueError, match="2 rows of 1 moments"):
+        _checked("x", rows.set_column(0, "path", [["a", "a"]]))
+    with pytest.raises(ValueError, match="without a path"):
+        _checked("x", rows.set_column(0, "path", [[None, "a"]]))
+    with pytest.raises(ValueError, match="not finite"):
+        _checked("x", rows.set_column(2, "vector", pa.array([[np.nan, 0.0]] * 2)))
+    with pytest.raises(ValueError, match="is empty"):
+        _checked("x", rows.slice(0, 0))
+
+
+def test_a_name_that_is_no_text_is_not_one_that_is_shown_alike():
+    from bt_adapter_hf.search.table import paths_condition
+
+    assert paths_condition(["caf\udce9.mp4"]) == "(path in ('caf\\xe9.mp4') and path_bytes is not null)"
+    assert (
+        paths_condition(["caf\\xe9.mp4", "a'.mp4"]) == "(path in ('caf\\xe9.mp4', 'a''.mp4') and path_bytes is null)"
+    )

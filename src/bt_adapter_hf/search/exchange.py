@@ -45,14 +45,48 @@ def merge(sources: Sequence[str | os.PathLike], output: str | os.PathLike) -> in
             info = info or found
             opened.append(data)
         table = None if index is None else index.table
-        for data in opened:
-            rows = data()
+        for source, data in zip(sources, opened, strict=True):
+            rows = _checked(source, data())
             if table is None:
                 table = create_table(output, rows)
             else:
-                paths = set(rows["path"].to_pylist())
-                replace_rows(table, output, rows, sorted(paths & known_files(table).keys()))
+                replace_rows(table, output, rows, sorted(_paths(rows) & known_files(table).keys()))
         return table.count_rows()
+
+
+def _paths(rows) -> set[str]:
+    raws = rows["path_bytes"].to_pylist() if "path_bytes" in rows.schema.names else [None] * len(rows)
+    return {
+        path if raw is None else os.fsdecode(raw) for path, raw in zip(rows["path"].to_pylist(), raws, strict=True)
+    }
+
+
+def _checked(source: str | os.PathLike, rows):
+    """Rows of a source that a table can take.
+
+    Raises:
+        ValueError: columns, names or vectors are missing, a moment stands there twice, or there are no rows.
+    """
+    import pyarrow as pa
+
+    missing = {"path", "start", "vector"} - set(rows.schema.names)
+    if missing:
+        raise ValueError(f"'{source}' has no column {' and '.join(sorted(missing))}: it is no index, nor exported.")
+    if len(rows) == 0:
+        raise ValueError(f"'{source}' is empty.")
+    if rows["path"].null_count or rows["vector"].null_count:
+        raise ValueError(f"'{source}' has rows without a path or a vector.")
+    keys = [name for name in ("path", "path_bytes", "start") if name in rows.schema.names]
+    moments = rows.select(keys).group_by(keys).aggregate([])
+    if len(moments) < len(rows):
+        raise ValueError(
+            f"'{source}' has {len(rows)} rows of {len(moments)} moments: each may stand there once. Put parts together "
+            "by naming them one by one."
+        )
+    vectors = pa.concat_arrays([chunk.flatten() for chunk in rows["vector"].chunks]).to_numpy(zero_copy_only=False)
+    if not np.isfinite(vectors).all():
+        raise ValueError(f"'{source}' has vectors that are not finite: make it again.")
+    return rows
 
 
 def _open(source: str | os.PathLike):
@@ -117,10 +151,11 @@ def convert(folder: str | os.PathLike, output: str | os.PathLike | None = None) 
         else:
             info, rows, features = _read_format1(folder)
             create_table(output, to_arrow({**info, "format": FORMAT, "moments": None}, rows, features))
+        rows = len(VideoIndex.load(output))  # the old files go when the new ones are known to open
         if output == folder:
             for path in [*_parts(folder), folder / "index.json"]:
                 path.unlink()
-        return len(VideoIndex.load(output))
+        return rows
 
 
 def _parts(folder: Path) -> list[Path]:
@@ -136,6 +171,8 @@ def _read_format1(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], n
         info = json.loads(path.read_text(encoding="utf-8"))
         if info["format"] != 1:
             raise ValueError(f"it has format {info['format']}")
+        if not isinstance(info["settings"], dict) or not isinstance(info["fingerprint"], str):
+            raise ValueError("its settings or its fingerprint are not what they were written as")
         latest: dict[str, tuple[dict[str, Any], np.ndarray]] = {}
         for path in _parts(folder):
             with safe_open(path, framework="numpy") as file:

@@ -205,8 +205,13 @@ def shown(path: str) -> str:
 
 def paths_condition(paths: Sequence[str]) -> str:
     """SQL that holds for the rows of these files."""
-    quoted = ", ".join("'" + shown(path).replace("'", "''") + "'" for path in paths)
-    return f"path in ({quoted})"
+    conditions = []
+    for is_text in (True, False):  # a name that is no text may be shown as another that is
+        names = [shown(path) for path in paths if (shown(path) == path) is is_text]
+        if names:
+            quoted = ", ".join("'" + name.replace("'", "''") + "'" for name in names)
+            conditions.append(f"(path in ({quoted}) and path_bytes is {'' if is_text else 'not '}null)")
+    return " or ".join(conditions)
 
 
 @contextmanager
