@@ -80,8 +80,8 @@ def _checked(source: str | os.PathLike, rows):
     moments = rows.select(keys).group_by(keys).aggregate([])
     if len(moments) < len(rows):
         raise ValueError(
-            f"'{source}' has {len(rows)} rows of {len(moments)} moments: each may stand there once. Put parts together "
-            "by naming them one by one."
+            f"'{source}' has {len(rows)} rows of {len(moments)} moments, each may stand there once: put parts "
+            "together by naming them one by one."
         )
     vectors = pa.concat_arrays([chunk.flatten() for chunk in rows["vector"].chunks]).to_numpy(zero_copy_only=False)
     if not np.isfinite(vectors).all():
