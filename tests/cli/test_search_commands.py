@@ -159,7 +159,9 @@ def test_odd_names_and_files(tiny_checkpoint, clips, index, tmp_path, capsys, mo
     model = ["--model", tiny_checkpoint]
     assert "DIR_OR_GLOB: '' is no name" in usage_error(["index", "", "-o", "new", *model], capsys)
     assert "argument -o/--output: '' is no name" in usage_error(["index", clips, "-o", "", *model], capsys)
-    assert "folder 'no name!'" in error_of(["index", clips, "-o", "n", "--model", "no name!"], capsys)
+    assert "--model: there is no folder 'no name!': it does not exist." in error_of(
+        ["index", clips, "-o", "n", "--model", "no name!"], capsys
+    )
     error = error_of(["index", clips, "-o", "n", "--model", "org/none"], capsys)  # the tests are offline
     assert "org/none is no folder, and could not be loaded" in error and "HF_HUB_OFFLINE is set" in error
     Path("labels.txt").write_bytes(b"\xff\xfe")

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ._options import path, progress, quiet_transformers, real_number, whole_number
+from ._options import add_chat_model_options, path, progress, quiet_transformers, real_number, whole_number
 from ._training import open_table
 
 
@@ -14,27 +14,12 @@ VIDEOCHATGPT = "videochatgpt"
 
 def add_chat_options(parser: argparse.ArgumentParser, judge: str) -> None:
     """The chat model, as for `bt-adapter chat`, and the judge."""
-    parser.add_argument(
-        "--model",
-        type=path,
-        metavar="ID_OR_PATH",
-        help="Hub id or folder of a chat model, native or with its adapter in; or of an adapter, LoRA too, that names "
-        "its model (default: the moving-digits chat model inside the package)",
-    )
-    parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
-    parser.add_argument("--bt-adapter", type=path, metavar="ID_OR_PATH", help="adapter for a native model")
-    parser.add_argument(
-        "--num-frames", type=whole_number(), metavar="T", help="frames per clip (default: as the model says)"
-    )
-    parser.add_argument("--num-clips", type=whole_number(), metavar="K", help="clips that each video is cut into")
+    add_chat_model_options(parser)
     parser.add_argument(
         "--max-new-tokens", type=whole_number(), default=64, metavar="N", help="per answer (default: 64)"
     )
     parser.add_argument(
         "--batch-size", type=whole_number(), default=8, metavar="N", help="questions at once (default: 8)"
-    )
-    parser.add_argument(
-        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="default: as saved"
     )
     group = parser.add_argument_group("judge", judge)
     group.add_argument("--judge", metavar="MODEL", help="its name at an endpoint that speaks OpenAI's protocol")

@@ -140,6 +140,29 @@ def add_dtype_option(parser: argparse.ArgumentParser, elsewhere: str = "float32"
     )
 
 
+def add_chat_model_options(parser: argparse.ArgumentParser) -> None:
+    """Which chat model, with which adapter, how much of a video it sees, and its precision."""
+    parser.add_argument(
+        "--model",
+        type=path,
+        metavar="ID_OR_PATH",
+        help="Hub id or folder of a chat model, native or with its adapter in; or of an adapter, LoRA too, that names "
+        "its model (default: the moving-digits chat model inside the package)",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
+    parser.add_argument("--bt-adapter", type=path, metavar="ID_OR_PATH", help="adapter for a native model")
+    parser.add_argument(
+        "--num-frames", type=whole_number(), metavar="T", help="frames per clip (default: as the model says)"
+    )
+    parser.add_argument(
+        "--num-clips",
+        type=whole_number(),
+        metavar="K",
+        help="cut each video into K clips, for K times the frames and tokens",
+    )
+    add_dtype_option(parser, "as it was saved")
+
+
 def add_device_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device",

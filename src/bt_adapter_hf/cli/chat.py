@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.writing import no_character, printable
-from ._options import add_device_option, add_dtype_option, path, quiet_transformers, whole_number
+from ._options import add_chat_model_options, add_device_option, path, quiet_transformers, whole_number
 from ._training_options import add_item_timeout
 
 
@@ -43,28 +43,10 @@ def register(subparsers) -> None:
     parser.add_argument(
         "-q", "--question", action="append", dest="questions", metavar="TEXT", help="may be given several times"
     )
-    parser.add_argument(
-        "--model",
-        type=path,
-        metavar="ID_OR_PATH",
-        help="Hub id or folder of a chat model, native or with its adapter in; or of an adapter, LoRA too, that names "
-        "its model (default: the moving-digits chat model inside the package)",
-    )
-    parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
-    parser.add_argument("--bt-adapter", type=path, metavar="ID_OR_PATH", help="adapter for a native model")
-    parser.add_argument(
-        "--num-frames", type=whole_number(), metavar="T", help="frames per clip (default: as the model says)"
-    )
-    parser.add_argument(
-        "--num-clips",
-        type=whole_number(),
-        metavar="K",
-        help="cut each video into K clips, for K times the frames and tokens",
-    )
+    add_chat_model_options(parser)
     parser.add_argument(
         "--max-new-tokens", type=whole_number(), default=256, metavar="N", help="per answer (default: 256)"
     )
-    add_dtype_option(parser, "as it was saved")
     add_device_option(parser)
     add_item_timeout(parser)
     parser.add_argument("--json", action="store_true", help="print JSON; needs --question")
@@ -131,8 +113,9 @@ def find_model(args: argparse.Namespace):
     name, revision, adapter, model_type = _named_model(args)
     if model_type not in HOSTS:
         raise wrong_kind(name, model_type, f"a chat model, of type {', '.join(HOSTS)}, or an adapter of one")
-    is_lora = adapter is not None and is_peft_folder(resolve_adapter(adapter))
-    if adapter is not None and model_type.startswith("bt_adapter_") and not is_lora:
+    folder = None if adapter is None else resolve_adapter(adapter)
+    is_lora = folder is not None and is_peft_folder(folder)
+    if folder is not None and model_type.startswith("bt_adapter_") and not is_lora:
         raise ValueError(f"'{name}' has an adapter in: leave out --bt-adapter, or name the native model with --model.")
     is_native = not model_type.startswith("bt_adapter_")
     if is_native and adapter is None and not all(map(_is_image, args.files)):
@@ -147,12 +130,11 @@ def find_model(args: argparse.Namespace):
 
         from ..hub.machine import machine_dtype, usable_device
 
-        folder = None if adapter is None else resolve_adapter(adapter)
         device = usable_device(args.device)
         dtype = args.dtype
         if dtype == "auto" and machine_dtype(device)[0] == "bfloat16":  # else as saved: float32 may not fit
             dtype = "bfloat16"
-        if folder is not None and is_peft_folder(folder):  # LoRA with a branch
+        if is_lora:
             native = AutoModelForImageTextToText.from_pretrained(name, revision=revision, dtype=dtype)
             model = bt_adapter_hf.load_bt_adapter(native, folder)
         else:

@@ -17,7 +17,7 @@ from .. import __version__
 from ..adapters.fingerprint import weights_digest
 from ..adapters.host_modules import find_tower
 from .controls import check_controls, shuffle_frames
-from .features import ALL_CONTROLS, BLIND, FULL, claim, own_clips, processes_now, seed_of
+from .features import ALL_CONTROLS, BLIND, FULL, begin, own_clips, seed_of
 from .frames import Clip, ClipDecoder, read_clip
 
 
@@ -139,10 +139,7 @@ def answer_clips(
     """
     check_controls(controls, ALL_CONTROLS)
     protocol = {**protocol, "controls": list(controls), "shuffle_draws": draws, "seed": seed}
-    rank, processes, wait = processes_now()
-    if rank == 0:
-        claim(folder, protocol)
-    wait()
+    rank, processes, wait = begin(folder, protocol)
     known = read_answers(folder)
     conditions = conditions_of(controls, draws)
     rules, num_clips = answerer.processor.video_processor, answerer.processor.num_clips

@@ -91,10 +91,7 @@ def encode_clips(
     check_controls(controls, ALL_CONTROLS)
     of_frames = [control for control in controls if control != BLIND]
     protocol = {**protocol, "controls": of_frames, "shuffle_draws": draws, "seed": seed}
-    rank, processes, wait = processes_now()
-    if rank == 0:
-        claim(folder, protocol)
-    wait()
+    rank, processes, wait = begin(folder, protocol)
     known = read_features(folder)
     names = known.identities
     todo = (
@@ -116,6 +113,15 @@ def encode_clips(
     if BLIND in controls:
         found.features[BLIND] = dict.fromkeys(found.features.get(FULL, ()), _blind_feature(encoder))
     return found
+
+
+def begin(folder: Path, protocol: dict[str, Any]) -> tuple[int, int, Callable[[], None]]:
+    """Claims the folder in one process; returns what `processes_now` does, when all may read it."""
+    rank, processes, wait = processes_now()
+    if rank == 0:
+        claim(folder, protocol)
+    wait()
+    return rank, processes, wait
 
 
 def claim(folder: Path, protocol: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from ..adapters.writing import written_whole
 from ..import_utils import require_package
 from .index import IndexMismatchError, VideoIndex, check_same
-from .table import FORMAT, check_writable, create_table, has_table, read_info, to_arrow
+from .table import FORMAT, check_writable, create_table, has_table, path_of, read_info, to_arrow
 from .writer import known_files, locked, replace_rows
 
 
@@ -56,9 +56,7 @@ def merge(sources: Sequence[str | os.PathLike], output: str | os.PathLike) -> in
 
 def _paths(rows) -> set[str]:
     raws = rows["path_bytes"].to_pylist() if "path_bytes" in rows.schema.names else [None] * len(rows)
-    return {
-        path if raw is None else os.fsdecode(raw) for path, raw in zip(rows["path"].to_pylist(), raws, strict=True)
-    }
+    return set(map(path_of, rows["path"].to_pylist(), raws))
 
 
 def _checked(source: str | os.PathLike, rows):

@@ -186,8 +186,12 @@ def to_arrow(info: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], vectors
 
 def row_of(found: Mapping[str, Any]) -> dict[str, Any]:
     """What the table says of a moment, as Python has it."""
-    path = found["path"] if found.get("path_bytes") is None else os.fsdecode(found["path_bytes"])
-    return {"path": path, **{name: found[name] for name in COLUMNS[1:]}}
+    return {"path": path_of(found["path"], found.get("path_bytes")), **{name: found[name] for name in COLUMNS[1:]}}
+
+
+def path_of(text: str, raw: bytes | None) -> str:
+    """A path of the table, from its two columns, as Python's `os` has it."""
+    return text if raw is None else os.fsdecode(raw)
 
 
 def is_text(path: str) -> bool:
@@ -206,11 +210,10 @@ def shown(path: str) -> str:
 def paths_condition(paths: Sequence[str]) -> str:
     """SQL that holds for the rows of these files."""
     conditions = []
-    for is_text in (True, False):  # a name that is no text may be shown as another that is
-        names = [shown(path) for path in paths if (shown(path) == path) is is_text]
-        if names:
-            quoted = ", ".join("'" + name.replace("'", "''") + "'" for name in names)
-            conditions.append(f"(path in ({quoted}) and path_bytes is {'' if is_text else 'not '}null)")
+    for state, texts in (("null", True), ("not null", False)):  # a name that is no text may be shown as one that is
+        quoted = ", ".join("'" + shown(path).replace("'", "''") + "'" for path in paths if is_text(path) is texts)
+        if quoted:
+            conditions.append(f"(path in ({quoted}) and path_bytes is {state})")
     return " or ".join(conditions)
 
 

@@ -27,6 +27,7 @@ from .table import (
     create_table,
     has_table,
     open_table,
+    path_of,
     paths_condition,
     to_arrow,
     writing,
@@ -278,7 +279,7 @@ def known_files(table) -> dict[str, tuple[int, int]]:
     known = {}
     for batch in table.search().select(names).limit(max(1, table.count_rows())).to_batches():
         for path, raw, size, mtime_ns in zip(*(batch[name].to_pylist() for name in names), strict=True):
-            known[path if raw is None else os.fsdecode(raw)] = (size, mtime_ns)
+            known[path_of(path, raw)] = (size, mtime_ns)
     return known
 
 
