@@ -70,7 +70,7 @@ def test_small_models_are_native_and_the_readme_goes_on_from_them(tmp_path, monk
     assert table.messages(0)[1]["content"] == [{"type": "text", "text": "a red seven moves"}]
     readme = (EXAMPLES.parent / "README.md").read_text()
     (block,) = re.findall(r"```bash\npython examples/small_models.py small.*?\n(.*?)```", readme, re.DOTALL)
-    commands = [shlex.split(line)[1:] for line in block.replace("\\\n", " ").splitlines()]
+    commands = [shlex.split(line, comments=True)[1:] for line in block.replace("\\\n", " ").splitlines()]
     assert [build_parser().parse_args(command).command for command in commands] == ["pretrain", "finetune", "chat"]
 
 

@@ -31,7 +31,7 @@ SMALLER = {
 def commands() -> list[list[str]]:
     block = re.search(r"## Train\n\n```bash\n(.*?)```", README.read_text(), re.DOTALL)[1]
     lines = re.sub(r"\s*#.*", "", block).replace("\\\n", " ").replace("YOUR_NAME", "tester").splitlines()
-    return [shlex.split(line) for line in lines]
+    return [shlex.split(line, comments=True) for line in lines]
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ def run(code: list[tuple[str, str]], names: dict) -> None:
             exec(compile(text, "docs/hub.md", "exec"), names)
             continue
         for line in filter(None, text.splitlines()):
-            program, *arguments = shlex.split(line)
+            program, *arguments = shlex.split(line, comments=True)
             if program == "bt-adapter":
                 assert main(arguments) == 0, line
             else:

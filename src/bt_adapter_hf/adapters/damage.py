@@ -41,7 +41,7 @@ def check_whole(folder: Path) -> None:
     Raises:
         ValueError: if one of them is damaged, with what to do.
     """
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.iterdir(), key=lambda path: (path.suffix != ".json", path.name)):
         loaded = path.name in _JSON or _WEIGHTS.fullmatch(path.name)
         if loaded and path.is_file() and (damage := damage_of(path)):
             raise ValueError(f"{damage}.")
