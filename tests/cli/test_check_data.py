@@ -73,6 +73,7 @@ def test_what_is_accepted_and_the_readable_report(table, capsys):
     assert "10 rows, 10 checked" in out and "usable  7" in out and "<path> does not exist." in out
     for line in ("clip1.mp4 (row 1): ", "clip2.mp4 (row 2): ", "clip3.mp4 (row 3): it has no text."):
         assert f"\n  {line}" in out
+    assert out.count("clip1.mp4") <= 2  # the name in the table, and where it was looked for
     assert "7 videos" in out and "9 texts, 1 repeat an earlier one, 1 rows without" in out and "tokens" not in out
     assert main(["check-data", str(table), "--max-broken", "0.29"]) == 1
     assert "30.0% of the checked rows cannot be used" in capsys.readouterr().err

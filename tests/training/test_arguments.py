@@ -1,6 +1,11 @@
 import pytest
 
-from bt_adapter_hf.training.arguments import RELEASED_LR_MULTIPLIERS, BTAdapterTrainingArguments
+from bt_adapter_hf.training.arguments import (
+    RELEASED_LR_MULTIPLIERS,
+    BTAdapterTrainingArguments,
+    InstructionArguments,
+)
+from bt_adapter_hf.training.resumable import warn_of_warmup
 
 
 def test_defaults_are_the_released_ones(tmp_path):
@@ -55,3 +60,17 @@ def test_survives_serialisation(tmp_path):
 def test_bad_values(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         BTAdapterTrainingArguments(output_dir=tmp_path, **options)
+
+
+def test_a_run_within_its_warmup_is_told(tmp_path, caplog):
+    args = InstructionArguments(output_dir=tmp_path, max_steps=1)
+    warn_of_warmup(args, 1)
+    assert "All 1 steps of the run lie in its warm-up (of 1)" in caplog.text and "nothing is learned" in caplog.text
+    caplog.clear()
+    warn_of_warmup(args, 2)
+    args.warmup_steps = 0
+    warn_of_warmup(args, 1)
+    assert not caplog.records
+    args.warmup_steps = 5
+    warn_of_warmup(args, 4)
+    assert "stays below its peak. Train" in caplog.text

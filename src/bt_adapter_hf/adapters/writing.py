@@ -63,6 +63,11 @@ def _system_error(error: Exception) -> int | None:
     return None
 
 
+def without_name(reason: str, name: str) -> str:
+    """What is wrong with a file, to stand behind its name: most reasons begin with it."""
+    return reason.removeprefix(f"{name} ")
+
+
 def printable(text: str) -> str:
     """A name as a terminal, a table and a picture can show it: on one line, with what is no text escaped."""
     return "".join(_escaped(character) for character in text)

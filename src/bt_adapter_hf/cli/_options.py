@@ -187,10 +187,10 @@ def load_encoder(args: argparse.Namespace):
 
 def print_skipped(skipped: list[dict[str, str]], file) -> None:
     """The first few files that could not be used, and why."""
-    from ..adapters.writing import printable
+    from ..adapters.writing import printable, without_name
 
     for line in skipped[:SHOWN]:
-        print(f"  {printable(line['path'])}: {printable(line['reason'])}", file=file)
+        print(f"  {printable(line['path'])}: {printable(without_name(line['reason'], line['path']))}", file=file)
     if len(skipped) > SHOWN:
         print(f"  and {len(skipped) - SHOWN} more", file=file)
 

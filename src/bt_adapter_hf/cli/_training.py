@@ -269,7 +269,7 @@ def print_interrupted(summary: Mapping[str, Any], output_dir: str) -> None:
 
 def print_skipped(summary: Mapping[str, Any], output_dir: str) -> None:
     """What could not be used: how much by reason, and the first three."""
-    from ..data.broken import read_broken
+    from ..data.broken import described, read_broken
 
     found = read_broken(Path(output_dir))
     for part, reasons in summary["broken_reasons"].items():
@@ -277,5 +277,5 @@ def print_skipped(summary: Mapping[str, Any], output_dir: str) -> None:
         for reason, count in list(reasons.items())[:5]:
             print(f"  {count:>6}  {reason}", file=sys.stderr)
         for item in found[part][:3]:
-            print(f"  row {item['index']}, {item['video']}: {item['reason']}", file=sys.stderr)
+            print(f"  {described(item)}", file=sys.stderr)
         print(f"  each is listed in {Path(output_dir) / 'broken_items*.jsonl'}", file=sys.stderr)

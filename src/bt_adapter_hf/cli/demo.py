@@ -137,7 +137,8 @@ def _make_index(videos: list[str], folder: Path, encoder):
     with IndexWriter(folder, encoder) as writer:
         done = writer.update(find_videos(videos), progress=lambda found, total: progress(found, total, "index"))
     if done.skipped:
-        print(f"{len(done.skipped)} files could not be read, first: {done.skipped[0]['reason']}", file=sys.stderr)
+        first = "{path}: {reason}".format(**done.skipped[0])
+        print(f"{len(done.skipped)} files could not be read, first: {first}", file=sys.stderr)
     return VideoIndex.load(folder)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TypedDict
 
-from ..adapters.writing import printable
+from ..adapters.writing import printable, without_name
 
 
 logger = logging.getLogger(__name__)
@@ -111,7 +111,8 @@ def none_usable(source: str, broken: list[BrokenItem]) -> BrokenItemsError:
 def described(record: BrokenItem) -> str:
     """One line for people."""
     name, row = record["video"], f"row {record['index']}"
-    return printable(f"{row}: {record['reason']}" if name == row else f"{name} ({row}): {record['reason']}")
+    reason = without_name(record["reason"], name)
+    return printable(f"{row}: {reason}" if name == row else f"{name} ({row}): {reason}")
 
 
 def count_reasons(records: Iterable[BrokenItem]) -> dict[str, int]:

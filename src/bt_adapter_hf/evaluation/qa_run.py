@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.broken import BrokenItem
+from ..data.broken import BrokenItem, described
 from .answering import Answerer, Answers, answer_clips
 from .answers import exact_match, relaxed_match
 from .chat_bench import prompts_hash, right_or_wrong_messages
@@ -136,7 +136,7 @@ def answered(board: QuestionSet, answers: Answers) -> tuple[list[Question], list
     if not kept:
         raise ValueError(
             f"No question of {board.clips.source} has a video that can be read. The first of {len(failed)}: "
-            f"{failed[0]['video']}: {failed[0]['reason']}"
+            f"{described(failed[0])}"
         )
     return kept, failed
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.broken import BrokenItem
+from ..data.broken import BrokenItem, described
 from ..search.encoding import VideoEncoder
 from .clips import describe_encoder, draws_of
 from .features import ALL_CONTROLS, FULL, encode_clips
@@ -69,8 +69,7 @@ def evaluate_temporal(
             failed.append(BrokenItem(source=clips.source, index=number, video=name, reason=reason))
     if not items:
         raise ValueError(
-            f"No item of {clips.source} has all its clips. The first of {len(failed)}: {failed[0]['video']}: "
-            f"{failed[0]['reason']}"
+            f"No item of {clips.source} has all its clips. The first of {len(failed)}: {described(failed[0])}"
         )
     texts = list(dict.fromkeys(text for item in items for text in item.texts))
     limit = encoder.model.config.text_config.max_position_embeddings

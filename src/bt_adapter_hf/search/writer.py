@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from filelock import FileLock, Timeout
 
-from ..adapters.writing import PARTIAL, written_whole
+from ..adapters.writing import PARTIAL, without_name, written_whole
 from ..models.video_errors import VideoNotFoundError
 from .encoding import EncodedVideo, VideoEncoder
 from .files import file_identity, first_names, roots
@@ -199,7 +199,7 @@ class IndexWriter:
 
     def skip(self, path: str, reason: str, gone: bool = False) -> None:
         """Note why a file has no rows. If it had some they go, for they are of what it was; not if only it is gone."""
-        self.skipped.append({"path": path, "reason": " ".join(reason.split())})
+        self.skipped.append({"path": path, "reason": without_name(" ".join(reason.split()), path)})
         if not gone and path in self._known:
             self._replaced.add(path)
             del self._known[path]

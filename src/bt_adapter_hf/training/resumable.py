@@ -44,6 +44,17 @@ from .trained_frames import record_trained_frames
 logger = logging.getLogger(__name__)
 
 
+def warn_of_warmup(args: ResumableArguments, steps: int) -> None:
+    """A share of few steps is rounded up to a whole one, and the first step of a warm-up has the rate 0."""
+    warmup = args.get_warmup_steps(steps)
+    if 0 < steps <= warmup and args.lr_scheduler_type != "constant":
+        logger.warning(
+            "All %d steps of the run lie in its warm-up (of %d), so that the learning rate stays below its peak%s. "
+            "Train longer, or set warmup_steps=0 (--set warmup_steps=0).",
+            *(steps, warmup, ": it is 0, and nothing is learned" if steps == 1 else ""),
+        )
+
+
 def lr_multiplier(name: str, multipliers: dict[str, float]) -> float:
     """The factor of the longest key of `multipliers` that occurs in the parameter's name (`*`: anything but a dot)."""
     matching = [key for key in multipliers if occurs(key, name)]
@@ -325,6 +336,7 @@ class ResumableTrainer(ObservabilityMixin, HubPushMixin, Trainer):
 
     def _init_training_state(self, max_steps, *args, **kwargs) -> tuple[int, int]:
         super()._init_training_state(max_steps, *args, **kwargs)
+        warn_of_warmup(self.args, max_steps)
         end = self._consumed_after(max_steps)
         self.state.num_train_epochs = math.ceil(end / len(self.train_dataset))
         logger.info("Positions %d to %d of the order of the data.", self._start.consumed, end - 1)
