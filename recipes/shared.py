@@ -26,15 +26,27 @@ def run_arguments(kind: type[TrainingArguments], folder: Path, **fields: Any) ->
             "remove_unused_columns": False,
             "seed": TRAIN_SEED,
             "use_cpu": True,
+            # accelerate would cut each batch of a stream at the length of its first tensor, which may be the pictures
+            "accelerator_config": {"dispatch_batches": False},
             **fields,
         },
     )
 
 
-def parse_arguments(description: str) -> argparse.Namespace:
-    """`output`, and whether to `ship`."""
+def _parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for everything that is made")
+    return parser
+
+
+def parse_output(description: str) -> Path:
+    """The folder for everything that is made, of a recipe whose models are compared and not shipped."""
+    return _parser(description).parse_args().output
+
+
+def parse_arguments(description: str) -> argparse.Namespace:
+    """`output`, and whether to `ship`."""
+    parser = _parser(description)
     parser.add_argument("--ship", action="store_true", help="copy the model into src/bt_adapter_hf/assets")
     return parser.parse_args()
 

@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import CLIPModel, TrainerCallback
 
 from bt_adapter_hf import BTAdapterConfig, BTAdapterModel
 from bt_adapter_hf.cli.main import main
+from bt_adapter_hf.data.moving_digits import MOTIONS, clip
 from bt_adapter_hf.training import trainer as trainer_module
 from bt_adapter_hf.training.arguments import BTAdapterTrainingArguments
 from tests import tiny_pairs
@@ -178,9 +180,37 @@ def test_steps_are_taken_once_and_timed(tmp_path, monkeypatch):
     assert (args.max_steps, args.logging_steps, args.save_strategy, args.use_cpu) == (7, 100, "no", True)
 
 
-@pytest.mark.parametrize("name", ["moving_digits", "moving_digits_chat"])
-def test_builds_start_as_their_pages_say(name):
+@pytest.mark.parametrize(("name", "ships"), [("moving_digits", 1), ("moving_digits_chat", 1), ("zero_shot_chat", 0)])
+def test_builds_start_as_their_pages_say(name, ships):
     command = [sys.executable, "-m", f"recipes.{name}.build"]
     assert " ".join(["python", *command[1:]]) in (RECIPES / name / "README.md").read_text()
     result = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=120, cwd=RECIPES.parent)
-    assert result.returncode == 0 and "--ship" in result.stdout, result.stderr
+    assert result.returncode == 0 and ("--ship" in result.stdout) == bool(ships), result.stderr
+
+
+def test_conversations_with_and_without_a_picture_share_a_batch(tmp_path, monkeypatch):
+    """A stream's batch has more rows than pictures, and all of both reach the model."""
+    monkeypatch.syspath_prepend(RECIPES.parent)
+    from recipes.moving_digits_chat import build
+
+    monkeypatch.setattr(build, "STILL_STEPS", 1)
+    monkeypatch.setattr(build, "STILL_BATCH", 6)
+    build.train_on_stills(tmp_path)
+    assert (tmp_path / "processor_config.json").is_file()
+
+
+def test_a_trail_tells_a_motion_from_its_opposite(monkeypatch):
+    monkeypatch.syspath_prepend(RECIPES.parent)
+    from recipes.zero_shot_chat.build import inside, shuffled_index, trail
+
+    count = len(MOTIONS)
+    assert sorted(shuffled_index(count, place, 1) for place in range(count, 2 * count)) == [*range(count, 2 * count)]
+    for index, motion in enumerate(MOTIONS):
+        frames, caption, facts = clip("test", 0, index)
+        image, *told = trail("test", 0, index)
+        assert told == [caption, facts] and facts["motion"] == motion
+        assert (image >= frames[-1]).all() and (image > frames[-1]).any()
+        assert (image != trail("test", 0, index ^ 1)[0]).any()
+    span = np.diag([3.0, 2.0, 0.0])
+    assert inside(np.array([[1.0, 1.0, 0.0]]), np.concatenate([span, -span])) == pytest.approx(100)
+    assert inside(np.array([[1.0, 0.0, 1.0]]), np.concatenate([span, -span])) == pytest.approx(50)
