@@ -41,6 +41,31 @@ def test_recognition(tiny_checkpoint, table, tmp_path, capsys):
     assert "Unknown controls ['backwards']" in capsys.readouterr().err
 
 
+def test_classes_are_looked_at_first(table, tmp_path, capsys):
+    """Before a model is loaded, here one that does not exist; by the name of what was typed."""
+    command = ["eval", "recognition", "--data", str(table), "--model", str(tmp_path), "-o", str(tmp_path / "out")]
+    (tmp_path / "one.txt").write_text("run\n\n")
+    (tmp_path / "twice.txt").write_text("run\njump\nrun\n")
+    for name, words in (("one", "found 1 in"), ("twice", "'run' more than once"), ("none", "No such file")):
+        file = tmp_path / f"{name}.txt"
+        assert main([*command, "--classes", str(file)]) == 1
+        said = capsys.readouterr().err
+        assert words in said and f"--classes {file}" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_a_connection_the_copy_on_the_disk_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for command in (
+        ["chat-bench", "--judge", "m"],
+        ["qa", "--data", "activitynet-qa"],
+        ["temporal", "--data", "tvbench"],
+    ):
+        assert main(["eval", *command, "-o", str(tmp_path / "out")]) == 1
+        said = capsys.readouterr().err
+        assert "cannot be read from the Hub" in said and "name its folder with --data-root" in said, said
+
+
 def test_rows_that_cannot_be_used(tiny_checkpoint, table, tmp_path, capsys):
     (table / "clip0.mp4").write_bytes(b"nothing")
     (table / "clip1.mp4").unlink()

@@ -111,6 +111,17 @@ def test_another_run_is_refused(encoder, folder, tmp_path):
         encode(encoder, folder, tmp_path / "run", {"model": "a"}, controls=["backwards"])
 
 
+def test_damaged_files_of_a_run_are_named(encoder, folder, tmp_path, caplog):
+    expected = encode(encoder, folder, tmp_path / "run", workers=1)
+    parts = sorted((tmp_path / "run" / "features").iterdir())
+    parts[0].write_bytes(parts[0].read_bytes()[:-7])
+    assert_equal(encode(encoder, folder, tmp_path / "run", workers=1), expected)
+    assert f"{parts[0]} is damaged" in caplog.text
+    (tmp_path / "run" / "protocol.json").write_text("[]")
+    with pytest.raises(OtherRunError, match="protocol.json is damaged .*use another folder"):
+        encode(encoder, folder, tmp_path / "run")
+
+
 def test_what_came_back_is_no_failure_any_more(encoder, folder, tmp_path):
     one, other = clips_of(folder)[:2]
     gone = one._replace(video=None, problem="0.mp4 is gone.")

@@ -79,6 +79,80 @@ def test_what_a_bad_server_does(tmp_path):
     assert server.asked.count("never readable") == 3 and server.asked.count("refuses for good") == 1
 
 
+DEEP = 20_000
+SHAPES = {  # bodies of answers with status 200, whole JSON in another shape than the protocol's
+    "a list": b"[]",
+    "a number": b"3",
+    "a string": b'"fine"',
+    "null": b"null",
+    "no choices": b'{"choices": []}',
+    "choices are a number": b'{"choices": 5}',
+    "a choice is a number": b'{"choices": [5]}',
+    "content is a list": b'{"choices": [{"message": {"content": [1]}}]}',
+    "content is an object": b'{"choices": [{"message": {"content": {"score": 3}}}]}',
+    "content is blank": b'{"choices": [{"message": {"content": " "}}]}',
+    "body without end": b'{"choices": ' + b"[" * DEEP + b"]" * DEEP + b"}",
+}
+TEXTS = {  # whole answers whose text is no score
+    "text is a list": "[1, 2]",
+    "text is a number": "4",
+    "text is a string": '"4"',
+    "NaN": '{"score": NaN}',
+    "infinite": '{"score": 1e999}',
+    "400 digits": '{"score": 1' + "0" * 400 + "}",
+    "5000 digits": '{"score": 1' + "0" * 5000 + "}",
+    "a score in a list": '{"score": [3]}',
+    "objects without end": '{"score": ' * DEEP + "3" + "}" * DEEP,
+    "brackets without end": '{"score": ' + "[" * DEEP,
+    "braces without end": "{" * DEEP + "}" * DEEP,
+    "a set of lists": "{[]: 1}",
+}
+
+
+def test_json_of_another_shape_is_a_failure_of_its_prompt_alone(tmp_path):
+    """Asked for again, and counted with its reason when it does not get better."""
+
+    def script(text, times):
+        if text == "better at last" and times < 3:
+            return 200, b"[]", 0
+        return (200, SHAPES[text], 0) if text in SHAPES else TEXTS.get(text, '{"score": 4}')
+
+    texts = [*SHAPES, *TEXTS, "better at last", "good"]
+    with JudgeServer(script).running() as server:
+        judge = EndpointJudge("m", server.url, retries=0)
+        found = dict(zip(texts, verdicts(judge, texts, tmp_path / "replies.jsonl"), strict=True))
+    assert {text for text in texts if found[text].fields} == {"better at last", "good"}
+    assert all(server.asked.count(text) == 3 for text in (*SHAPES, *TEXTS)), server.asked
+    assert all(found[text].error and len(found[text].error) < 400 for text in (*SHAPES, *TEXTS))
+
+
+def test_damaged_lines_of_the_cache_are_named_and_asked_again(tmp_path, caplog):
+    cache = tmp_path / "replies.jsonl"
+    with JudgeServer(lambda text, times: '{"score": 3}').running() as server:
+        judge = EndpointJudge("m", server.url)
+        verdicts(judge, ["a", "b", "c", "d", "e", "f"], cache)
+        lines = {json.loads(line)["key"]: line for line in cache.read_bytes().splitlines()}
+        keys = [prompt_key(judge.name, ask(text)) for text in "abcdef"]
+        damaged = [
+            lines[keys[0]],
+            lines[keys[1]][:-9],
+            json.dumps({"key": keys[2], "raw": 5}).encode(),
+            json.dumps({"key": keys[3], "raw": '{"score": 77}'}).encode(),
+            b'{"key": "\xff"}',
+            b"[" * DEEP,
+        ]
+        cache.write_bytes(b"\n".join(damaged) + b"\n")
+        server.asked.clear()
+        assert all(verdict.fields == {"score": 3} for verdict in verdicts(judge, list("abcdef"), cache))
+        assert sorted(server.asked) == list("bcdef")
+        said = " ".join(caplog.messages)
+        assert all(f"{cache}: line {number} is damaged" in said for number in (2, 3, 5, 6)), said
+        assert "not within 0 to 5" in said
+        caplog.clear()
+        assert all(verdict.fields == {"score": 3} for verdict in verdicts(judge, list("abcdef"), cache))
+    assert len(server.asked) == 5 and not caplog.messages
+
+
 def test_a_run_that_was_killed_goes_on(tmp_path):
     cache = tmp_path / "replies.jsonl"
     with JudgeServer(lambda text, times: '{"score": 3}').running() as server:

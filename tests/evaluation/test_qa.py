@@ -166,6 +166,37 @@ def test_tables_and_moving_digits(answerer, tmp_path):
     }
 
 
+def test_a_row_that_cannot_be_asked_counts_as_failed(answerer, tmp_path):
+    """Of a table and of a set as published: an empty question or answer, or half of a character."""
+    asked = [("what ?", "square"), ("", "left"), ("where ?", "left"), ("who ?", None), (" ", "x"), ("a\ud800 ?", "x")]
+    rows = [{"video": "a.mp4", "question": question, "answer": answer} for question, answer in asked]
+    layouts.dump(tmp_path / "qa.jsonl", rows)
+    layouts.clip(tmp_path / "a.mp4")
+    tables = [load_table(tmp_path / "qa.jsonl", text_column=name) for name in ("question", "answer")]
+    of_table = evaluate_qa(answerer, table_questions(*tables), tmp_path / "run", controls=(), item_timeout=None)
+    layouts.dump(tmp_path / "copy" / "test_qa.json", [{**row, "video_id": 7} for row in rows])
+    layouts.clip(tmp_path / "copy" / "videos" / "video7.mp4")
+    board = open_question_set("msrvtt-qa", root=tmp_path / "copy")
+    of_set = evaluate_qa(answerer, board, tmp_path / "other", controls=(), item_timeout=None)
+    for result in (of_table, of_set):
+        assert result.items == {"questions": 2, "videos": 1}
+        assert [item["index"] for item in result.failed] == [1, 3, 4, 5]
+        reasons = [item["reason"] for item in result.failed]
+        assert reasons[:3] == ["it has no question.", "it has no answer.", "it has no question."]
+        assert "\\ud800" in reasons[3] and "no character" in reasons[3]
+    assert [len(texts) for texts in read_answers(tmp_path / "run").texts.values()] == [2]
+    cost = dry_run_cost(board, tmp_path / "other", "m", None, ["full"])
+    assert cost.prompts == 2
+    layouts.dump(tmp_path / "copy" / "test_qa.json", [{**row, "video_id": 7} for row in rows[1:2]])
+    empty = open_question_set("msrvtt-qa", root=tmp_path / "copy")
+    with pytest.raises(ValueError, match="No question of msrvtt-qa .* it has no question"):
+        evaluate_qa(answerer, empty, tmp_path / "third", controls=(), item_timeout=None)
+    with pytest.raises(OtherRunError, match="questions_fingerprint"):  # the same videos, asked other things
+        layouts.dump(tmp_path / "copy" / "test_qa.json", [{**rows[0], "question": "why ?", "video_id": 7}])
+        other = open_question_set("msrvtt-qa", root=tmp_path / "copy")
+        evaluate_qa(answerer, other, tmp_path / "other", controls=(), item_timeout=None)
+
+
 def judge_of(text, times):
     """Misbehaves at first, and in every way; a reply depends on the prompt alone."""
     if times == 1 and len(text) % 3 == 0:
@@ -240,7 +271,7 @@ def test_judged_answers(answerer, tmp_path):
     assert result.against_frame_average["judged"].difference.value == 0
 
 
-def test_killed_resumed_and_in_two_processes(answerer, bench, tmp_path):
+def test_killed_resumed_and_in_two_processes(answerer, bench, tmp_path, caplog):
     def run(name, **options):
         questions = bench.by_row()
         protocol = {"x": 1}
@@ -261,6 +292,9 @@ def test_killed_resumed_and_in_two_processes(answerer, bench, tmp_path):
     part.write_bytes(part.read_bytes() + b'{"row": 1, "na')  # a line that was being written
     assert len({row for row, _ in read_answers(tmp_path / "b").texts}) == 1
     assert run("b").texts == expected.texts
+    first, *_ = sorted((tmp_path / "b" / "answers").iterdir())
+    first.write_bytes(b"{broken\n" + b'{"row": "x"}\n' + b"\xff\n")
+    assert run("b").texts == expected.texts and "line 2 is damaged" in caplog.text
     assert in_processes(lambda: run("c")) == [0, 0]
     assert len(list((tmp_path / "c" / "answers").iterdir())) == 2 and run("c").texts == expected.texts
 
@@ -275,10 +309,6 @@ def test_what_is_not_as_published(tmp_path):
     (tmp_path / "youtube_mapping.txt").write_text("abc vid9\n")
     with pytest.raises(ValueError, match=r"asks about the video 2, which youtube_mapping.txt does not list"):
         open_question_set("msvd-qa", root=tmp_path)
-    layouts.dump(tmp_path / "qa.jsonl", [{"video": "a.mp4", "question": "what ?", "answer": ""}])
-    tables = [load_table(tmp_path / "qa.jsonl", text_column=name) for name in ("question", "answer")]
-    with pytest.raises(ValueError, match="Row 0 of .* has no answer"):
-        table_questions(*tables)
 
 
 def test_gifs_may_lie_beside_the_tables(tmp_path):

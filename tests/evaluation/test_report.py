@@ -70,11 +70,48 @@ def test_other_data_and_bad_files(folders, capsys):
     assert "not over the same data" in capsys.readouterr().out
     (folders / "x.json").write_text(json.dumps({"task": "temporal"}))
     (folders / "y.json").write_text("{")
+    (folders / "deep.json").write_text("[" * 20_000)
     for argv, words in (
         ([str(folders / "x.json")], "has no scores, controls"),
         ([str(folders / "y.json")], "cannot be read"),
+        ([str(folders / "deep.json")], "deep.json cannot be read"),
         ([str(folders)], "no folder with a result.json"),
         ([str(folders / "small"), "--name", "a", "--name", "b"], "2 names for 1 results"),
     ):
         assert main(["eval", "report", *argv]) == 1
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["markdown", "page"])
+def test_result_files_of_another_shape_are_named(folders, capsys, form):
+    """Whatever stands in a field, nothing of it ends in an error without the file's name."""
+    good = json.loads((folders / "small" / "result.json").read_text())
+    output = ["-o", str(folders / "report.html")] if form == "page" else []
+    odd = [None, 3, "x", [], [1], {"pair": 3}, {"pair": {"value": "high", "low": 0, "high": 1}}, {"pair": None}]
+    for field in ("task", "scores", "controls", "chance", "items", "protocol", "failed", "against_frame_average"):
+        for value in (*odd, float("nan")):
+            (folders / "odd.json").write_text(json.dumps({**good, field: value}))
+            status, said = main(["eval", "report", str(folders / "odd.json"), *output]), capsys.readouterr().err
+            assert "did not foresee" not in said, (field, value, said)
+            if status:
+                assert "odd.json is no result of `bt-adapter eval`" in said and field in said, (field, value)
+            else:  # what could stand there
+                assert (field, value) in [("task", "x"), ("protocol", value), ("items", {"pair": 3}),
+                                          ("chance", {"pair": 3})], (field, value)  # fmt: skip
+
+
+def test_few_videos_have_no_p_value_in_a_report(folders, capsys):
+    found = result(90.0)
+    found.against_frame_average["pair"] = Comparison(Interval(80.0, 70.0, 90.0), None, 0.25)
+    found.write(folders / "small")
+    assert "too few videos for a bootstrap test, McNemar p = 0.25" in found.table()
+    assert main(["eval", "report", str(folders / "small")]) == 0
+    assert (
+        "above frame-averaged CLIP (too few videos for a bootstrap test, McNemar p = 0.25)" in capsys.readouterr().out
+    )
+
+
+def test_names_that_are_no_text_stay_in_the_file(tmp_path):
+    found = result(1.0)
+    found.failed[0]["video"] = "clip\udcff.mp4"  # a byte of a file name that is not UTF-8
+    assert json.loads(found.write(tmp_path).read_text())["failed"]["list"][0]["video"] == "clip\udcff.mp4"

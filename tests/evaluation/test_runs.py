@@ -111,6 +111,14 @@ def test_labels_by_number_and_bad_classes(encoder, folder, tmp_path):
         evaluate_recognition(encoder, opened, tmp_path / "b", **options)
     with pytest.raises(ValueError, match="two or more different classes, found 1"):
         evaluate_recognition(encoder, opened, tmp_path / "b", **{**options, "classes": ["left"]})
+    with pytest.raises(ValueError, match="found 3 in the classes given, 'left' more than once"):
+        evaluate_recognition(encoder, opened, tmp_path / "b", **{**options, "classes": ["left", "right", "left"]})
+    same = tmp_path / "same.jsonl"
+    same.write_text("\n".join(json.dumps({**row, "label": "up"}) for row in rows))
+    opened = load_table(str(same), text_column="label", media_root=str(folder))
+    with pytest.raises(ValueError, match="found 1 in the labels of .*same.jsonl .text_column names the column.*'up'"):
+        evaluate_recognition(encoder, opened, tmp_path / "c", item_timeout=None)
+    assert not (tmp_path / "c").exists()  # nothing was encoded
     with pytest.raises(ValueError, match="has no {}"):
         evaluate_recognition(encoder, opened, tmp_path / "b", templates=["a video"], **options)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bt_adapter_hf.evaluation.statistics import compare, mean_interval, median_interval
+from bt_adapter_hf.evaluation.statistics import FEWEST_VIDEOS, compare, mean_interval, median_interval
 
 
 def naive(values, videos, statistic, draws, seed):
@@ -68,6 +68,24 @@ def test_a_paired_test_sees_what_unpaired_intervals_do_not():
     assert found.p_mcnemar == pytest.approx(2 * 0.5**8) and found.p_bootstrap < 0.01
     assert compare(first, first).p_mcnemar == 1.0 and compare(first, first).p_bootstrap == 1.0
     assert compare(first * 0.5, second * 0.5).p_mcnemar is None
+
+
+def test_few_videos_are_too_few_for_a_bootstrap_test():
+    """Three videos that agree would be p = 0.001 by a bootstrap, and are 0.25 by any exact test."""
+    assert compare([1, 1, 1], [0, 0, 0]).p_bootstrap is None
+    assert compare([1, 1, 1], [0, 0, 0]).p_mcnemar == pytest.approx(0.25)
+    # many questions about few videos are few videos
+    assert compare(np.ones(90), np.zeros(90), np.arange(90) % 29).p_bootstrap is None
+    assert compare(np.ones(90), np.zeros(90), np.arange(90) % FEWEST_VIDEOS).p_bootstrap < 0.01
+
+
+def test_from_that_number_on_equal_models_are_rarely_called_different():
+    generator = np.random.default_rng(5)
+    called = [
+        compare(first, second, draws=400).p_bootstrap < 0.05
+        for first, second in (generator.normal(size=(2, FEWEST_VIDEOS)) for _ in range(300))
+    ]
+    assert np.mean(called) < 0.1
 
 
 @pytest.mark.parametrize(

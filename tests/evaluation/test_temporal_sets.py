@@ -116,8 +116,28 @@ def test_a_table_of_right_and_wrong_texts(encoder, tmp_path):
     assert result.chance == {"pair": pytest.approx(100 * (1 / 3 + 1 / 2) / 2)} and result.aspects.keys() == {"x", "y"}
     assert [item["video"] for item in result.failed] == ["gone.mp4"]
     assert json.loads(result.write(tmp_path).read_text())["aspects"]["x"]["pair"]["value"] in (0, 100)
-    with pytest.raises(ValueError, match=r"Row 0 of .*: The texts of an item must differ"):
+    with pytest.raises(ValueError, match=r"No row of .*The first of 3, row 0: its texts must be two or"):
         table_set(columns[0], columns[0])
+
+
+def test_a_row_without_two_texts_counts_as_failed(encoder, tmp_path):
+    rows = [
+        {"video": "a.mp4", "text": "", "wrong": "it closes"},
+        {"video": "a.mp4", "text": "it opens", "wrong": "it closes"},
+        {"video": "a.mp4", "text": "it opens", "wrong": ["it opens", "x"]},
+        {"video": "a.mp4", "text": "it opens", "wrong": []},
+    ]
+    layouts.dump(tmp_path / "pairs.jsonl", rows)
+    layouts.clip(tmp_path / "a.mp4")
+    columns = [load_table(tmp_path / "pairs.jsonl", text_column=name) for name in ("text", "wrong")]
+    result = evaluate_temporal(encoder, table_set(*columns), tmp_path / "run", controls=(), item_timeout=None)
+    assert result.items["items"] == 1 and [item["index"] for item in result.failed] == [0, 2, 3]
+    layouts.vinoground(tmp_path / "copy")
+    text = (tmp_path / "copy" / "vinoground.csv").read_text()
+    (tmp_path / "copy" / "vinoground.csv").write_text(text.replace("water before ice", ""))
+    board = open_temporal_set("vinoground", root=tmp_path / "copy")
+    assert len(board) == 2 and [number for number, _ in board.numbered()] == [0]
+    assert board.broken == {1: ("1_pos.mp4", "one of its texts is empty")}
 
 
 def test_moving_digits(encoder, tmp_path):

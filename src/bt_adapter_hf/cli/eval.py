@@ -214,6 +214,7 @@ def _run_encoder(args: argparse.Namespace, controls: list[str]):
     from ..evaluation.temporal_run import evaluate_temporal
 
     folder = Path(args.output_dir)
+    given = None if args.task != "recognition" or args.classes is None else _read_classes(args.classes)
     rows, classes = _open_rows(args, folder)
     encoder = load_encoder(args)
     clips = len(rows.clips) if args.task == "temporal" else len(rows)
@@ -227,7 +228,7 @@ def _run_encoder(args: argparse.Namespace, controls: list[str]):
             "progress": bar.update,
         }
         if args.task == "temporal":
-            return evaluate_temporal(encoder, rows, folder, **options), len(rows.items)
+            return evaluate_temporal(encoder, rows, folder, **options), len(rows)
         if args.task == "retrieval":
             options |= {
                 "paragraph": args.paragraph,
@@ -236,16 +237,21 @@ def _run_encoder(args: argparse.Namespace, controls: list[str]):
             }
             return evaluate_retrieval(encoder, rows, folder, **options), len(rows)
         options |= {"label_offset": args.label_offset, "templates": args.template or ["{}"]}
-        classes = classes if args.classes is None else _read_classes(args.classes)
-        return evaluate_recognition(encoder, rows, folder, classes=classes, **options), len(rows)
+        return evaluate_recognition(encoder, rows, folder, classes=given or classes, **options), len(rows)
 
 
 def _read_classes(path: str) -> list[str]:
+    from ..evaluation.recognition_run import check_classes
+
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"--classes {path}: expected text in UTF-8 ({error}).") from error
-    return [line.strip() for line in lines if line.strip()]
+    except OSError as error:
+        raise ValueError(f"--classes {path}: {error.strerror}; expected a file of names, a line each.") from error
+    names = [line.strip() for line in lines if line.strip()]
+    check_classes(names, f"--classes {path}")
+    return names
 
 
 def _open_rows(args: argparse.Namespace, folder: Path):

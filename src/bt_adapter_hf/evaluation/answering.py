@@ -1,6 +1,7 @@
 """Answers of a chat model to questions about clips, under every temporal control: decoded once, kept as they come."""
 
 import json
+import logging
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,6 +20,9 @@ from ..adapters.host_modules import find_tower
 from .controls import check_controls, shuffle_frames
 from .features import ALL_CONTROLS, BLIND, FULL, begin, own_clips, seed_of
 from .frames import Clip, ClipDecoder, read_clip
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -176,12 +180,15 @@ def answer_clips(
 
 
 def read_answers(folder: Path) -> Answers:
-    """What all processes have written so far. A line that a kill cut short is left out."""
+    """What all processes have written so far, without a line that a kill cut short, and with a warning of others."""
     found = Answers()
     for path in sorted((folder / "answers").glob("*.jsonl")):
-        content = path.read_bytes()
-        for line in content[: content.rfind(b"\n") + 1].decode("utf-8").splitlines():
-            record = json.loads(line)
+        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+            try:
+                record = _record(line)
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                logger.warning("%s: line %d is damaged (%s), and its clip is asked about again", path, number, error)
+                continue
             row = record["row"]
             found.names[row], found.identities[row] = record["name"], record["identity"]
             found.failed.pop(row, None)  # what came later holds
@@ -192,6 +199,16 @@ def read_answers(folder: Path) -> Answers:
             else:
                 found.texts |= {(row, condition): texts for condition, texts in record["answers"].items()}
     return found
+
+
+def _record(line: bytes) -> dict[str, Any]:
+    """One line of a file of answers; `ValueError`, `KeyError` or `TypeError` if it is none."""
+    record = json.loads(line)
+    _, _, row = record["name"], record["identity"], record["row"]
+    texts = [] if "reason" in record else [text for of_one in record["answers"].values() for text in of_one]
+    if not isinstance(row, int) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("no answers of a clip")
+    return record
 
 
 def conditions_of(controls: Sequence[str], draws: int) -> list[str]:

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import HTTPError
+
 from ..data.archives import MediaArchives
 from ..data.files import FoundFiles, check_encoding, is_remote, open_file, pin, unicode_reason
 from ..data.media import Media, open_media
-from ..hub.access import retried
+from ..hub.access import explain, retried
 
 
 VIDEO_ENDINGS = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".gif")
@@ -42,7 +44,13 @@ class BenchmarkFiles:
         elif repo is None:
             raise ValueError(f"{name} is not on the Hub: name the folder of your copy with data_root.")
         else:
-            self.root = pin(f"hf://datasets/{repo}").rstrip("/")
+            try:
+                self.root = pin(f"hf://datasets/{repo}").rstrip("/")
+            except (OSError, HTTPError) as error:
+                raise ValueError(
+                    f"{name} cannot be read from the Hub: {explain(error, repo)}. With a copy of it on the disk, name "
+                    "its folder with data_root."
+                ) from error
             self.revision = self.root.rpartition("@")[2]
 
     def find(self, *patterns: str) -> list[str]:
@@ -137,8 +145,11 @@ class BenchmarkFiles:
         )
 
 
-def field(row: Any, names: Sequence[str], where: str) -> Any:
+def field(row: Any, names: Sequence[str], where: str, empty: Any = None) -> Any:
     """The value of the first of these fields that the row has.
+
+    Args:
+        empty: of a row that has the field and nothing in it, which is the fault of that row alone.
 
     Raises:
         ValueError: it has none of them.
@@ -148,4 +159,6 @@ def field(row: Any, names: Sequence[str], where: str) -> Any:
     for name in names:
         if row.get(name) is not None:
             return row[name]
+    if empty is not None and any(name in row for name in names):
+        return empty
     raise ValueError(f"A row of {where} has no {' or '.join(names)}; it has {', '.join(map(str, row))}.")

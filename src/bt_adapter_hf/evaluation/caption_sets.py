@@ -104,7 +104,7 @@ def _captions(files: BenchmarkFiles, path: str) -> Iterator[tuple[str, list[str]
         if video is None:
             video = field(row, ["video", "video_id"], path)
         if isinstance(row, dict):
-            row = field(row, ["caption", "captions", "sentences", "sentence", "text"], path)
+            row = field(row, ["caption", "captions", "sentences", "sentence", "text"], path, empty=[])
         texts = [str(text).strip() for text in (row if isinstance(row, list) else [row])]
         yield str(video), [text for text in texts if text]
 

@@ -60,7 +60,7 @@ def evaluate_chat_bench(
         OtherRunError: `folder` is of another run.
     """
     parts_of(aspects)
-    protocol = {"task": "chat-bench", **answerer.describe(), **board.clips.describe()}
+    protocol = {"task": "chat-bench", **answerer.describe(), **board.describe()}
     answers = answer_clips(
         answerer,
         board.clips.shards(item_timeout),
@@ -130,14 +130,15 @@ def dry_run_cost(
         conditions: how the clips are shown, "full" and the controls.
     """
     answers = read_answers(folder)
+    asked = [question for question in board.questions if question.problem is None]
     references: dict[int, list[str]] = {}
-    for question in board.questions:
+    for question in asked:
         references.setdefault(question.row, []).extend([question.references[0]] * len(question.texts))
     for row, texts in references.items():
         for condition in conditions:
             answers.texts.setdefault((row, condition), [f"{text} {condition}" for text in texts])
     if aspects is not None:
-        prompts = _prompts(board, board.questions, answers, aspects)
+        prompts = _prompts(board, asked, answers, aspects)
     else:
         places = placed(board.questions)
         prompts = {
@@ -145,7 +146,7 @@ def dry_run_cost(
                 question.texts[0], question.references[0], answers.texts[question.row, condition][places[question]]
             )
             for condition in conditions
-            for n, question in enumerate(board.questions)
+            for n, question in enumerate(asked)
         }
     return cost_of(judge, list(prompts.values()), folder / CACHE_NAME)
 

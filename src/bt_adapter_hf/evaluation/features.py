@@ -6,6 +6,7 @@ either, for the chance of a clip is a function of the seed and the clip's name.
 
 import hashlib
 import json
+import logging
 import os
 import time
 import uuid
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..adapters.writing import written_whole
@@ -27,6 +28,8 @@ from ..search.frame_states import FrameStates
 from .controls import CONTROLS, check_controls, control_features
 from .frames import Clip, ClipDecoder, read_clip
 
+
+logger = logging.getLogger(__name__)
 
 PROTOCOL_NAME = "protocol.json"
 FULL = "full"  # the clip as it is, beside the names of `CONTROLS`
@@ -132,7 +135,14 @@ def claim(folder: Path, protocol: dict[str, Any]) -> None:
     """
     path = folder / PROTOCOL_NAME
     if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                raise ValueError("it holds no settings")
+        except (ValueError, RecursionError) as error:
+            raise OtherRunError(
+                f"{path} is damaged ({error}), so nobody knows what {folder} was made with: use another folder."
+            ) from error
         wanted = json.loads(json.dumps(protocol))
         differing = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
         if differing:
@@ -145,23 +155,40 @@ def claim(folder: Path, protocol: dict[str, Any]) -> None:
 
 
 def read_features(folder: Path) -> ClipFeatures:
-    """What all processes have written so far."""
+    """What all processes have written so far. A damaged file is left out with a warning."""
     found = ClipFeatures()
     for path in sorted((folder / "features").glob("*.safetensors")):
-        with safe_open(path, "np") as file:
-            header = file.metadata()
-            names = json.loads(header["names"])
-            for condition in file.keys():  # noqa: SIM118  (no dict)
-                found.features.setdefault(condition, {}).update(zip(names, file.get_tensor(condition), strict=True))
-            found.identities |= json.loads(header["identities"])
-            for row, name, info, reason in json.loads(header["rows"]):
-                found.rows.pop(row, None)  # what came later holds
-                found.failed.pop(row, None)
-                if reason is None:
-                    found.rows[row] = name, info
-                else:
-                    found.failed[row] = name, reason
+        try:
+            features, identities, rows = _read_part(path)
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            logger.warning("%s is damaged (%s), and its clips are encoded again", path, error)
+            continue
+        for condition, of_condition in features.items():
+            found.features.setdefault(condition, {}).update(of_condition)
+        found.identities |= identities
+        for row, name, info, reason in rows:
+            found.rows.pop(row, None)  # what came later holds
+            found.failed.pop(row, None)
+            if reason is None:
+                found.rows[row] = name, info
+            else:
+                found.failed[row] = name, reason
     return found
+
+
+def _read_part(path: Path) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, str | None], list[tuple]]:
+    """Features by condition and name, identities by name, and rows, of one file."""
+    with safe_open(path, "np") as file:
+        header = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
+        features = {
+            condition: dict(zip(header["names"], file.get_tensor(condition), strict=True))
+            for condition in file.keys()  # noqa: SIM118  (no dict)
+        }
+        return (
+            features,
+            dict(header["identities"]),
+            [tuple(row) for row in header["rows"]],
+        )
 
 
 def own_clips(shards: Sequence[Iterable[Clip]], rank: int, processes: int) -> Iterator[Clip]:

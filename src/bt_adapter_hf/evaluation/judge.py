@@ -17,10 +17,14 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from ..adapters.writing import written_whole
 from ..import_utils import require_package
 
 
 logger = logging.getLogger(__name__)
+
+_LONGEST = 10_000  # characters of a reply in which an object is looked for
+_UNREADABLE = (ValueError, KeyError, TypeError)  # what a reader of replies raises
 
 Messages = list[dict[str, str]]  # {"role": ..., "content": ...} each
 
@@ -37,6 +41,10 @@ class Judge(Protocol):
 
 class JudgeError(RuntimeError):
     """The judge gave no answer to a prompt; the message says why."""
+
+
+class NoTextError(JudgeError):
+    """A reply came, and there is no text in it: worth asking again."""
 
 
 class EndpointJudge:
@@ -83,11 +91,16 @@ class EndpointJudge:
             reply = self._client.chat.completions.create(
                 model=self.model, messages=messages, temperature=0, seed=0, max_tokens=self.max_tokens
             )
-        except (self._error, ValueError) as error:  # ValueError: the body is no JSON
+        except (ValueError, RecursionError) as error:  # the body is no JSON, or nested without end
+            raise NoTextError(f"the reply is no JSON ({type(error).__name__}: {error})") from error
+        except self._error as error:
             raise JudgeError(f"{type(error).__name__}: {error}") from error
-        content = reply.choices[0].message.content if getattr(reply, "choices", None) else None
-        if not content:
-            raise JudgeError(f"the reply has no text: {str(reply)[:200]}")
+        try:
+            content = reply.choices[0].message.content
+        except (AttributeError, IndexError, KeyError, TypeError):  # the client takes JSON of any shape
+            content = None
+        if not isinstance(content, str) or not content.strip():
+            raise NoTextError(f"the reply has no text: {_start(reply)}")
         return content
 
 
@@ -153,50 +166,59 @@ def judge_all(
         read: takes the object that was found in a reply and returns the fields wanted; raises `ValueError` (and
             `KeyError`, `TypeError`) where it is not as asked for.
         cache: jsonl file of raw replies, by the hash of judge and prompt. What is in there is not asked again; every
-            good reply is added as it comes.
+            good reply is added as it comes. A damaged line, or one whose reply cannot be read, is dropped with a
+            warning, and its prompt asked again.
         attempts: how often a prompt is asked whose reply cannot be read.
     """
-    known = {record["key"]: record["raw"] for record in _records(cache)}
+    known = _clean(cache)
     keys = [prompt_key(judge.name, messages) for messages in prompts]
-    todo = {key: messages for key, messages in zip(keys, prompts, strict=True) if key not in known}
+    fields: dict[str, dict[str, Any]] = {}
+    for key in set(keys) & known.keys():
+        try:
+            fields[key] = read(find_object(known[key]))
+        except _UNREADABLE as problem:
+            logger.warning("%s: a reply cannot be read (%s) and is asked for again", cache, problem)
+    todo = {key: messages for key, messages in zip(keys, prompts, strict=True) if key not in fields}
     failed: dict[str, str] = {}
 
-    def ask(key: str, messages: Messages) -> tuple[str, str | None, str | None]:
-        error = None
+    def ask(key: str, messages: Messages) -> tuple[str, str | None, dict[str, Any] | str]:
+        """The raw reply and its fields, or None and why there are none."""
+        error = ""
         for _ in range(attempts):
             try:
                 raw = judge(messages)
+            except NoTextError as problem:
+                error = str(problem)
+                continue
             except JudgeError as problem:
                 return key, None, str(problem)  # the client has tried again itself
             try:
-                read(find_object(raw))
-            except (ValueError, KeyError, TypeError) as problem:  # of `read`, not of the judge
-                error = f"unreadable reply ({problem}): {raw[:200]!r}"
-                continue
-            return key, raw, None
+                return key, raw, read(find_object(raw))
+            except _UNREADABLE as problem:
+                error = f"unreadable reply ({problem}): {_start(raw)}"
         return key, None, error
 
     cache.parent.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(judge.threads) as pool, cache.open("a", encoding="utf-8") as file:
         for future in as_completed([pool.submit(ask, *item) for item in todo.items()]):
-            key, raw, error = future.result()
+            key, raw, found = future.result()
             if raw is None:
-                failed[key] = error
-                logger.warning("The judge gave no score: %s", error)
+                failed[key] = found
+                logger.warning("The judge gave no score: %s", found)
                 continue
-            known[key] = raw
+            known[key], fields[key] = raw, found
             file.write(json.dumps({"key": key, "judge": judge.name, "raw": raw}) + "\n")
             file.flush()
     for key in keys:
         if key in failed:
             yield Verdict(key, None, None, failed[key])
         else:
-            yield Verdict(key, known[key], read(find_object(known[key])), None)
+            yield Verdict(key, known[key], fields[key], None)
 
 
 def known_keys(cache: Path) -> set[str]:
-    """The prompts that have a good reply in the cache."""
-    return {record["key"] for record in _records(cache)}
+    """The prompts that have a reply in the cache."""
+    return {record["key"] for record, _ in _records(cache)}
 
 
 def prompt_key(judge: str, messages: Messages) -> str:
@@ -210,15 +232,20 @@ def find_object(reply: str) -> dict[str, Any]:
     Raises:
         ValueError: there is none.
     """
+    if not isinstance(reply, str):
+        raise ValueError("no text")
+    reply = reply[:_LONGEST]
     decoder = json.JSONDecoder()
-    for match in re.finditer(r"\{", reply):
+    for match in re.finditer(r"\{(?=\s*[\"'}])", reply):
         try:
             found, _ = decoder.raw_decode(reply, match.start())
-        except json.JSONDecodeError:
+        except RecursionError as error:
+            raise ValueError("no JSON object in it, but brackets without end") from error
+        except ValueError:
             end = reply.find("}", match.start()) + 1
             try:
                 found = ast.literal_eval(reply[match.start() : end]) if end else None
-            except (ValueError, SyntaxError):
+            except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # as `ast` says
                 continue
         if isinstance(found, dict):
             return found
@@ -233,8 +260,11 @@ def read_score(found: Mapping[str, Any], lowest: int = 0, highest: int = 5) -> d
     """
     score = found["score"]
     if isinstance(score, bool) or not isinstance(score, (int, float, str)):
-        raise ValueError(f"score is {score!r}")
-    score = float(score)
+        raise ValueError(f"score is {_start(score)}")
+    try:
+        score = float(score)
+    except OverflowError as error:
+        raise ValueError("score is a number of hundreds of digits") from error
     if not lowest <= score <= highest:
         raise ValueError(f"score {score:g} is not within {lowest} to {highest}")
     return {"score": score}
@@ -247,17 +277,40 @@ def read_yes_no(found: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: it says something else.
     """
     said = found["pred"]
-    said = {True: "yes", False: "no"}.get(said, said) if isinstance(said, bool) else str(said).strip().lower()
+    said = {True: "yes", False: "no"}[said] if isinstance(said, bool) else said
+    said = said.strip().lower() if isinstance(said, str) else None
     if said not in ("yes", "no"):
-        raise ValueError(f"pred is {found['pred']!r}")
+        raise ValueError(f"pred is {_start(found['pred'])}")
     return {"right": said == "yes", **read_score(found)}
 
 
-def _records(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:  # a kill cut the last line short
-        path.write_bytes(whole)
-    return [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+def _start(value: Any) -> str:
+    """What a message shows of something that may be of any size and shape."""
+    try:
+        return repr(value)[:200]
+    except RecursionError:
+        return f"a {type(value).__name__} that is nested too deep"
+
+
+def _records(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """Good lines of the cache, as they are and as bytes; others are named in a warning."""
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    for number, line in enumerate(lines[:-1], 1):  # a last line without an end was cut short by a kill
+        try:
+            record = json.loads(line)
+            if not isinstance(record["key"], str) or not isinstance(record["raw"], str):
+                raise ValueError("no reply of a judge")
+        except (*_UNREADABLE, RecursionError) as error:
+            logger.warning("%s: line %d is damaged (%s) and is asked for again", path, number, error)
+        else:
+            yield record, line
+
+
+def _clean(path: Path) -> dict[str, str]:
+    """Replies by key; what is no good line leaves the file."""
+    records = list(_records(path))
+    content = b"".join(line + b"\n" for _, line in records)
+    if path.exists() and path.stat().st_size != len(content):
+        with written_whole(path) as temporary:
+            temporary.write_bytes(content)
+    return {record["key"]: record["raw"] for record, _ in records}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.broken import BrokenItem, described
+from ..data.broken import BrokenItem, broken_item, described
 from .answering import Answerer, Answers, answer_clips
 from .answers import exact_match, relaxed_match
 from .chat_bench import prompts_hash, right_or_wrong_messages
@@ -48,7 +48,7 @@ def evaluate_qa(
         ValueError: no question has an answer.
         OtherRunError: `folder` is of another run.
     """
-    protocol = {"task": "qa", **answerer.describe(), **board.clips.describe()}
+    protocol = {"task": "qa", **answerer.describe(), **board.describe()}
     answers = answer_clips(
         answerer,
         board.clips.shards(item_timeout),
@@ -115,6 +115,8 @@ def placed(questions: Sequence[Question]) -> dict[Question, int]:
     seen: dict[int, int] = {}
     places = {}
     for question in questions:
+        if question.problem is not None:
+            continue
         places[question] = seen.get(question.row, 0)
         seen[question.row] = places[question] + len(question.texts)
     return places
@@ -128,15 +130,18 @@ def answered(board: QuestionSet, answers: Answers) -> tuple[list[Question], list
     """
     kept, failed = [], []
     for number, question in enumerate(board.questions):
-        if question.row in answers.failed:
+        if question.problem is not None:
+            name = answers.names.get(question.row) or f"question {number}"
+            failed.append(broken_item(board.clips.source, number, name, question.problem))
+        elif question.row in answers.failed:
             name, reason = answers.failed[question.row]
-            failed.append(BrokenItem(source=board.clips.source, index=number, video=name, reason=reason))
+            failed.append(broken_item(board.clips.source, number, name, reason))
         else:
             kept.append(question)
     if not kept:
         raise ValueError(
-            f"No question of {board.clips.source} has a video that can be read. The first of {len(failed)}: "
-            f"{described(failed[0])}"
+            f"No question of {board.clips.source} can be asked about a video that can be read. The first of "
+            f"{len(failed)}: {described(failed[0])}"
         )
     return kept, failed
 

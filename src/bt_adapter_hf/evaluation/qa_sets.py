@@ -1,13 +1,15 @@
 """Questions about videos with reference answers: benchmarks as they are published, and any table."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..adapters.writing import no_character
 from ..data.media import Media
 from ..data.moving_digits_chat import QUESTIONS, answers, write_chat_clips
+from ..data.readers import digest
 from ..data.sources import PairTable
 from .benchmark_files import VIDEO_ENDINGS, BenchmarkFiles, field
 from .clips import Clips, ListedClip, ListedClips, TableClips
@@ -22,12 +24,14 @@ class Question:
         texts: the question; of the consistency score two wordings of it.
         references: answers, any of which is right.
         kind: scores are also given by it.
+        problem: why it cannot be asked; it counts as failed.
     """
 
     row: int
     texts: tuple[str, ...]
     references: tuple[str, ...]
     kind: str = ""
+    problem: str | None = None
 
 
 @dataclass
@@ -38,11 +42,16 @@ class QuestionSet:
     questions: list[Question]
 
     def by_row(self) -> dict[int, list[str]]:
-        """The texts of all questions of each row, in order."""
+        """The texts of all questions of each row that can be asked, in order."""
         found: dict[int, list[str]] = {}
         for question in self.questions:
-            found.setdefault(question.row, []).extend(question.texts)
+            if question.problem is None:
+                found.setdefault(question.row, []).extend(question.texts)
         return found
+
+    def describe(self) -> dict[str, Any]:
+        """Which clips and questions, at which state."""
+        return {**self.clips.describe(), "questions_fingerprint": digest(*sorted(self.by_row().items()))}
 
 
 Asked = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], str]  # paths of the video, wordings, references, kind
@@ -99,7 +108,7 @@ def tgif_qa(files: BenchmarkFiles, split: str) -> Iterator[Asked]:
 
 
 def _question(row: Mapping[str, Any], path: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    return (str(field(row, ["question"], path)),), (str(field(row, ["answer"], path)),)
+    return tuple((str(field(row, [name], path, empty="")),) for name in ("question", "answer"))
 
 
 READERS: dict[str, tuple[str | None, Callable[[BenchmarkFiles, str], Iterator[Asked]]]] = {
@@ -158,8 +167,8 @@ def open_chat_bench(
                 for row in files.read(path):
                     wordings = [("question_1", "Q1"), ("question_2", "Q2")]
                     names = wordings if part == "consistency" else [("question", "Q")]
-                    texts = tuple(str(field(row, keys, path)) for keys in names)
-                    answer = str(field(row, ["answer", "A"], path))
+                    texts = tuple(str(field(row, keys, path, empty="")) for keys in names)
+                    answer = str(field(row, ["answer", "A"], path, empty=""))
                     yield _any_ending(str(field(row, ["video_name"], path))), texts, (answer,), part
 
     return listed_questions("videochatgpt", files, read())
@@ -171,7 +180,8 @@ def listed_questions(name: str, files: BenchmarkFiles, asked: Iterator[Asked]) -
     rows: dict[tuple[str, ...], int] = {}
     questions = []
     for paths, texts, references, kind in asked:
-        questions.append(Question(rows.setdefault(paths, len(rows)), texts, references, kind))
+        row = rows.setdefault(paths, len(rows))
+        questions.append(Question(row, texts, references, kind, _problem(texts, references)))
     return QuestionSet(ListedClips(name, [ListedClip(media, paths) for paths in rows], files.revision), questions)
 
 
@@ -181,19 +191,30 @@ def table_questions(questions: PairTable, references: PairTable, kinds: PairTabl
     Args:
         questions, references, kinds: the same table, opened with these columns.
 
-    Raises:
-        ValueError: a row has no question or no answer.
+    A row without a question or an answer counts as failed.
     """
     found = []
     first: dict[str, int] = {}
     named = kinds.texts() if kinds is not None else ([] for _ in range(len(questions)))
     for row, (texts, right, kind) in enumerate(zip(questions.texts(), references.texts(), named, strict=True)):
-        if not texts or not right:
-            raise ValueError(f"Row {row} of {questions.source} has no {'answer' if texts else 'question'}.")
         # of rows in place the video is read once, for the first of its questions
         shown = row if questions.needs_store else first.setdefault(questions.name(row), row)
-        found.append(Question(shown, (texts[0],), tuple(right), kind[0] if kind else ""))
+        problem = _problem(texts[:1], right)
+        if problem is not None and not questions.needs_store:
+            problem = questions.record(row).problem or problem  # of a row that could not be read at all
+        found.append(Question(shown, tuple(texts[:1]), tuple(right), kind[0] if kind else "", problem))
     return QuestionSet(TableClips(questions), found)
+
+
+def _problem(texts: Sequence[str], references: Sequence[str]) -> str | None:
+    """Why a question cannot be asked, or its answer not be judged."""
+    for name, found in (("question", texts), ("answer", references)):
+        if not found or not all(text.strip() for text in found):
+            return f"it has no {name}"
+        broken = next(filter(None, map(no_character, found)), None)
+        if broken is not None:
+            return f"its {name} {broken}"
+    return None
 
 
 def _any_ending(name: str) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """Zero-shot recognition over a table of videos and labels, with intervals and temporal controls."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +8,7 @@ import numpy as np
 from ..data.broken import BrokenItem
 from ..data.sources import PairTable
 from ..search.encoding import VideoEncoder
-from .clips import Clips, as_clips, broken_rows, describe_encoder, draws_of
+from .clips import Clips, TableClips, as_clips, broken_rows, describe_encoder, draws_of
 from .features import ALL_CONTROLS, FULL, encode_clips
 from .results import EvaluationResult
 from .retrieval import cosine_similarity, retrieval_ranks
@@ -52,6 +52,10 @@ def evaluate_recognition(
         if "{}" not in template:
             raise ValueError(f"The template {template!r} has no {{}} for the name of the class.")
     clips = as_clips(table)
+    if classes is not None:
+        check_classes(classes, "the classes given")
+    elif isinstance(clips, TableClips):  # before anything is encoded
+        _labels(clips.table.texts(), clips.source)
     protocol = {"task": "recognition", **describe_encoder(encoder), **clips.describe()}
     features = encode_clips(
         encoder,
@@ -67,13 +71,7 @@ def evaluate_recognition(
     )
     failed = broken_rows(clips.source, features)
     labelled = [(row, name, info["texts"]) for row, (name, info) in sorted(features.rows.items())]
-    names = list(classes) if classes is not None else sorted({texts[0] for _, _, texts in labelled if texts})
-    if len(names) < 2 or len(set(names)) < len(names):
-        raise ValueError(
-            f"Expected two or more different classes, found {len(names)} in "
-            f"{'the classes given' if classes is not None else f'the labels of {clips.source}'}, {len(set(names))} of "
-            f"them different{f': {names[0]!r}' if len(names) == 1 else ''}."
-        )
+    names = list(classes) if classes is not None else _labels((texts for _, _, texts in labelled), clips.source)
     numbers = {name: number for number, name in enumerate(names)}
     kept, right = [], []
     for row, name, texts in labelled:
@@ -118,6 +116,21 @@ def evaluate_recognition(
         protocol={**protocol, "templates": list(templates), "shuffle_draws": draws, "seed": seed},
         failed=failed,
     )
+
+
+def check_classes(names: Sequence[str], where: str) -> None:
+    """Raises `ValueError` unless there are two or more, each once."""
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if len(names) < 2 or twice is not None:
+        shown = f", {twice!r} more than once" if twice is not None else f": {names[0]!r}" if names else ""
+        raise ValueError(f"Expected two or more different classes, found {len(names)} in {where}{shown}.")
+
+
+def _labels(texts: Iterable[list[str]], source: str) -> list[str]:
+    """The classes of a table, in the order of the alphabet."""
+    names = sorted({of_row[0] for of_row in texts if of_row})
+    check_classes(names, f"the labels of {source} (text_column names the column that holds them)")
+    return names
 
 
 def _class_of(label: str, numbers: dict[str, int], by_number: bool, offset: int) -> int | None:

@@ -4,7 +4,7 @@ import html
 import io
 from collections.abc import Sequence
 
-from ..hub.result_files import HEADLINES, NamedResult, cell, headlines, markdown_table, score_rows
+from ..hub.result_files import HEADLINES, NamedResult, cell, headlines, markdown_table, p_values, score_rows
 from ..import_utils import require_package
 
 
@@ -57,8 +57,7 @@ def _notes(results: Sequence[NamedResult]) -> list[str]:
         content = result.content
         for name, test in content.get("against_frame_average", {}).items():
             if name in HEADLINES:
-                p = f"paired bootstrap p = {test['p_bootstrap']:.2g}"
-                p += "" if test["p_mcnemar"] is None else f", McNemar p = {test['p_mcnemar']:.2g}"
+                p = p_values(test["p_bootstrap"], test["p_mcnemar"])
                 notes.append(f"{result.name}, {name}: {cell(test['difference'])} above frame-averaged CLIP ({p})")
         counts = ", ".join(f"{count} {what}" for what, count in content["items"].items())
         failed = content["failed"]["items"]

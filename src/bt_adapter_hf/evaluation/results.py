@@ -8,7 +8,7 @@ from typing import Any
 
 from ..adapters.writing import written_whole
 from ..data.broken import BrokenItem, count_reasons
-from ..hub.result_files import CONTROL_NAMES, HEADLINES, RESULT_NAME
+from ..hub.result_files import CONTROL_NAMES, HEADLINES, RESULT_NAME, p_values
 from .statistics import Comparison, Interval
 
 
@@ -50,7 +50,9 @@ class EvaluationResult:
         """`folder/result.json`, whole or not at all."""
         path = folder / RESULT_NAME
         with written_whole(path) as temporary:
-            temporary.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+            # what of a name is no text comes out as \udc80, which is JSON
+            temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
         return path
 
     def table(self) -> str:
@@ -85,5 +87,4 @@ def _cell(score: Interval) -> str:
 
 
 def _sentence(test: Comparison) -> str:
-    mcnemar = "" if test.p_mcnemar is None else f", McNemar p = {test.p_mcnemar:.2g}"
-    return f"{_cell(test.difference)} above frame-averaged CLIP (paired bootstrap p = {test.p_bootstrap:.2g}{mcnemar})"
+    return f"{_cell(test.difference)} above frame-averaged CLIP ({p_values(test.p_bootstrap, test.p_mcnemar)})"

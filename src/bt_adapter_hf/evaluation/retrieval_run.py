@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..adapters.writing import no_character
 from ..data.broken import BrokenItem, described
 from ..data.sources import PairTable
 from ..search.encoding import VideoEncoder
@@ -62,11 +63,14 @@ def evaluate_retrieval(
         progress=progress,
     )
     texts_of: dict[str, list[str]] = {}
+    unreadable: dict[str, str] = {}  # of texts that no tokenizer takes, by video
     for _, (name, info) in sorted(features.rows.items()):
-        texts_of.setdefault(name, []).extend(info["texts"])
+        of_row = {text: no_character(text) for text in info["texts"]}
+        unreadable.update((name, f"its text {problem}") for problem in of_row.values() if problem)
+        texts_of.setdefault(name, []).extend(text for text in info["texts"] if of_row[text] is None)
     failed = broken_rows(clips.source, features)
     failed += [
-        BrokenItem(source=clips.source, index=row, video=name, reason="it has no text")
+        BrokenItem(source=clips.source, index=row, video=name, reason=unreadable.get(name, "it has no text"))
         for row, (name, _) in sorted(features.rows.items())
         if not texts_of[name]
     ]

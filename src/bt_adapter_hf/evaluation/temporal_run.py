@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.broken import BrokenItem, described
+from ..data.broken import broken_item, described
 from ..search.encoding import VideoEncoder
 from .clips import describe_encoder, draws_of
 from .features import ALL_CONTROLS, FULL, encode_clips
@@ -59,17 +59,19 @@ def evaluate_temporal(
         item_timeout=item_timeout,
         progress=progress,
     )
-    items, failed = [], []
-    for number, item in enumerate(board.items):
+    items = []
+    failed = [broken_item(clips.source, number, *broken) for number, broken in board.broken.items()]
+    for number, item in board.numbered():
         missing = next((row for row in item.clips if row not in features.rows), None)
         if missing is None:
             items.append(replace(item, source=("item", number) if item.source is None else item.source))
         else:
             name, reason = features.failed[missing]
-            failed.append(BrokenItem(source=clips.source, index=number, video=name, reason=reason))
+            failed.append(broken_item(clips.source, number, name, reason))
     if not items:
         raise ValueError(
-            f"No item of {clips.source} has all its clips. The first of {len(failed)}: {described(failed[0])}"
+            f"No item of {clips.source} has all its clips and texts. The first of {len(failed)}: "
+            f"{described(failed[0])}"
         )
     texts = list(dict.fromkeys(text for item in items for text in item.texts))
     limit = encoder.model.config.text_config.max_position_embeddings

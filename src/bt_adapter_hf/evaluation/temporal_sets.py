@@ -2,12 +2,12 @@
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field as dataclass_field
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from ..adapters.writing import written_whole
+from ..adapters.writing import no_character, written_whole
 from ..data.media import Media
 from ..data.moving_digits import WRITERS
 from ..data.moving_digits_temporal import temporal_items
@@ -19,13 +19,26 @@ from .temporal import TemporalItem
 
 @dataclass
 class TemporalSet:
-    """Clips, and the items over their row numbers."""
+    """Clips, and the items over their row numbers.
+
+    Attributes:
+        broken: place of an item among all that were read -> its video, and why there is no such item.
+    """
 
     clips: Clips
     items: list[TemporalItem]
+    broken: dict[int, tuple[str, str]] = dataclass_field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.items) + len(self.broken)
+
+    def numbered(self) -> list[tuple[int, TemporalItem]]:
+        """The items with their places."""
+        return list(zip((n for n in range(len(self)) if n not in self.broken), self.items, strict=True))
 
 
-Item = tuple[list[ListedClip], list[str], str]  # clips, texts (clip i shows text i), aspect
+# clips, texts (clip i shows text i) or why the row has none, aspect
+Item = tuple[list[ListedClip], list[str] | str, str]
 
 
 def vinoground(files: BenchmarkFiles) -> Iterator[Item]:
@@ -34,7 +47,7 @@ def vinoground(files: BenchmarkFiles) -> Iterator[Item]:
     for number, row in enumerate(files.read("vinoground.csv")):
         index = row.get("index") or str(number)
         clips = [ListedClip(media, (f"{index}_{side}.mp4",)) for side in ("pos", "neg")]
-        texts = [field(row, [f"{side}_cap"], "vinoground.csv") for side in ("pos", "neg")]
+        texts = [field(row, [f"{side}_cap"], "vinoground.csv", empty="") for side in ("pos", "neg")]
         yield clips, texts, row.get("major") or ""
 
 
@@ -55,7 +68,7 @@ def _rtime_clips(files: BenchmarkFiles) -> Iterator[tuple[ListedClip, ListedClip
     (path,) = files.find("test.json")
     for name, row in files.read(path).items():
         if row.get("reverse") and row.get("reverse_captions"):
-            forward = str(field(row, ["forward_captions"], path)[0])
+            forward = str((field(row, ["forward_captions"], path, empty="") or [""])[0])
             paths = (f"{name}.mp4", f"{name}.webm", f"{name}.mov")
             yield (
                 ListedClip(media, paths, (forward,)),
@@ -70,7 +83,7 @@ def vitatecs(files: BenchmarkFiles) -> Iterator[Item]:
         for row in files.read(path):
             name = f"{field(row, ['src_dataset'], path)}/{field(row, ['video_name'], path)}"
             clip = ListedClip(media, _with_endings(name))
-            texts = [field(row, ["caption"], path), field(row, ["counterfactual"], path)]
+            texts = [field(row, [name], path, empty="") for name in ("caption", "counterfactual")]
             yield [clip], texts, field(row, ["aspect"], path)
 
 
@@ -85,7 +98,7 @@ def tempcompass(files: BenchmarkFiles) -> Iterator[Item]:
             ]
             answer = re.sub(r"^[A-Z][.)]\s*", "", str(field(row, ["answer"], path))).strip()
             clip = ListedClip(media, (f"{field(row, ['video_id'], path)}.mp4",))
-            yield [clip], _choices(question, choices, answer, path), row.get("dim") or ""
+            yield [clip], _choices(question, choices, answer), row.get("dim") or ""
 
 
 def tvbench(files: BenchmarkFiles) -> Iterator[Item]:
@@ -99,7 +112,7 @@ def tvbench(files: BenchmarkFiles) -> Iterator[Item]:
             clip = ListedClip(media, (str(field(row, ["video"], path)),), span=span)
             candidates = [str(choice) for choice in field(row, ["candidates"], path)]
             question, answer = str(field(row, ["question"], path)), str(field(row, ["answer"], path))
-            yield [clip], _choices(question, candidates, answer, path), task.replace("_", " ")
+            yield [clip], _choices(question, candidates, answer), task.replace("_", " ")
 
 
 # Templates of Something-Something-v2 that the other one of a pair undoes.
@@ -133,10 +146,11 @@ def ssv2(files: BenchmarkFiles) -> Iterator[Item]:
         if wrong is None:
             continue
         clip = ListedClip(media, (f"{field(row, ['id'], path)}.webm",))
-        things = list(field(row, ["placeholders"], path))
+        things = list(field(row, ["placeholders"], path, empty=[]))
+        texts = [_filled(text, things) for text in (template, wrong)]
         if len(things) != template.count("["):
-            raise ValueError(f"{path}: {template!r} has {len(things)} placeholders: {things}.")
-        yield [clip], [_filled(text, things) for text in (template, wrong)], template.partition(" ")[0].lower()
+            texts = f"{template!r} has {len(things)} placeholders: {things}"
+        yield [clip], texts, template.partition(" ")[0].lower()
 
 
 READERS: dict[str, tuple[str | None, Callable[[BenchmarkFiles], Iterator[Item]]]] = {
@@ -167,11 +181,20 @@ def open_temporal_set(name: str, root: str | Path | None = None, media_root: str
 
 
 def listed(name: str, read: Iterator[Item], revision: str | None = None) -> TemporalSet:
-    """Items as they come from a reader; a clip of several items has one row."""
+    """Items as they come from a reader; a clip of several items has one row.
+
+    Raises:
+        ValueError: there are none.
+    """
     rows: dict[tuple[int, str], int] = {}
     clips: list[ListedClip] = []
-    items = []
-    for shown, texts, aspect in read:
+    items: list[TemporalItem] = []
+    broken: dict[int, tuple[str, str]] = {}
+    for place, (shown, texts, aspect) in enumerate(read):
+        problem = _problem(texts)
+        if problem is not None:
+            broken[place] = shown[0].name, problem
+            continue
         numbers = []
         for clip in shown:
             number = rows.setdefault((id(clip.media), clip.name), len(clips))
@@ -179,7 +202,10 @@ def listed(name: str, read: Iterator[Item], revision: str | None = None) -> Temp
                 clips.append(clip)
             numbers.append(number)
         items.append(TemporalItem(tuple(numbers), tuple(texts), aspect, shown[0].paths[0]))
-    return TemporalSet(ListedClips(name, clips, revision), items)
+    if broken and not items:
+        video, problem = next(iter(broken.values()))
+        raise ValueError(f"No item of {name} can be used. The first of {len(broken)}: {video}: {problem}.")
+    return TemporalSet(ListedClips(name, clips, revision), items, broken)
 
 
 def table_set(right: PairTable, wrong: PairTable, aspects: PairTable | None = None) -> TemporalSet:
@@ -189,38 +215,50 @@ def table_set(right: PairTable, wrong: PairTable, aspects: PairTable | None = No
         right, wrong, aspects: the same table, opened with the column of right texts, of wrong ones, and of what each
             row tests.
 
+    A row without a right or a wrong text, or with the same twice, counts as failed.
+
     Raises:
-        ValueError: a row has no right or no wrong text, or the same twice.
+        ValueError: no row can be used.
     """
-    items = []
+    items: list[TemporalItem] = []
+    broken: dict[int, tuple[str, str]] = {}
     named = aspects.texts() if aspects is not None else ([] for _ in range(len(right)))
     for row, (texts, others, aspect) in enumerate(zip(right.texts(), wrong.texts(), named, strict=True)):
-        if not texts or not others:
-            raise ValueError(f"Row {row} of {right.source} has no {'wrong' if texts else 'right'} text.")
-        try:
+        missing = "right" if not texts else "wrong" if not others else None
+        problem = f"it has no {missing} text" if missing else _problem([texts[0], *others])
+        if problem is None:
             items.append(TemporalItem((row,), (texts[0], *others), aspect[0] if aspect else ""))
-        except ValueError as error:
-            raise ValueError(f"Row {row} of {right.source}: {error}") from error
-    return TemporalSet(TableClips(right), items)
+        else:
+            broken[row] = f"row {row}", problem
+    if not items:
+        row, (_, problem) = next(iter(broken.items()))
+        raise ValueError(f"No row of {right.source} can be used. The first of {len(broken)}, row {row}: {problem}.")
+    return TemporalSet(TableClips(right), items, broken)
 
 
-def _choices(question: str, candidates: list[str], answer: str, path: str) -> list[str]:
-    """The texts of a question, the right one first."""
+def _problem(texts: list[str] | str) -> str | None:
+    """Why the texts of an item tell nothing."""
+    if isinstance(texts, str):
+        return texts
+    if not all(text.strip() for text in texts):
+        return "one of its texts is empty"
+    if len(texts) < 2 or len(set(texts)) < len(texts):
+        return f"its texts must be two or more, and differ: {texts}"
+    return next((f"a text {found}" for found in map(no_character, texts) if found), None)
+
+
+def _choices(question: str, candidates: list[str], answer: str) -> list[str] | str:
+    """The texts of a question, the right one first; or why there are none."""
     if answer not in candidates:
-        raise ValueError(f"{path}: the answer {answer!r} to {question!r} is none of the choices {candidates}.")
+        return f"the answer {answer!r} to {question!r} is none of the choices {candidates}"
     others = [choice for choice in dict.fromkeys(candidates) if choice != answer]
     return [f"{question} {choice}" for choice in (answer, *others)]
-
-
-def _without_letter(choice: str) -> str:
-    """ "A. up" -> "up"."""
-    return re.sub(r"^\s*[A-Z][.)]\s*", "", choice).strip()
 
 
 def _filled(template: str, things: list[Any]) -> str:
     """ "Moving [something] up", ["a pen"] -> "Moving a pen up"."""
     left = iter(things)
-    return re.sub(r"\[[^]]*\]", lambda _: str(next(left)), template)
+    return re.sub(r"\[[^]]*\]", lambda _: str(next(left, "")), template)
 
 
 def _with_endings(name: str) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
 """Result files of `bt-adapter eval`: reading them, and their table, for cards and reports."""
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ CONTROL_NAMES = {
     "blind": "no video",
 }
 MODEL = "model"
+_SCORE = ("value", "low", "high")
+_P_VALUES = ("p_bootstrap", "p_mcnemar")
 TASKS = {  # of the Hub, and for people
     "retrieval": ("text-to-video-retrieval", "Retrieval"),
     "recognition": ("video-classification", "Zero-shot recognition"),
@@ -69,14 +72,64 @@ def read_results(paths: Sequence[str | Path], names: Sequence[str] | None = None
             raise ValueError(f"{path} is no result file, and no folder with a {RESULT_NAME}.")
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file} cannot be read: {error}") from error
-        missing = [name for name in FIELDS if not isinstance(content, dict) or name not in content]
-        if missing:
-            raise ValueError(f"{file} is no result of `bt-adapter eval`: it has no {', '.join(missing)}.")
+        problem = _problem(content)
+        if problem is not None:
+            raise ValueError(f"{file} is no result of `bt-adapter eval`: {problem}.")
         name = names[number] if names else (file.resolve().parent.name if file.name == RESULT_NAME else file.stem)
         results.append(NamedResult(name, content))
     return results
+
+
+def _problem(content: Any) -> str | None:
+    """Why this is no result file."""
+    if not isinstance(content, dict):
+        return f"it holds no object but {str(content)[:40]!r}"
+    missing = [name for name in FIELDS if name not in content]
+    if missing:
+        return f"it has no {', '.join(missing)}"
+    tests = content.get("against_frame_average", {})
+    wrong = {
+        "task": not isinstance(content["task"], str),
+        "scores": not _are_scores(content["scores"]) or not set(HEADLINES) & set(content["scores"]),
+        "controls": not _is_map(content["controls"], _are_scores),
+        "chance": not _is_map(content["chance"], _is_number),
+        "items": not _is_map(content["items"], _is_number),
+        "protocol": not isinstance(content["protocol"], dict),
+        "failed": not isinstance(content["failed"], dict) or not _is_number(content["failed"].get("items")),
+        "against_frame_average": not _is_map(tests, _is_test),
+    }
+    named = next((name for name, is_wrong in wrong.items() if is_wrong), None)
+    return named and f"its {named!r} is not as that command writes it: {str(content[named])[:80]}"
+
+
+def _is_map(value: Any, is_right: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(map(is_right, value.values()))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _are_scores(value: Any) -> bool:
+    return _is_map(
+        value, lambda score: isinstance(score, dict) and all(_is_number(score.get(name)) for name in _SCORE)
+    )
+
+
+def _is_test(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and _are_scores({"": value.get("difference")})
+        and all(name in value and (value[name] is None or _is_number(value[name])) for name in _P_VALUES)
+    )
+
+
+def p_values(bootstrap: float | None, mcnemar: float | None) -> str:
+    """What paired tests found, for people."""
+    said = ["too few videos for a bootstrap test" if bootstrap is None else f"paired bootstrap p = {bootstrap:.2g}"]
+    return ", ".join(said + ([] if mcnemar is None else [f"McNemar p = {mcnemar:.2g}"]))
 
 
 def headlines(results: Sequence[NamedResult]) -> list[str]:
