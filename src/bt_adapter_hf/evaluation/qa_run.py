@@ -131,7 +131,7 @@ def answered(board: QuestionSet, answers: Answers) -> tuple[list[Question], list
     kept, failed = [], []
     for number, question in enumerate(board.questions):
         if question.problem is not None:
-            name = answers.names.get(question.row) or f"question {number}"
+            name = answers.names.get(question.row) or f"row {number}"
             failed.append(broken_item(board.clips.source, number, name, question.problem))
         elif question.row in answers.failed:
             name, reason = answers.failed[question.row]
