@@ -299,3 +299,14 @@ def test_an_animated_image_is_a_video(tmp_path, how, num_frames):
     assert found.shape[:2] == (2 if how == "two videos" else 1, num_frames)
     expected = load_video(path, num_frames=num_frames)[1].frames_indices
     assert found[0, :, 0, 0, 0].tolist() == [40 * index for index in expected]
+
+
+def test_the_numbers_are_transformers_own():
+    """Normalised in one pass from uint8: bit for bit what `rescale_and_normalize` makes of the same pixels."""
+    processor = BTAdapterVideoProcessor(size={"shortest_edge": 20}, crop_size={"height": 16, "width": 16})
+    frames = np.random.default_rng(0).integers(0, 256, (8, 24, 30, 3), dtype=np.uint8)
+    found = processor(frames, return_tensors="pt")["pixel_values_videos"][0]
+    pixels = processor(frames, do_normalize=False, do_rescale=False, return_tensors="pt")["pixel_values_videos"][0]
+    assert pixels.dtype == torch.uint8 and found.is_contiguous()
+    rules = (True, processor.rescale_factor, True, tuple(processor.image_mean), tuple(processor.image_std))
+    assert torch.equal(found, processor.rescale_and_normalize(pixels, *rules))

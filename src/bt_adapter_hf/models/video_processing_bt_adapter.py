@@ -178,14 +178,15 @@ class BTAdapterVideoProcessor(BaseVideoProcessor):
                 video = video.clamp(0, 1 if high <= 1 else 255)
         if options["do_center_crop"]:
             video = self.center_crop(video, options["crop_size"])
-        return self.rescale_and_normalize(
-            video,
-            options["do_rescale"],
-            options["rescale_factor"],
-            options["do_normalize"],
-            options["image_mean"],
-            options["image_std"],
-        ).contiguous()
+        rules = [options[f"do_{name}"] for name in ("rescale", "normalize")]
+        if video.dtype != torch.uint8 or not all(rules):
+            scaled = (rules[0], options["rescale_factor"], rules[1], options["image_mean"], options["image_std"])
+            return self.rescale_and_normalize(video, *scaled).contiguous()
+        # The same numbers, written once, where they end: frames are read with their colours inside, in place
+        statistics = torch.tensor([options["image_mean"], options["image_std"]], device=video.device)
+        mean, std = (statistics * (1.0 / options["rescale_factor"]))[..., None, None]
+        pixels = torch.empty(video.shape, dtype=torch.float32, device=video.device)
+        return torch.sub(video, mean, out=pixels).div_(std)
 
 
 def flatten_videos(videos: VideoSource | list) -> list[VideoSource]:
