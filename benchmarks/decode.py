@@ -1,31 +1,43 @@
 """What a few frames of a video cost: `load_video` beside plain decord and plain torchcodec.
 
     python benchmarks/decode.py                                  # H.264, 720p; 10 s, 5 and 60 minutes; 8 and 64 frames
-    python benchmarks/decode.py --minutes 5 --codec libx265 --group 50 --frames 8
+    python benchmarks/decode.py --minutes 0.17 5 --codec libx264 libx265 libvpx-vp9 mpeg4 --group 25 250 --size 320 240
+    python benchmarks/decode.py --memory                         # 8 frames of 4K
 
 The clips are made for it: 20 s are encoded, and their packets repeated to the length. One thread each; every number is
 the median of `--repeat` runs, which alternate, in seconds of processor time of this process, so that it hardly depends
 on what else the machine does. "linear" is `load_video` with `on_damage="check"`, which decodes every frame; "scan" is
 the part of `load_video` that reads the packets. The frames of all are compared with those of "linear"; a column says
-how many differ.
+how many differ, and the last line how many of ours over all files. A backend that will not read a file says so.
+
+`--memory` prints how much more memory a fresh process has held at most than before: for the frames as `load_video`
+returns them, and as the video processor makes them of the file.
 """
 
 import argparse
+import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import av
 import numpy as np
 
+from bt_adapter_hf import BTAdapterVideoProcessor
 from bt_adapter_hf.models.video_backends import available_video_backends
 from bt_adapter_hf.models.video_decoding import Source, open_container, scan_packets
+from bt_adapter_hf.models.video_errors import VideoBackendError
 from bt_adapter_hf.models.video_io import load_video, sample_frame_indices
 
 
 SECONDS, RATE = 20, 25  # of what is encoded
+SUFFIXES = {"libvpx-vp9": "webm", "mpeg4": "avi"}
+FOUR_K = (3840, 2160)
 
 
 def make_clip(path: Path, seconds: int, codec: str, group: int, size: tuple[int, int]) -> None:
@@ -37,6 +49,8 @@ def make_clip(path: Path, seconds: int, codec: str, group: int, size: tuple[int,
         options |= {"preset": "veryfast", "bf": "3", "x264-params": "scenecut=0"}
     elif codec == "libx265":
         options = {"preset": "ultrafast", "x265-params": f"log-level=none:keyint={group}:scenecut=0:bframes=3"}
+    elif codec == "mpeg4":
+        options = {"g": str(group), "bf": "2", "qscale": "4"}
     elif codec == "libvpx-vp9":
         options = {"g": str(group), "deadline": "realtime", "cpu-used": "8", "b": "2000000"}
     packets = []
@@ -55,7 +69,7 @@ def make_clip(path: Path, seconds: int, codec: str, group: int, size: tuple[int,
                 copy = av.Packet(bytes(packet))
                 copy.stream, copy.time_base, copy.is_keyframe = stream, base, packet.is_keyframe
                 shift = round(turn * SECONDS / base)
-                copy.pts, copy.dts = pts + shift, dts + shift
+                copy.pts, copy.dts = None if pts is None else pts + shift, dts + shift
                 container.mux(copy)
 
 
@@ -90,37 +104,90 @@ def readers(path: str, count: int) -> dict[str, Callable[[], np.ndarray]]:
     return found
 
 
+def compare(path: str, count: int, repeat: int, skip: list[str]) -> tuple[int, int]:
+    """Prints a line per way to read the file; returns how many frames of ours were compared, and how many differ."""
+    columns = {name: run for name, run in readers(path, count).items() if name not in skip}
+    seconds: dict[str, list[float]] = {name: [] for name in columns}
+    frames, refused = {}, {}
+    for _ in range(repeat):
+        for name, run in columns.items():
+            start = time.process_time()
+            try:
+                frames[name] = run()
+            except VideoBackendError as error:
+                refused[name] = str(error).split(": ", 1)[1].split(".")[0]
+            seconds[name].append(time.process_time() - start)
+    right = frames.get("linear", frames["load_video"])
+    compared = wrong = 0
+    for name in columns:
+        if name in refused:
+            print(f"  {name:22} not read: {refused[name]}", flush=True)
+            continue
+        differ = ""
+        if frames[name] is not None:
+            number = sum(not np.array_equal(a, b) for a, b in zip(frames[name], right, strict=True))
+            differ = f"  {number} differ"
+            if name.startswith("load_video"):
+                compared, wrong = compared + count, wrong + number
+        print(f"  {name:22} {statistics.median(seconds[name]):8.2f} s{differ}", flush=True)
+    return compared, wrong
+
+
+def highest() -> float:
+    """MB that this process has held at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def print_growth(what: str, path: str) -> None:
+    """In a fresh process."""
+    processor = BTAdapterVideoProcessor()
+    processor(videos=[np.zeros((8, 64, 64, 3), np.uint8)], return_tensors="pt")
+    before = highest()
+    if what == "load_video":
+        load_video(path, num_frames=8)
+    else:
+        processor(videos=[path], return_tensors="pt")
+    print(f"{highest() - before:.0f}")
+
+
+def memory(folder: str) -> None:
+    path = Path(folder) / "4k.mp4"
+    make_clip(path, 2, "libx264", 250, FOUR_K)
+    frames = 8 * FOUR_K[0] * FOUR_K[1] * 3 / 2**20
+    print(f"8 frames of {FOUR_K[0]}x{FOUR_K[1]}, H.264: {frames:.0f} MB as uint8")
+    for what in ("load_video", "processor"):
+        command = [sys.executable, __file__, "--growth", what, str(path)]
+        found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        print(f"  {what:12} {int(found):5} MB more than before, {int(found) / frames:.2f} of the frames", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, nargs="+", default=[1 / 6, 5, 60])
     parser.add_argument("--frames", type=int, nargs="+", default=[8, 64])
-    parser.add_argument("--codec", default="libx264", help="libx264, libx265 or libvpx-vp9")
-    parser.add_argument("--group", type=int, default=250, help="frames from one key frame to the next")
+    parser.add_argument("--codec", nargs="+", default=["libx264"], help="libx264, libx265, libvpx-vp9, mpeg4 (in AVI)")
+    parser.add_argument("--group", type=int, nargs="+", default=[250], help="frames from one key frame to the next")
     parser.add_argument("--size", type=int, nargs=2, default=(1280, 720))
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--skip", nargs="*", default=[], help="columns to leave out, such as 'linear'")
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--growth", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.growth:
+        return print_growth(*args.growth)
+    compared = wrong = 0
     with tempfile.TemporaryDirectory() as folder:
-        for minutes in args.minutes:
-            path = Path(folder) / ("clip.webm" if args.codec == "libvpx-vp9" else "clip.mp4")
-            make_clip(path, round(60 * minutes), args.codec, args.group, tuple(args.size))
+        if args.memory:
+            return memory(folder)
+        for codec, group, minutes in product(args.codec, args.group, args.minutes):
+            path = Path(folder) / f"clip.{SUFFIXES.get(codec, 'mp4')}"
+            make_clip(path, round(60 * minutes), codec, group, tuple(args.size))
             for count in args.frames:
-                columns = {name: run for name, run in readers(str(path), count).items() if name not in args.skip}
-                seconds, frames = {name: [] for name in columns}, {}
-                for _ in range(args.repeat):
-                    for name, run in columns.items():
-                        start = time.process_time()
-                        frames[name] = run()
-                        seconds[name].append(time.process_time() - start)
-                right = frames.get("linear", frames["load_video"])
                 size = "x".join(map(str, args.size))
-                print(f"{args.codec} {size}, {minutes:.3g} min, group {args.group}, {count} frames:")
-                for name in columns:
-                    wrong = ""
-                    if frames[name] is not None:
-                        count_wrong = sum(not np.array_equal(a, b) for a, b in zip(frames[name], right, strict=True))
-                        wrong = f"  {count_wrong} differ"
-                    print(f"  {name:22} {statistics.median(seconds[name]):8.2f} s{wrong}", flush=True)
+                print(f"{codec} {size}, {minutes:.3g} min, group {group}, {count} frames:")
+                number, bad = compare(str(path), count, args.repeat, args.skip)
+                compared, wrong = compared + number, wrong + bad
+    print(f"wrong frames of ours over all files: {wrong} of {compared}")
 
 
 if __name__ == "__main__":

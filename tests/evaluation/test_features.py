@@ -9,6 +9,8 @@ import torch
 from bt_adapter_hf.evaluation import frames as frames_module
 from bt_adapter_hf.evaluation.controls import middle_frame, reverse_frames
 from bt_adapter_hf.evaluation.features import Clip, OtherRunError, encode_clips, read_features
+from bt_adapter_hf.evaluation.frames import ClipDecoder
+from bt_adapter_hf.hub import machine
 from bt_adapter_hf.search.encoding import VideoEncoder
 from tests import tiny_pairs
 from tests.chat.tiny_hosts import stir
@@ -89,6 +91,16 @@ def test_every_clip_is_decoded_once(encoder, folder, tmp_path, monkeypatch):
 def test_workers_and_time_limits_change_nothing(encoder, folder, tmp_path):
     expected = encode(encoder, folder, tmp_path / "a", item_timeout=None)
     assert_equal(encode(encoder, folder, tmp_path / "b", workers=2, item_timeout=30), expected)
+
+
+def test_those_that_decode_leave_cores_to_the_model(monkeypatch):
+    monkeypatch.setattr(machine, "available_cores", lambda: 4)
+    with machine.torch_threads(torch.get_num_threads()):
+        torch.set_num_threads(4)
+        with ClipDecoder(lambda *clip: np.array(torch.get_num_threads()), 1, None) as decoder:
+            ((_, threads),) = decoder([Clip(0, "a", "a.mp4", {})])
+            assert torch.get_num_threads() == 3 and threads == 1
+        assert torch.get_num_threads() == 4
 
 
 def test_killed_and_resumed_and_in_two_processes(encoder, folder, tmp_path):

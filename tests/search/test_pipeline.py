@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from bt_adapter_hf.hub.machine import torch_threads
 from bt_adapter_hf.search import encoding
 from bt_adapter_hf.search.encoding import VideoEncoder
-from bt_adapter_hf.search.pipeline import Stopwatch, in_order, torch_threads
+from bt_adapter_hf.search.pipeline import Stopwatch, in_order
 
 
 def test_results_come_in_order_and_a_few_ahead():

@@ -4,9 +4,11 @@ import pytest
 import torch
 from PIL import Image
 
+from bt_adapter_hf.hub import machine
 from bt_adapter_hf.models.video_io import load_video
 from bt_adapter_hf.search.encoding import EncodedVideo, VideoEncoder
 from bt_adapter_hf.search.film import Film
+from bt_adapter_hf.search.frame_states import FrameStates
 from bt_adapter_hf.search.index import VideoIndex
 from bt_adapter_hf.search.moments import Windows
 from bt_adapter_hf.search.windows import EncodedMoments, encode_moments
@@ -117,6 +119,18 @@ def test_short_videos_broken_ones_and_films_in_one_run(encoder, clips, tmp_path)
         assert writer.update(paths, [clips]).added == 1
     spans = [row["start"] for row in VideoIndex.load(tmp_path / "idx").rows if row["path"].endswith("film.mp4")]
     assert sorted(spans) == [0.0, 1.0, 2.0]
+
+
+def test_decoding_and_the_tower_share_the_cores(encoder, tmp_path, monkeypatch):
+    write_film(tmp_path / "film.mp4", 40)
+    threads, add = [], FrameStates.add
+    monkeypatch.setattr(FrameStates, "add", lambda *args: threads.append(torch.get_num_threads()) or add(*args))
+    monkeypatch.setattr(machine, "available_cores", lambda: 4)
+    with machine.torch_threads(torch.get_num_threads()):
+        torch.set_num_threads(4)
+        (film,) = encode_moments(encoder, [str(tmp_path / "film.mp4")], Windows(1.0, 0.5))
+        assert torch.get_num_threads() == 4
+    assert film.error is None and set(threads) == {2}  # two decode
 
 
 def test_a_film_that_is_cut(encoder, tiny_checkpoint, tmp_path):

@@ -14,6 +14,8 @@ from bt_adapter_hf.data.broken import BrokenItemsError
 from bt_adapter_hf.data.pairs import PairCollator, PairDataset, load_table
 from bt_adapter_hf.evaluation.controls import reverse_frames, shuffle_frames
 from bt_adapter_hf.evaluation.retrieval import retrieval_metrics
+from bt_adapter_hf.hub.machine import torch_threads
+from bt_adapter_hf.training import resumable
 from bt_adapter_hf.training.arguments import RELEASED_LR_MULTIPLIERS, BTAdapterTrainingArguments
 from bt_adapter_hf.training.checkpoint import last_checkpoint, load_trained, save_trained
 from bt_adapter_hf.training.resumable import lr_multiplier, parameter_groups
@@ -350,13 +352,20 @@ def test_a_checkpoint_of_another_run_is_refused_and_changes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_broken_items_are_counted_and_left_out_of_recall(workers, clips, tmp_path):
+def test_broken_items_are_counted_and_left_out_of_recall(workers, clips, tmp_path, monkeypatch):
+    monkeypatch.setattr(resumable, "available_cores", lambda: 3)
+    threads = set()
     folder = tmp_path / "damaged"
     shutil.copytree(clips, folder)
     (folder / "clip5.mp4").write_bytes(b"")
     options = {"dataloader_num_workers": workers, "max_steps": 8, "eval_strategy": "epoch"}
     trainer = make_trainer(folder, tmp_path / "out", **options)
-    trainer.train()
+    step = trainer.training_step
+    trainer.training_step = lambda *args, **kwargs: threads.add(torch.get_num_threads()) or step(*args, **kwargs)
+    with torch_threads(torch.get_num_threads()):
+        torch.set_num_threads(2 if workers else 1)
+        trainer.train()
+    assert threads == {1}  # what two workers leave of three cores
     assert trainer.broken_items == {"train": 1, "eval": 1}
     assert [pairs for (pairs,) in logged(trainer, "eval_pairs")] == [15, 15]
     lines = [json.loads(line) for line in (tmp_path / "out" / "broken_items.jsonl").read_text().splitlines()]

@@ -122,6 +122,7 @@ def run_chat(args: argparse.Namespace, controls: list[str]):
     from ..evaluation.answering import Answerer, conditions_of
     from ..evaluation.chat_bench_run import dry_run_cost, evaluate_chat_bench
     from ..evaluation.qa_run import evaluate_qa
+    from ..hub.machine import decoding_workers
     from .chat import find_model
 
     quiet_transformers()
@@ -147,7 +148,7 @@ def run_chat(args: argparse.Namespace, controls: list[str]):
             "controls": controls,
             "draws": args.shuffle_draws,
             "seed": args.seed,
-            "workers": args.workers,
+            "workers": args.workers or decoding_workers(),
             "item_timeout": args.item_timeout,
             "progress": bar.update,
         }

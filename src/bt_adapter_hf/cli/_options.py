@@ -126,7 +126,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=whole_number(), default=8, metavar="N", help="videos at once (default: 8)"
     )
     parser.add_argument(
-        "--workers", type=whole_number(), metavar="N", help="threads that decode (default: one per core, at most 4)"
+        "--workers",
+        type=whole_number(),
+        metavar="N",
+        help="threads that decode (default: one per core, beside an accelerator at most 4)",
     )
 
 

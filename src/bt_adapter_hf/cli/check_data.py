@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -77,8 +76,9 @@ def run(args: argparse.Namespace) -> int:
     quiet_transformers()
     from ..data.broken import described
     from ..data.checking import DataReport, check_rows, holds_conversations
+    from ..hub.machine import available_cores
 
-    workers = args.workers if args.workers is not None else os.cpu_count() or 1
+    workers = available_cores() if args.workers is None else args.workers
     check, limit = conversations(args) if holds_conversations(args.table, args.dataset_revision) else pairs(args)
     rows = len(check.table)
     report = DataReport(args.table, rows, limit)

@@ -147,7 +147,10 @@ def _add_common(
         "--seed", type=whole_number(0), default=0, metavar="N", help="of draws and intervals (default: 0)"
     )
     parser.add_argument(
-        "--workers", type=whole_number(), default=2, metavar="N", help="videos decoded at once (default: 2)"
+        "--workers",
+        type=whole_number(),
+        metavar="N",
+        help="videos decoded at once (default: one per two cores, at most 4)",
     )
     add_item_timeout(parser)
     parser.add_argument(
@@ -212,6 +215,7 @@ def _run_encoder(args: argparse.Namespace, controls: list[str]):
     from ..evaluation.recognition_run import evaluate_recognition
     from ..evaluation.retrieval_run import evaluate_retrieval
     from ..evaluation.temporal_run import evaluate_temporal
+    from ..hub.machine import decoding_workers
 
     folder = Path(args.output_dir)
     given = None if args.task != "recognition" or args.classes is None else _read_classes(args.classes)
@@ -223,7 +227,7 @@ def _run_encoder(args: argparse.Namespace, controls: list[str]):
             "controls": controls,
             "draws": args.shuffle_draws,
             "seed": args.seed,
-            "workers": args.workers,
+            "workers": args.workers or decoding_workers(),
             "item_timeout": args.item_timeout,
             "progress": bar.update,
         }

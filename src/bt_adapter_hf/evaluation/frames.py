@@ -3,13 +3,14 @@
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from ..data.decoding_process import DecodingProcess
 from ..data.pairs import decoding_options
+from ..hub.machine import decoding_pool
 from ..models.video_errors import EmptyVideoError, VideoError
 from ..models.video_io import load_video, sample_frame_indices
 
@@ -105,7 +106,8 @@ def _is_gif(video: str | bytes) -> bool:
 
 
 class ClipDecoder:
-    """Decodes several clips at a time, each in a child process of its own thread.
+    """Decodes several clips at a time, each in a child process of its own thread, while the caller computes with the
+    cores that these leave.
 
     Args:
         load: (video, backwards, span) -> an array.
@@ -115,15 +117,17 @@ class ClipDecoder:
 
     def __init__(self, load: Callable[..., np.ndarray], workers: int, item_timeout: float | None):
         self.load, self.item_timeout = load, item_timeout
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+        self.workers, self._open = workers, ExitStack()
         self._own = threading.local()
         self._children: list[DecodingProcess] = []
 
     def __enter__(self) -> "ClipDecoder":
+        self._pool = self._open.enter_context(decoding_pool(self.workers))
         return self
 
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown(cancel_futures=True)
+        self._open.close()
         for child in self._children:
             child.close()
 

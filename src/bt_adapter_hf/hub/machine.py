@@ -1,6 +1,9 @@
 """What this machine has: devices, cores, and the number format that it computes fastest in."""
 
 import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 
@@ -29,6 +32,34 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Each thread of Python that computes here does so with `count` of torch's at most (one at least), none of them
+    beyond those that the user allows (`OMP_NUM_THREADS`)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, min(before, count)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def decoding_workers() -> int:
+    """Of those that decode beside a model on the same cores: half as many, and 4 at most."""
+    return max(1, min(4, available_cores() // 2))
+
+
+@contextmanager
+def decoding_pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that decode on one core each, while the caller computes with the cores that they leave."""
+    one_each = {"initializer": torch.set_num_threads, "initargs": (1,)}  # of the thread that calls it
+    with (
+        torch_threads(available_cores() - workers),
+        ThreadPoolExecutor(workers, thread_name_prefix="decode", **one_each) as pool,
+    ):
+        yield pool
 
 
 def machine_dtype(device: torch.device) -> tuple[str, str]:

@@ -16,12 +16,12 @@ from ..adapters.fingerprint import weights_digest
 from ..adapters.writing import no_character, printable
 from ..assets import default_model_path
 from ..hub.dual_encoder import load_dual_encoder
-from ..hub.machine import available_cores, machine_dtype, usable_device
+from ..hub.machine import available_cores, machine_dtype, torch_threads, usable_device
 from ..models.modeling_bt_adapter import BTAdapterModel
 from ..models.processing_bt_adapter import BTAdapterProcessor
 from ..models.video_errors import VideoError
 from ..models.video_io import load_video
-from .pipeline import Stopwatch, in_order, torch_threads
+from .pipeline import Stopwatch, in_order
 
 
 # Fields of a saved config or processor that do not change what it computes.
@@ -177,7 +177,7 @@ class VideoEncoder:
             raise ValueError(f"workers={workers}: expected at least 1.")
         workers = max(1, min(workers, len(paths)))
         with (
-            torch_threads(max(1, cores // workers) if on_cpu else 1),
+            torch_threads(cores // workers if on_cpu else 1),
             ThreadPoolExecutor(workers, thread_name_prefix="encode") as pool,
         ):
             if on_cpu:

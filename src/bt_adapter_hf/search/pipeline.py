@@ -9,8 +9,6 @@ from itertools import islice
 from threading import Lock
 from typing import TypeVar
 
-import torch
-
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
@@ -30,18 +28,6 @@ def in_order(
     finally:
         for future in queue:
             future.cancel()
-
-
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """Each thread of Python that computes here does so with `count` of torch's at most, none of them beyond those that
-    the user allows (`OMP_NUM_THREADS`)."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(before, count))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class Stopwatch:

@@ -1,6 +1,5 @@
 """Encoding films by windows: each frame is decoded and passes the frozen tower once, the branch runs per window."""
 
-import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ..hub.machine import decoding_pool, decoding_workers
 from ..models.video_errors import VideoError
 from .encoding import EncodedVideo, PreparedVideo, VideoEncoder, unit_rows
 from .film import Film
@@ -53,7 +53,7 @@ def encode_moments(
 
     Args:
         batch_size: windows' worth of frames that are decoded, and pass the model, at once.
-        workers: videos that are decoded at the same time; by default one per core, at most 4.
+        workers: videos that are decoded at the same time; by default one per two cores, at most 4.
     """
     settings = encoder.settings
     if settings["video_backend"] != "pyav":
@@ -62,11 +62,11 @@ def encode_moments(
         raise ValueError("moments have num_frames frames each; the processor says do_sample_frames=False: set it.")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: expected at least 1.")
-    workers = min(4, os.cpu_count() or 1) if workers is None else workers
+    workers = decoding_workers() if workers is None else workers
     if workers < 1:
         raise ValueError(f"workers={workers}: expected at least 1.")
     whole: list[PreparedVideo] = []  # videos that are shorter than a window, one after the other
-    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
+    with decoding_pool(workers) as pool:
         remaining = iter(paths)
         films: deque[_Film] = deque()
         try:

@@ -28,6 +28,7 @@ from ..adapters.writing import PARTIAL, written_whole
 from ..data.archives import MediaArchives
 from ..data.conversations import read_media
 from ..data.decoding_process import DecodingProcess
+from ..hub.machine import available_cores, torch_threads
 from ..models.modeling_xclip_frames import XCLIPFramesModel
 from ..models.video_errors import VideoError, VideoNotFoundError
 
@@ -297,7 +298,8 @@ def build_states(
         if isinstance(pixels, str):
             broken[video] = pixels
             continue
-        states = tower.encode_frames(pixels.to(device, tower.dtype), select)
+        with torch_threads(available_cores() - workers):
+            states = tower.encode_frames(pixels.to(device, tower.dtype), select)
         entry = _pack(key, torch.stack(list(states.values()), dim=1).cpu(), plan.description["dtype"])
         shard.update(entry)
         size += sum(tensor.nbytes for tensor in entry.values())

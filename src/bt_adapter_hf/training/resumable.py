@@ -6,7 +6,7 @@ import re
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ..adapters.verbs import describe_adapter
 from ..data.broken import BrokenItemsLog
 from ..data.chunk_store import discard
 from ..data.order import EpochOrder, OrderSampler
+from ..hub.machine import available_cores, torch_threads
 from ..models.modeling_bt_adapter_branch import hashed
 from .arguments import RELEASED_LR_MULTIPLIERS, ResumableArguments
 from .checkpoint import (
@@ -204,12 +205,20 @@ class ResumableTrainer(ObservabilityMixin, HubPushMixin, Trainer):
         start = self._start.consumed
         stop = start + self._remaining_steps() * self._step_rows
         try:
-            with self._fetching(self.train_dataset, "train", self._order(), start, stop):
+            with self._fetching(self.train_dataset, "train", self._order(), start, stop), self._cores():
                 return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         finally:
             self.processing_class = processing_class
             if self.accelerator.is_local_main_process:
                 self._discard_store("eval")
+
+    def evaluate(self, *args, **kwargs):
+        with self._cores():
+            return super().evaluate(*args, **kwargs)
+
+    def _cores(self) -> AbstractContextManager[None]:
+        """Torch computes with what the loader's workers leave of the cores."""
+        return torch_threads(available_cores() - self.args.dataloader_num_workers)
 
     # Order. Trainer sees one epoch, as long as what remains of the run.
 
