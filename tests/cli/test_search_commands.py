@@ -68,13 +68,22 @@ def test_index_and_again(tiny_checkpoint, clips, tmp_path, capsys):
     assert "1 gone and taken out" in capsys.readouterr().out
     assert main([*argv, "--optimize"]) == 0
     assert "3 rows: a search compares with all of them" in capsys.readouterr().out
+    assert main([*argv, "--optimize", "--json"]) == 0  # one document
+    optimized = {"rows": 3, "recall_at_10": None, "seconds": None}
+    assert json.loads(capsys.readouterr().out)["optimized"] == optimized
+    assert main(["index", "--prune", "--optimize", "-o", str(tmp_path / "idx"), "--json"]) == 0
+    expected = {"index": str(tmp_path / "idx"), "pruned": 0, "optimized": optimized}
+    assert json.loads(capsys.readouterr().out) == expected
 
 
 def test_moments(tiny_checkpoint, clips, tmp_path, capsys):
     """Of clips of 0.6 s, and a GIF of 0.4 s, which is a moment as a whole."""
     argv = ["index", str(clips), "-o", str(tmp_path / "idx"), "--model", str(tiny_checkpoint), "--window", "0.5"]
     assert main([*argv, "--stride", "0.1"]) == 0
-    assert "4 videos added, 0 already there, 2 skipped; 7 moments" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "4 videos added, 0 already there, 2 skipped; 7 moments" in out
+    shares = dict(re.findall(r"(\w+) (\d+)%", out))
+    assert shares.keys() >= {"decode", "preprocess", "tower", "write"} and int(shares["write"]) < 90
     search = ["search", str(tmp_path / "idx"), "a dog"]
     assert main([*search, "-k", "9", "--overlap", "1", "--sheet", str(tmp_path / "hits.png")]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -84,7 +93,7 @@ def test_moments(tiny_checkpoint, clips, tmp_path, capsys):
     hits = json.loads(capsys.readouterr().out)
     assert len(hits) == len({hit["path"] for hit in hits}) == 4
     assert all(hit["start"] < hit["end"] for hit in hits)
-    assert "other settings (stride=0.1, now 0.25, window" not in error_of(argv, capsys)
+    assert "other settings (--stride 0.1, now 0.25)" in error_of(argv, capsys)
     assert (
         main(["index", str(clips), "-o", str(tmp_path / "w"), "--model", str(tiny_checkpoint), "--window", "9"]) == 0
     )
@@ -137,9 +146,13 @@ def test_index_errors(tiny_checkpoint, clips, index, tmp_path, capsys):
         error = usage_error(["index", clips, "-o", tmp_path / "new", "--window", "1", option, "0"], capsys)
         assert f"argument {option}: '0' is not a number above 0" in error
     error = error_of(["index", clips, "-o", tmp_path / "new", "--window", "1", "--stride", "2", *model], capsys)
-    assert "stride=2 is longer than window=1" in error
+    assert "--stride 2 is longer than --window 1" in error
+    for given in (["--window", "1", "--stride", "1e-7"], ["--window", "1e-9"]):
+        error = error_of(["index", clips, "-o", tmp_path / "new", *given, *model], capsys)
+        assert f"{given[-2]} {given[-1].replace('e-', 'e-0')}: expected a number of seconds, 0.01 or more" in error
+    assert "--force: it goes with --prune" in usage_error(["index", clips, "-o", "x", "--force"], capsys)
     assert "--stride: it goes with --window" in usage_error(["index", clips, "-o", "x", "--stride", "2"], capsys)
-    assert "other settings (window=None, now 1.0" in error_of(
+    assert "other settings (--window None, now 1.0" in error_of(
         ["index", clips, "-o", index, "--window", "1", *model], capsys
     )
     assert "required: -o" in usage_error(["index", clips], capsys)
@@ -242,6 +255,21 @@ def test_index_of_broken_files_only(tiny_checkpoint, clips, tmp_path, capsys):
     assert main(["index", str(clips), "-o", str(tmp_path / "idx"), "--model", str(tiny_checkpoint)]) == 0
 
 
+def test_weights_that_are_not_finite(tiny_checkpoint, clips, tmp_path, capsys):
+    """Every video fails, and the command says why."""
+    model = BTAdapterModel.from_pretrained(tiny_checkpoint)
+    with torch.no_grad():
+        model.visual_projection.weight.fill_(torch.nan)
+    model.save_pretrained(tmp_path / "model")
+    VideoEncoder.from_pretrained(tiny_checkpoint, device="cpu").processor.save_pretrained(tmp_path / "model")
+    for options in ([], ["--window", "0.4"]):
+        argv = ["index", clips / "red.mp4", clips / "green.mp4", "-o", tmp_path / "idx", "--model", tmp_path / "model"]
+        assert main([str(arg) for arg in [*argv, *options]]) == 1
+        captured = capsys.readouterr()
+        assert "0 videos added, 0 already there, 2 skipped" in captured.out
+        assert captured.err.startswith("bt-adapter index: error: the model gives no finite feature of any video")
+
+
 def test_search_table_json_and_sheet(index, tiny_checkpoint, tmp_path, capsys):
     encoder = VideoEncoder.from_pretrained(tiny_checkpoint, device="cpu")
     loaded = VideoIndex.load(index)
@@ -304,6 +332,8 @@ def test_search_errors(index, tiny_checkpoint, tmp_path, capsys):
     assert "ends in .png" in error_of(["search", index, "a dog", "--sheet", tmp_path / "x.gif"], capsys)
     assert "a text is empty" in error_of(["search", index, " "], capsys)
     assert "tokens long; this model takes 24" in error_of(["search", index, "a " * 40], capsys)
+    assert main(["search", str(index), "a dog", "-k", str(2**40)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 4
     assert "argument -k: '0' is not a whole number of at least 1" in usage_error(
         ["search", index, "a dog", "-k", "0"], capsys
     )

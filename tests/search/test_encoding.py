@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -205,9 +206,14 @@ def test_bad_options(tiny_checkpoint, encoder, tmp_path):
         next(encoder.encode_videos(["x.mp4"], workers=0))
 
 
-def test_a_model_that_gives_nan_is_an_error(tiny_checkpoint, clips):
+def test_what_a_model_that_gives_nan_says(tiny_checkpoint, clips):
+    """Of a video its own failure, of a text an error."""
     encoder = VideoEncoder.from_pretrained(tiny_checkpoint, device="cpu")
     with torch.no_grad():
         encoder.model.visual_projection.weight[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"feature of '.*red\.mp4' is not finite"):
-        list(encoder.encode_videos([str(clips / "red.mp4")]))
+        encoder.model.text_projection.weight[0, 0] = float("nan")
+    (video,) = encoder.encode_videos([str(clips / "red.mp4")])
+    assert video.feature is None
+    assert re.search(r"feature of '.*red\.mp4' is not finite: try --dtype float32", str(video.error))
+    with pytest.raises(ValueError, match="feature of 'a red dog' is not finite"):
+        encoder.encode_texts(["a red dog"])

@@ -66,9 +66,34 @@ def test_what_does_not_fit_is_not_merged(tmp_path):
     )
     with pytest.raises(ValueError, match="does not say which model"):
         merge([tmp_path / "y.parquet"], tmp_path / "c")
+    export(tmp_path / "a", tmp_path / "z.parquet")
+    whole = (tmp_path / "z.parquet").read_bytes()
+    begin = pq.ParquetFile(tmp_path / "z.parquet").metadata.row_group(0).column(0).data_page_offset
+    (tmp_path / "z.parquet").write_bytes(whole[:begin] + bytes(20) + whole[begin + 20 :])
+    with pytest.raises(ValueError, match=r"z\.parquet' is damaged \(.*\): export it again"):
+        merge([tmp_path / "z.parquet"], tmp_path / "c")
     assert not (tmp_path / "c").exists()
     with pytest.raises(ValueError, match=r"ends in \.parquet"):
         export(tmp_path / "a", tmp_path / "a.csv")
+
+
+def test_places_where_nothing_can_be_exported_to(tmp_path):
+    index_of(tmp_path / "a", ["1"])
+    for place in (tmp_path / "a" / "x.parquet", tmp_path / "a" / "videos.lance" / "x.parquet"):
+        with pytest.raises(ValueError, match="lies in the index '.*/a', which holds nothing else"):
+            export(tmp_path / "a", place)
+    with pytest.raises(ValueError, match="lies in the index"):
+        merge([tmp_path / "a"], tmp_path / "a" / "new")
+    (tmp_path / "folder.parquet").mkdir()
+    (tmp_path / "file").touch()
+    for place, reason in (
+        (tmp_path / "none" / "x.parquet", "No such file or directory"),
+        (tmp_path / "file" / "x.parquet", "Not a directory"),
+        (tmp_path / "folder.parquet", "Is a directory"),
+    ):
+        with pytest.raises(OSError, match=f"^'{place}' cannot be written: {reason}.$"):
+            export(tmp_path / "a", place)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "file", "folder.parquet"]
 
 
 def old_index(folder: Path) -> np.ndarray:

@@ -4,8 +4,10 @@ import lancedb
 import numpy as np
 import pytest
 
+from bt_adapter_hf.search.exchange import export, merge
 from bt_adapter_hf.search.index import VideoIndex, combined
 from bt_adapter_hf.search.table import create_table, to_arrow
+from bt_adapter_hf.search.writer import known_files, prune
 
 
 INFO = {
@@ -41,6 +43,7 @@ def test_search_equals_a_naive_one(index):
         assert [hit.rank for hit in hits] == [1, 2, 3, 4, 5, 6]
     assert [hits[0].row["path"] for hits in results] == ["7.mp4", "30.mp4"]
     assert len(index.search(queries, k=500)[0]) == 50
+    assert len(index.search(queries, k=2**70, per_video=True)[0]) == 50
 
 
 def test_search_refuses_bad_queries(index):
@@ -57,13 +60,18 @@ def test_conditions(index):
     assert sorted(hit.row["path"] for hit in hits) == ["17.mp4", "27.mp4", "37.mp4", "47.mp4", "7.mp4"]
     for condition, reason in (
         ("colour > 1", "No field named colour"),
-        ("path ==== 'x'", "parser error"),
+        ("path ==== 'x'", "sql parser error"),
         ("", "parser error"),
         ("path", "boolean"),
         ("path = 3", "could not convert"),
+        ("1=1; drop table videos", "parser error"),  # nothing of it is done, nor left out in silence
+        ("1=1 limit 2", "parser error"),
+        ("1=1 order by path", "parser error"),
     ):
         with pytest.raises(ValueError, match=f"condition '{condition}' cannot be used: .*{reason}.*columns path, "):
             index.search(index.features[:1], where=condition)
+    (hits,) = index.search(index.features[:1], k=50, where="path = 'a;b.mp4' or path = '7.mp4' -- of a note")
+    assert [hit.row["path"] for hit in hits] == ["7.mp4"]
 
 
 def test_median_score(index):
@@ -166,6 +174,39 @@ def test_no_index_and_damaged_index(tmp_path):
         manifest.write_bytes(b"damaged")
     with pytest.raises(ValueError, match="is damaged"):
         VideoIndex.load(tmp_path / "good")
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "overwritten"])
+def test_damaged_data_of_a_table(tmp_path, damage):
+    """Whoever meets them says which index it is and what to do, and nothing of Rust."""
+    make(tmp_path / "bad", unit(np.random.default_rng(0).normal(size=(50, 8))))
+    make(tmp_path / "good", unit(np.ones((2, 8))))
+    for file in (tmp_path / "bad" / "videos.lance" / "data").iterdir():
+        content = file.read_bytes()
+        file.unlink()
+        if damage != "gone":
+            file.write_bytes(content[: len(content) // 2] if damage == "cut" else bytes(len(content)))
+    index = VideoIndex.load(tmp_path / "bad")
+    query = np.ones((1, 8), np.float32)
+    calls = {
+        "search": lambda: index.search(query),
+        "search with a condition": lambda: index.search(query, where="path like '%7%'"),
+        "rows": lambda: index.rows,
+        "features": lambda: index.features,
+        "median": lambda: index.median_score(query[0]),
+        "optimize": lambda: index.optimize(exact_rows=1),
+        "known files": lambda: known_files(index.table, index.folder),
+        "prune": lambda: prune(tmp_path / "bad"),
+        "merge": lambda: merge([tmp_path / "bad"], tmp_path / "new"),
+        "merge into": lambda: merge([tmp_path / "good"], tmp_path / "bad"),
+        "export": lambda: export(tmp_path / "bad", tmp_path / "x.parquet"),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match="the index '.*/bad' is damaged .*: put its folder back") as caught:
+            call()
+        assert ".rs" not in str(caught.value) and "LanceError" not in str(caught.value), name
+        assert len(str(caught.value)) < 400
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad", "good"]
 
 
 def test_what_made_it_is_in_the_table(index):

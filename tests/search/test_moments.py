@@ -35,9 +35,9 @@ def test_short_videos_are_whole():
     assert [windows.fits(duration) for duration in (None, 7.9, 8.0, 9)] == [False, False, True, True]
 
 
-@pytest.mark.parametrize(("window", "stride"), [(0, 1), (8, 0), (8, -1), (math.inf, 1), (8, math.nan)])
+@pytest.mark.parametrize(("window", "stride"), [(0, 1), (8, 0), (8, -1), (math.inf, 1), (8, math.nan), (8, 1e-7)])
 def test_bad_lengths(window, stride):
-    with pytest.raises(ValueError, match="expected a number of seconds above 0"):
+    with pytest.raises(ValueError, match="expected a number of seconds, 0.01 or more"):
         Windows(window, stride)
 
 

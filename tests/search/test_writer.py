@@ -15,6 +15,7 @@ from bt_adapter_hf.search import writer as writing
 from bt_adapter_hf.search.encoding import EncodedVideo, VideoEncoder
 from bt_adapter_hf.search.files import find_videos
 from bt_adapter_hf.search.index import IndexMismatchError, VideoIndex
+from bt_adapter_hf.search.moments import Windows
 from bt_adapter_hf.search.table import check_writable
 from bt_adapter_hf.search.writer import IndexWriter, Update, prune
 from tests import tiny_pairs
@@ -105,7 +106,10 @@ def test_what_is_gone_is_taken_out_where_it_was_looked_for(encoder, clips, tmp_p
     assert (update.added, update.present, update.gone, update.pruned) == (0, 2, 2, 0)
     assert names(tmp_path / "idx") == ["blue.MP4", "green.mp4", "grey.gif", "red.mp4"]
     with IndexWriter(tmp_path / "idx", encoder) as writer:  # it looks elsewhere: they may lie on a disk that is away
-        assert writer.update([str(clips / "grey.gif")], [clips / "more" / "*.gif"], prune=True).pruned == 1
+        looked = [str(clips / "grey.gif")], [clips / "more" / "*.gif"]
+        with pytest.raises(ValueError, match="left under '.*more' .1 gone, .*blue.MP4'.*not mounted.*--force"):
+            writer.update(*looked, prune=True)
+        assert writer.update(*looked, prune=True, force=True).pruned == 1
     assert names(tmp_path / "idx") == ["green.mp4", "grey.gif", "red.mp4"]
     _, update = build(tmp_path / "idx", encoder, [clips], prune=True)
     assert (update.added, update.present, update.gone, update.pruned) == (0, 2, 1, 1)
@@ -145,6 +149,43 @@ def test_odd_names(encoder, clips, tmp_path):
         os.unlink(name)
     assert prune(tmp_path / "idx") == 3
     assert names(tmp_path / "idx") == ["blue.MP4", "green.mp4", "grey.gif"]
+
+
+def test_a_disk_that_is_not_mounted_is_not_pruned(encoder, clips, tmp_path):
+    """Nothing is left of a folder, be it there or not, while another one has all its videos."""
+    away = tmp_path / "disk" / "videos"
+    away.mkdir(parents=True)
+    shutil.copy(clips / "red.mp4", away / "far.mp4")
+    build(tmp_path / "idx", encoder, [clips / "red.mp4", away])
+    (tmp_path / "disk").rename(tmp_path / "unmounted")
+    (tmp_path / "disk").mkdir()
+    with pytest.raises(ValueError, match="left under '.*disk'"), IndexWriter(tmp_path / "idx", encoder) as writer:
+        writer.update([str(clips / "red.mp4")], [], prune=True)
+    with pytest.raises(ValueError, match=r"left under '.*disk' \(1 gone, the first is '.*far.mp4'\)"):
+        prune(tmp_path / "idx")
+    assert names(tmp_path / "idx") == ["far.mp4", "red.mp4"]
+    assert prune(tmp_path / "idx", force=True) == 1
+    assert names(tmp_path / "idx") == ["red.mp4"]
+
+
+@pytest.mark.parametrize("windows", [None, Windows(0.4, 0.2)])
+def test_a_feature_that_is_not_finite_is_the_failure_of_its_video(encoder, clips, tmp_path, windows):
+    """Here of one whose frames are red: the other one of its batch is indexed, and it is listed."""
+
+    def spoil(module, args):
+        red = args[0].mean((2, 3))[:, 0] > args[0].mean((2, 3))[:, 1]  # of frames (N, 3, H, W)
+        return (args[0].masked_fill(red[:, None, None, None], torch.nan), *args[1:])
+
+    hook = encoder.model.vision_model.vision_model.register_forward_pre_hook(spoil)
+    paths = find_videos([clips / "red.mp4", clips / "green.mp4"])
+    with IndexWriter(tmp_path / "idx", encoder, windows) as writer:
+        update = writer.update(paths, batch_size=2, workers=1)
+    hook.remove()
+    assert update.added == 1
+    assert [line["path"] for line in update.skipped] == [str(clips / "red.mp4")]
+    assert "red.mp4' is not finite: try --dtype float32" in update.skipped[0]["reason"]
+    assert set(names(tmp_path / "idx")) == {"green.mp4"}
+    assert encoder.stopwatch.seconds.keys() >= {"decode", "preprocess", "tower", "write"}
 
 
 def test_two_writers_at_a_time(encoder, clips, tmp_path):
@@ -257,6 +298,10 @@ def test_outputs_that_cannot_be_written(tmp_path):
         check_writable(file / "below")
     with pytest.raises(ValueError, match=r"holds other files \('file'\) and no index"):
         check_writable(tmp_path)
+    with pytest.raises(OSError, match="cannot be written to '.*': File name too long"):
+        check_writable(tmp_path / ("n" * 300))
+    with pytest.raises(ValueError, match=r"cannot be written to '.*caf\\xe9': the name is no text"):
+        check_writable(tmp_path / "caf\udce9")
     check_writable(tmp_path / "new" / "folder")
     assert sorted(tmp_path.iterdir()) == [file]
 

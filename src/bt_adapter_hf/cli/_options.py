@@ -83,9 +83,9 @@ def name_options(message: str, args: argparse.Namespace, fields: Mapping[str, st
     Args:
         fields: arguments of functions that are called otherwise than the option's own `args`.
     """
-    names = {name: name for name in vars(args) if "_" in name and name != "bt_adapter"}  # the latter is a module, too
+    names = {name: name for name in vars(args) if name != "bt_adapter"}  # which is a module, too
     names |= {field: option for field, option in fields.items() if hasattr(args, option)}
-    # "seed" and its like are ordinary words where no value follows
+    # "window" and its like are ordinary words where no value follows
     words = "|".join(name if "_" in name else rf"{name}(?==)" for name in names)
     pattern = rf"(?<![\w./'\"`\[-])({words})(=|(?![\w/(=\]'\"`]|\.\w))"
 

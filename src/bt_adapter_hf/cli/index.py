@@ -48,6 +48,11 @@ def register(subparsers) -> None:
         "--prune", action="store_true", help="take out the files that are gone; without it, search marks them"
     )
     parser.add_argument(
+        "--force",
+        action="store_true",
+        help="with --prune: also where nothing is left in a folder, as when a disk is not mounted",
+    )
+    parser.add_argument(
         "--optimize",
         action="store_true",
         help="put small parts together and, above the size where comparing with all rows is fast enough, build an "
@@ -69,36 +74,52 @@ def run(args: argparse.Namespace) -> int:
         args.parser.error("name folders, patterns or files with videos (or --optimize, or --prune)")
     if args.stride is not None and args.window is None:
         args.parser.error("argument --stride: it goes with --window")
+    if args.force and not args.prune:
+        args.parser.error("argument --force: it goes with --prune")
     return _index(args) if args.videos else _maintain(args)
 
 
 def _index(args: argparse.Namespace) -> int:
+    from ..hub.machine import processes_now
     from ..search.files import find_videos
     from ..search.moments import Windows
+    from ..search.ranks import encode_together
     from ..search.table import check_writable, has_table, open_table
-    from ..search.writer import IndexWriter
+    from ..search.writer import IndexWriter, encode_by
 
     windows = None if args.window is None else Windows(args.window, args.stride or args.window / 2)
-    paths = find_videos(args.videos)
-    check_writable(args.output)
+    first = processes_now()[0] == 0
+    paths = find_videos(args.videos) if first else []
+    if first:
+        check_writable(args.output)
     if has_table(args.output) and args.dtype == "auto":
         args.dtype = open_table(args.output)[1]["dtype"]  # wherever it was made
     encoder = load_encoder(args)
+    if not first:
+        for _ in encode_together(None, lambda part: encode_by(windows, encoder, part, args.batch_size, args.workers)):
+            pass
+        return 0
     with IndexWriter(args.output, encoder, windows) as writer:
         update = writer.update(
             paths,
             args.videos,
             prune=args.prune,
+            force=args.force,
+            together=True,
             batch_size=args.batch_size,
             workers=args.workers,
             progress=lambda videos, total: progress(videos, total, "index"),
         )
     skipped, kept = len(update.skipped), update.gone - update.pruned
     moments = {} if windows is None or writer.table is None else {"moments": writer.table.count_rows()}
+    done = update.added + update.present > 0
+    optimized = _optimize(args.output) if args.optimize and done else None
     if args.json:
         counts = {"added": update.added, "present": update.present, "gone": update.gone, "pruned": update.pruned}
         seconds = {stage: round(value, 3) for stage, value in encoder.stopwatch.seconds.items()}
         summary = {"index": args.output, **counts, "skipped": skipped, **moments, "seconds": seconds}
+        if optimized is not None:
+            summary["optimized"] = _as_json(optimized)
         print(json.dumps(summary, indent=2))
     else:
         gone = f", {update.pruned} gone and taken out" if update.pruned else ""
@@ -113,11 +134,14 @@ def _index(args: argparse.Namespace) -> int:
         print_skipped(update.skipped, sys.stdout)
         if skipped:
             print(f"all skipped files and why: {args.output}/skipped.jsonl")
-    if update.added + update.present == 0:
-        print("bt-adapter index: error: none of the files could be read", file=sys.stderr)
+        if optimized is not None:
+            print(_in_words(optimized))
+    if not done:
+        reason = "none of the files could be read"
+        if all("is not finite" in line["reason"] for line in update.skipped):
+            reason = "the model gives no finite feature of any video: try --dtype float32, or its weights are damaged"
+        print(f"bt-adapter index: error: {reason}", file=sys.stderr)
         return 1
-    if args.optimize:
-        _optimize(args)
     return 0
 
 
@@ -125,31 +149,43 @@ def _maintain(args: argparse.Namespace) -> int:
     """`--prune` and `--optimize` of an index, without videos and so without a model."""
     from ..search.writer import prune
 
-    _refuse_others(args, {"output", "optimize", "prune", "json"})
-    if args.prune:
-        pruned = prune(args.output)
-        print(json.dumps({"pruned": pruned}) if args.json else f"{args.output}: {pruned} gone and taken out")
-    if args.optimize:
-        _optimize(args)
+    _refuse_others(args, {"output", "optimize", "prune", "force", "json"})
+    pruned = prune(args.output, args.force) if args.prune else None
+    optimized = _optimize(args.output) if args.optimize else None
+    if args.json:
+        counts = {} if pruned is None else {"pruned": pruned}
+        more = {} if optimized is None else {"optimized": _as_json(optimized)}
+        print(json.dumps({"index": args.output, **counts, **more}, indent=2))
+        return 0
+    if pruned is not None:
+        print(f"{args.output}: {pruned} gone and taken out")
+    if optimized is not None:
+        print(_in_words(optimized))
     return 0
 
 
-def _optimize(args: argparse.Namespace) -> None:
-    from ..search.index import EXACT_ROWS, VideoIndex
+def _optimize(folder: str):
+    from ..search.index import VideoIndex
     from ..search.writer import locked
 
-    index = VideoIndex.load(args.output)
-    with locked(args.output):
-        built = index.optimize()
-    if args.json:
-        print(json.dumps({"rows": built.rows, "recall_at_10": built.at_10, "seconds": built.seconds}))
-    elif built.at_10 is None:
-        print(f"{built.rows} rows: a search compares with all of them, which is fast up to {EXACT_ROWS}")
-    else:
-        print(
-            f"{built.rows} rows: an index of neighbours was built in {built.seconds:.0f} s; of the 10 nearest rows it "
-            f"finds {built.at_10:.1%} (recall@10 of 100 rows against comparing with all)"
-        )
+    index = VideoIndex.load(folder)
+    with locked(folder):
+        return index.optimize()
+
+
+def _as_json(built) -> dict:
+    return {"rows": built.rows, "recall_at_10": built.at_10, "seconds": built.seconds}
+
+
+def _in_words(built) -> str:
+    from ..search.index import EXACT_ROWS
+
+    if built.at_10 is None:
+        return f"{built.rows} rows: a search compares with all of them, which is fast up to {EXACT_ROWS}"
+    return (
+        f"{built.rows} rows: an index of neighbours was built in {built.seconds:.0f} s; of the 10 nearest rows it "
+        f"finds {built.at_10:.1%} (recall@10 of 100 rows against comparing with all)"
+    )
 
 
 def _merge(args: argparse.Namespace, sources: list[str]) -> int:

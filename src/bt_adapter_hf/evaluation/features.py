@@ -7,7 +7,6 @@ either, for the chance of a clip is a function of the seed and the clip's name.
 import hashlib
 import json
 import logging
-import os
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..adapters.writing import written_whole
+from ..hub.machine import processes_now
 from ..models.modeling_bt_adapter import BTAdapterModel
 from ..search.encoding import VideoEncoder
 from ..search.frame_states import FrameStates
@@ -288,13 +288,3 @@ def _write_part(
 def is_main_process() -> bool:
     """Whether this process is to write and print results."""
     return processes_now()[0] == 0
-
-
-def processes_now() -> tuple[int, int, Callable[[], None]]:
-    """Rank, number of processes, and what waits for all of them."""
-    if "RANK" not in os.environ:  # of torchrun and accelerate launch
-        return 0, 1, lambda: None
-    from accelerate import PartialState
-
-    state = PartialState()
-    return state.process_index, state.num_processes, state.wait_for_everyone

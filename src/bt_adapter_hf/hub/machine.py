@@ -1,7 +1,7 @@
 """What this machine has: devices, cores, and the number format that it computes fastest in."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -86,3 +86,13 @@ def machine_dtype(device: torch.device) -> tuple[str, str]:
     else:
         return "float32", f"{device.type} is not known to be faster in bfloat16"
     return ("bfloat16", f"{name} has units for it") if has_units else ("float32", f"{name} has no units for bfloat16")
+
+
+def processes_now() -> tuple[int, int, Callable[[], None]]:
+    """Rank, number of processes, and what waits for all of them."""
+    if "RANK" not in os.environ:  # of torchrun and accelerate launch
+        return 0, 1, lambda: None
+    from accelerate import PartialState
+
+    state = PartialState(cpu=default_device() == "cpu")  # without this it takes a process on a CPU for the only one
+    return state.process_index, state.num_processes, state.wait_for_everyone

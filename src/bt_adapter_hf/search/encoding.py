@@ -253,8 +253,18 @@ class VideoEncoder:
         rows = iter(())
         if features is not None:
             with self.stopwatch("tower"):  # an accelerator is waited for
-                rows = iter(unit_rows(features, [video.path for video in batch if video.error is None]))
-        return [EncodedVideo(path, None if error else next(rows), facts, error) for path, _, facts, error in batch]
+                rows = iter(torch.nn.functional.normalize(features.float(), dim=-1).cpu().numpy())
+        encoded = []
+        for path, _, facts, error in batch:
+            row = None if error else next(rows)
+            if row is not None and not np.isfinite(row).all():
+                row, error = None, not_finite(path)
+            encoded.append(EncodedVideo(path, row, facts, error))
+        return encoded
+
+
+class FeatureError(VideoError):
+    """What the model makes of a video is not a finite number."""
 
 
 class PreparedVideo(NamedTuple):
@@ -283,12 +293,23 @@ def _pad(videos: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def unit_rows(features: torch.Tensor, names: Sequence[str]) -> np.ndarray:
-    """(n, P) of any dtype and device -> float32 (n, P) of unit rows."""
+    """(n, P) of any dtype and device -> float32 (n, P) of unit rows.
+
+    Raises:
+        FeatureError: one is not finite; it names what it is of.
+    """
     features = torch.nn.functional.normalize(features.float(), dim=-1).cpu()
     bad = (~features.isfinite().all(-1)).nonzero().flatten().tolist()
     if bad:
-        raise ValueError(f"the model's feature of '{names[bad[0]]}' is not finite: try --dtype float32.")
+        raise not_finite(names[bad[0]])
     return features.numpy()
+
+
+def not_finite(name: str) -> FeatureError:
+    return FeatureError(
+        f"the model's feature of '{printable(name)}' is not finite: try --dtype float32; if it is so of all, the "
+        "model's weights are damaged."
+    )
 
 
 def _describe(metadata: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,17 @@ import numpy as np
 from ..adapters.writing import written_whole
 from ..import_utils import require_package
 from .index import IndexMismatchError, VideoIndex, check_same
-from .table import FORMAT, check_writable, create_table, has_table, path_of, read_info, to_arrow
+from .table import (
+    FORMAT,
+    check_writable,
+    create_table,
+    has_table,
+    path_of,
+    read_info,
+    reading,
+    refuse_inside,
+    to_arrow,
+)
 from .writer import known_files, locked, replace_rows
 
 
@@ -50,7 +60,7 @@ def merge(sources: Sequence[str | os.PathLike], output: str | os.PathLike) -> in
             if table is None:
                 table = create_table(output, rows)
             else:
-                replace_rows(table, output, rows, sorted(_paths(rows) & known_files(table).keys()))
+                replace_rows(table, output, rows, sorted(_paths(rows) & known_files(table, output).keys()))
         return table.count_rows()
 
 
@@ -95,11 +105,30 @@ def _open(source: str | os.PathLike):
 
         try:
             info = read_info(source, pq.read_schema(source).metadata or {})
-        except pa.ArrowException as error:
-            raise ValueError(f"'{source}' is no Parquet file: {error}.") from error
-        return info, lambda: pq.read_table(source)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"'{source}' is no Parquet file: {_reason(error)}.") from error
+        return info, lambda: _read_parquet(source)
     index = VideoIndex.load(source)
-    return index.info, index.table.to_arrow
+    return index.info, lambda: _read_all(index)
+
+
+def _read_parquet(source: str | os.PathLike):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_table(source)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"'{source}' is damaged ({_reason(error)}): export it again.") from error
+
+
+def _read_all(index: VideoIndex):
+    with reading(index.folder):
+        return index.table.to_arrow()
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error).splitlines()[0].rstrip(".")
 
 
 def _check_fits(source: str | os.PathLike, found: dict[str, Any], other: str | os.PathLike, info: dict) -> None:
@@ -118,16 +147,26 @@ def export(folder: str | os.PathLike, output: str | os.PathLike) -> int:
     """
     import pyarrow.parquet as pq
 
-    index = VideoIndex.load(folder)
     if Path(output).suffix.lower() != ".parquet":
         raise ValueError(f"'{output}' is to be a Parquet file: give it a name that ends in .parquet.")
+    refuse_inside(output)
+    index = VideoIndex.load(folder)
     rows = 0
-    with written_whole(output) as file, pq.ParquetWriter(file, index.table.schema) as writer:
-        batches = index.table.search().limit(len(index)).to_batches(batch_size=_AT_ONCE)
-        for batch in batches:
-            writer.write_batch(batch.select(index.table.schema.names))
-            rows += len(batch)
+    try:
+        with written_whole(output) as file, pq.ParquetWriter(file, index.table.schema) as writer:
+            for batch in _batches(index):
+                writer.write_batch(batch.select(index.table.schema.names))
+                rows += len(batch)
+    except OSError as error:
+        if error.errno is None:  # of the index
+            raise
+        raise type(error)(f"'{output}' cannot be written: {error.strerror}.") from error
     return rows
+
+
+def _batches(index: VideoIndex) -> Iterator:
+    with reading(index.folder):
+        yield from index.table.search().limit(len(index)).to_batches(batch_size=_AT_ONCE)
 
 
 def convert(folder: str | os.PathLike, output: str | os.PathLike | None = None) -> int:

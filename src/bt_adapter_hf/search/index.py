@@ -13,7 +13,7 @@ import numpy as np
 
 from .encoding import VideoEncoder, describe_model
 from .moments import suppress
-from .table import COLUMNS, open_table, row_of, writing
+from .table import COLUMNS, open_table, reading, row_of, what_lance_says, writing
 
 
 if TYPE_CHECKING:
@@ -126,21 +126,23 @@ class VideoIndex:
                 f"queries have shape {queries.shape}; expected (queries, {self.info['dim']}), the width of the "
                 "index: they must come from the same model."
             )
-        neighbours = not exact and any("vector" in found.columns for found in self.table.list_indices())
+        with reading(self.folder):
+            neighbours = not exact and any("vector" in found.columns for found in self.table.list_indices())
         return [self._search(query, k, where, per_video, overlap, neighbours) for query in queries]
 
     def _search(
         self, query: np.ndarray, k: int, where: str | None, per_video: bool, overlap: float, neighbours: bool
     ) -> list[Hit]:
-        """Asks for twice as many until k are left of them."""
-        moments = per_video or self.info["moments"] is not None
+        """Asks for four times as many until k are left of them."""
+        moments, rows = per_video or self.info["moments"] is not None, max(1, len(self))
         limit = 4 * k if moments else k
         while True:
+            limit = min(limit, rows)
             found = self._nearest(query, limit, where, neighbours)
             hits = [(1 - row["_distance"], row_of(row)) for row in found]
             if moments:
                 hits = suppress(hits, overlap, per_video)
-            if len(hits) >= k or len(found) < limit:
+            if len(hits) >= k or len(found) < limit or limit == rows:
                 return [Hit(rank, score, row) for rank, (score, row) in enumerate(hits[:k], start=1)]
             limit *= 4
 
@@ -153,17 +155,18 @@ class VideoIndex:
             )
         else:
             search = search.bypass_vector_index()
-        if where is not None:
-            search = search.where(where, prefilter=True)
+        if where is None:
+            with reading(self.folder):
+                return search.to_list()
         try:
-            return search.to_list()
-        except (RuntimeError, ValueError, OSError) as error:
-            if where is None:
-                raise ValueError(f"the index '{self.folder}' cannot be read: {error}.") from error
-            reason = str(error).splitlines()[0].split(", /")[0].removeprefix("Invalid input, ")
+            # In brackets, or what follows a whole condition, "; drop ..." or "limit 3", would go unnoticed.
+            return search.where(f"({where}\n)", prefilter=True).to_list()
+        except Exception as error:
+            self._nearest(query, 1, None, neighbours)  # a damaged table is not the fault of the condition
+            reason = what_lance_says(error).split(" Valid fields")[0].rstrip(".")
             raise ValueError(
-                f"the condition '{where}' cannot be used: {reason.split(' Valid fields')[0]} It is SQL over the "
-                f"columns {', '.join(COLUMNS)}, such as \"duration > 60 and path like '%holiday%'\"."
+                f"the condition '{where}' cannot be used: {reason}. It is SQL over the columns {', '.join(COLUMNS)}, "
+                "such as \"duration > 60 and path like '%holiday%'\"."
             ) from error
 
     def median_score(self, query: np.ndarray) -> float:
@@ -174,11 +177,13 @@ class VideoIndex:
     def _sample(self, count: int) -> np.ndarray:
         rows = len(self)
         offsets = np.unique(np.linspace(0, rows - 1, min(count, rows)).astype(int)).tolist()
-        found = self.table.take_offsets(offsets).select(["vector"]).to_arrow()
+        with reading(self.folder):
+            found = self.table.take_offsets(offsets).select(["vector"]).to_arrow()
         return found["vector"].combine_chunks().flatten().to_numpy().reshape(-1, self.info["dim"])
 
     def _batches(self, columns: list[str]) -> Iterator[Any]:
-        return self.table.search().select(columns).limit(max(1, len(self))).to_batches()
+        with reading(self.folder):
+            yield from self.table.search().select(columns).limit(max(1, len(self))).to_batches()
 
     def optimize(self, exact_rows: int = EXACT_ROWS) -> Optimized:
         """Puts small parts together, and builds an index of neighbours for more than `exact_rows` rows.

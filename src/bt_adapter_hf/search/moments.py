@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 
 
+SHORTEST = 0.01  # seconds; frames of a video are hardly closer, and windows closer than frames are equal
+
+
 @dataclass(frozen=True)
 class Windows:
     """How videos are cut: windows of `window` seconds, one every `stride` seconds.
 
     Raises:
-        ValueError: a length that is no positive number, or a stride beyond the window, which would leave gaps.
+        ValueError: a length below a hundredth of a second, or a stride beyond the window, which would leave gaps.
     """
 
     window: float
@@ -21,8 +24,8 @@ class Windows:
 
     def __post_init__(self):
         for name, value in (("window", self.window), ("stride", self.stride)):
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name}={value}: expected a number of seconds above 0.")
+            if not (math.isfinite(value) and value >= SHORTEST):
+                raise ValueError(f"{name}={value:g}: expected a number of seconds, {SHORTEST} or more.")
         if self.stride > self.window:
             raise ValueError(
                 f"stride={self.stride:g} is longer than window={self.window:g}: what lies between would be in none."

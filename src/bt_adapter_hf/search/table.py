@@ -9,6 +9,7 @@ A write is a transaction: whatever ends a process, the table is as after its las
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,19 +58,31 @@ def check_writable(folder: str | os.PathLike) -> None:
     if not os.fspath(folder):
         raise ValueError("the name of the index (-o) is empty.")
     folder = Path(folder).absolute()
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"'{folder}' is a file; an index is a folder: name another with -o.")
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
     try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
+        os.fspath(folder).encode()
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        if existing.is_dir() or existing != folder:
+            with tempfile.TemporaryFile(dir=existing):
+                pass
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the index cannot be written to '{shown(str(folder))}': the name is no text.") from error
     except OSError as error:
         raise OSError(f"the index cannot be written to '{folder}': {error.strerror or error}.") from error
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"'{folder}' is a file; an index is a folder: name another with -o.")
+    refuse_inside(folder)
     if folder.is_dir() and not has_table(folder):
         refuse_format1(folder)
         foreign = sorted(path.name for path in folder.iterdir() if not _is_ours(path.name))
         if foreign:
             raise ValueError(f"'{folder}' holds other files ('{foreign[0]}') and no index: name a new folder with -o.")
+
+
+def refuse_inside(output: str | os.PathLike) -> None:
+    """Raise `ValueError` where `output` lies in the folder of an index, which holds its table and nothing else."""
+    for parent in Path(output).absolute().parents:
+        if has_table(parent):
+            raise ValueError(f"'{output}' lies in the index '{parent}', which holds nothing else: name another place.")
 
 
 def has_table(folder: str | os.PathLike) -> bool:
@@ -99,11 +112,9 @@ def open_table(folder: str | os.PathLike) -> tuple["lancedb.table.Table", dict[s
     if not has_table(folder):
         refuse_format1(folder)
         raise FileNotFoundError(f"'{folder}' holds no index: make one with `bt-adapter index VIDEOS -o {folder}`.")
-    try:
+    with reading(folder):
         table = lancedb.connect(folder).open_table(TABLE)
         metadata = table.schema.metadata or {}
-    except (RuntimeError, ValueError, OSError) as error:
-        raise ValueError(f"the index '{folder}' is damaged ({_first_line(error)}): make a new one.") from error
     return table, read_info(folder, metadata)
 
 
@@ -218,18 +229,43 @@ def paths_condition(paths: Sequence[str]) -> str:
 
 
 @contextmanager
+def reading(folder: str | os.PathLike) -> Iterator[None]:
+    """What LanceDB says of a table that it cannot read, a panic too, is an error that names the index."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # of several kinds, one of which no module of LanceDB exports
+        raise _unusable(folder, "read", error) from error
+
+
+@contextmanager
 def writing(folder: str | os.PathLike) -> Iterator[None]:
     """An error of the disk is an `OSError` that names the index; the table is as it was before."""
     try:
         yield
-    except (RuntimeError, ValueError, OSError) as error:
-        raise OSError(f"the index '{folder}' could not be written: {_first_line(error)}") from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise _unusable(folder, "written", error) from error
 
 
-def _first_line(error: Exception) -> str:
-    """What LanceDB says, without the place in its source."""
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return text.split(", /")[0][:300]
+def _unusable(folder: str | os.PathLike, done: str, error: Exception) -> Exception:
+    """A disk that fails says so, with the system's number; all else is a file of the table that is damaged or gone."""
+    reason = what_lance_says(error)
+    if isinstance(error, OSError) or "os error" in str(error):
+        return OSError(f"the index '{folder}' could not be {done}: {reason}")
+    return ValueError(
+        f"the index '{folder}' is damaged ({reason}): put its folder back from a copy, or delete it and index again."
+    )
+
+
+def what_lance_says(error: Exception) -> str:
+    """One line, without the places in its source."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = re.sub(r",? (?:/[\w.@-]+)+/[\w.@-]+\.rs:\d+(?::\d+)?", "", text)
+    text = re.sub(r"\bLanceError\(\w+\): ", "", text)
+    return text.removeprefix("lance error: ").removeprefix("External error: ").removeprefix("Invalid input, ")[:300]
 
 
 def _is_ours(name: str) -> bool:

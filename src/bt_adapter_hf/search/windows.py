@@ -4,18 +4,21 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from itertools import islice
+from itertools import count, islice
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from ..hub.machine import decoding_pool, decoding_workers
-from ..models.video_errors import VideoError
+from ..models.video_errors import VideoDecodeError, VideoError
 from .encoding import EncodedVideo, PreparedVideo, VideoEncoder, unit_rows
 from .film import Film
 from .frame_states import FrameStates
 from .moments import Windows, pick_frames
+
+
+MAX_WINDOWS = 1_000_000  # of one film; a day of windows each tenth of a second
 
 
 class Moment(NamedTuple):
@@ -65,6 +68,7 @@ def encode_moments(
     workers = decoding_workers() if workers is None else workers
     if workers < 1:
         raise ValueError(f"workers={workers}: expected at least 1.")
+    workers = max(1, min(workers, len(paths)))
     whole: list[PreparedVideo] = []  # videos that are shorter than a window, one after the other
     with decoding_pool(workers) as pool:
         remaining = iter(paths)
@@ -117,13 +121,14 @@ def _encode(encoder: VideoEncoder, film: _Film) -> EncodedMoments:
             if isinstance(step, Plan):
                 states, plan, features = FrameStates(encoder.model), step, []
                 continue
-            states.add(step)
-            done = sum(map(len, features))
-            ready = plan.frames[done:][plan.frames[done:, -1] < len(states)]
-            if len(ready):
-                found = states.features(torch.from_numpy(ready))
-                features.append(unit_rows(found, [film.path] * len(ready)))
-                done += len(ready)
+            with encoder.stopwatch("tower"):
+                states.add(step)
+                done = sum(map(len, features))
+                ready = plan.frames[done:][plan.frames[done:, -1] < len(states)]
+                if len(ready):
+                    found = states.features(torch.from_numpy(ready))
+                    features.append(unit_rows(found, [film.path] * len(ready)))
+                    done += len(ready)
             if done < len(plan.frames):
                 states.forget(int(plan.frames[done, 0]))
     except VideoError as error:
@@ -133,27 +138,39 @@ def _encode(encoder: VideoEncoder, film: _Film) -> EncodedMoments:
 
 def read_film(encoder: VideoEncoder, path: str, windows: Windows, batch_size: int) -> Iterator[Any]:
     """Of a film its plan, then its frames (F, 3, H, W) in order; of a shorter video what the processor makes of it."""
-    processor, settings = encoder.processor.video_processor, encoder.settings
-    with closing(Film(path, settings["on_damage"], tuple(settings["background"]))) as film:
+    processor, settings, stopwatch = encoder.processor.video_processor, encoder.settings, encoder.stopwatch
+    with stopwatch("decode"):
+        film = Film(path, settings["on_damage"], tuple(settings["background"]))
+    with closing(film):
         while True:
             if not windows.fits(film.duration):
                 yield encoder.prepare(path)
                 return
             frame_count = len(film.times)
             plan, frames = _plan(film, windows, settings["num_frames"], settings["sampling"] == "centers")
-            for number, pictures in enumerate(film.read(frames, batch_size * settings["num_frames"])):
+            reading = film.read(frames, batch_size * settings["num_frames"])
+            for number in count():
+                with stopwatch("decode"):
+                    pictures = next(reading, None)
+                if pictures is None:
+                    break
                 if number == 0:
                     plan.facts["height"], plan.facts["width"] = pictures.shape[1:3]
                     yield plan
-                yield processor(videos=[pictures], do_sample_frames=False, return_tensors="pt")["pixel_values_videos"][
-                    0
-                ]
+                with stopwatch("preprocess"):
+                    inputs = processor(videos=[pictures], do_sample_frames=False, return_tensors="pt")
+                yield inputs["pixel_values_videos"][0]
             if len(film.times) == frame_count:
                 return
 
 
 def _plan(film: Film, windows: Windows, num_frames: int, centred: bool) -> tuple[Plan, np.ndarray]:
     """The plan of a film, and the numbers of the frames that it needs, increasing."""
+    if film.duration / windows.stride > MAX_WINDOWS:
+        raise VideoDecodeError(
+            f"{film.path} is {film.duration:g} s long and would have more than {MAX_WINDOWS:,} windows: "
+            "a damaged duration, or a longer stride is called for."
+        )
     grid, starts, step = windows.plan(film.duration, num_frames)
     points = np.array(starts)[:, None] + step * np.arange(num_frames)  # (windows, T)
     shown = pick_frames(film.times, (points + step / 2 * centred) * grid)

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -13,12 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from filelock import FileLock, Timeout
 
-from ..adapters.writing import PARTIAL, without_name, written_whole
+from ..adapters.writing import PARTIAL, printable, without_name, written_whole
 from ..models.video_errors import VideoNotFoundError
 from .encoding import EncodedVideo, VideoEncoder
 from .files import file_identity, first_names, roots
 from .index import check_model, check_same
 from .moments import Windows
+from .ranks import encode_together
 from .table import (
     FORMAT,
     LOCK_NAME,
@@ -29,6 +31,7 @@ from .table import (
     open_table,
     path_of,
     paths_condition,
+    reading,
     to_arrow,
     writing,
 )
@@ -133,6 +136,8 @@ class IndexWriter:
         inputs: Sequence[str | os.PathLike] = (),
         *,
         prune: bool = False,
+        force: bool = False,
+        together: bool = False,
         batch_size: int = 8,
         workers: int | None = None,
         progress: Callable[[Iterable, int], Iterable] = lambda videos, total: videos,
@@ -143,26 +148,26 @@ class IndexWriter:
             paths: of [`find_videos`].
             inputs: of [`find_videos`]; None of them means everywhere for `prune`.
             prune: take out what lay there and is no longer on the disk. Until then a search marks it.
+            force: of [`prune`].
+            together: the other processes of torchrun call [`encode_together`], too, and encode their parts.
             batch_size, workers: of [`VideoEncoder.encode_videos`].
             progress: what goes over the videos, given them and their number, such as a progress bar.
         """
         folders = roots(inputs)
         gone = {path for path in self._known if not os.path.exists(path) and _is_under(path, folders)}
         if prune:
+            if not force:
+                refuse_unmounted(gone, self._known.keys() - gone)
             self.take_out(gone)
         missing = self.missing(paths)
         before = len(self.skipped)
-        for video in progress(self.encode(missing, batch_size, workers), len(missing)):
+        spread = encode_together if together else lambda paths, encode: encode(paths)
+        videos = spread(missing, lambda part: encode_by(self.windows, self.encoder, part, batch_size, workers))
+        for video in progress(videos, len(missing)):
             self.add(video)
         skipped = self.skipped[before:]
         present = len(self._seen) - len(missing)
         return Update(len(missing) - len(skipped), present, len(gone), len(gone) if prune else 0, skipped)
-
-    def encode(self, paths: Sequence[str], batch_size: int = 8, workers: int | None = None) -> Iterable:
-        """Videos as this index takes them, in order."""
-        if self.windows is None:
-            return self.encoder.encode_videos(paths, batch_size=batch_size, workers=workers)
-        return encode_moments(self.encoder, paths, self.windows, batch_size=batch_size, workers=workers)
 
     def missing(self, paths: Iterable[str]) -> list[str]:
         """Those of `paths` that are not in the index, or have changed in size or time of modification since.
@@ -224,7 +229,7 @@ class IndexWriter:
         check_model(self.folder, found, self.encoder)
         check_same(self.folder, found, json.loads(json.dumps(self.info)))
         self.info = found
-        self._known = known_files(self.table)
+        self._known = known_files(self.table, self.folder)
 
     def _flush_in_time(self) -> None:
         if len(self._rows) >= FLUSH_ROWS or time.monotonic() - self._flushed_at > FLUSH_SECONDS:
@@ -248,6 +253,19 @@ class IndexWriter:
         self._rows, self._features, self._replaced = [], [], set()
 
 
+def encode_by(
+    windows: Windows | None,
+    encoder: VideoEncoder,
+    paths: Sequence[str],
+    batch_size: int = 8,
+    workers: int | None = None,
+) -> Iterable[EncodedVideo | EncodedMoments]:
+    """Videos as an index of these windows takes them, in order; None for one row per video."""
+    if windows is None:
+        return encoder.encode_videos(paths, batch_size=batch_size, workers=workers)
+    return encode_moments(encoder, paths, windows, batch_size=batch_size, workers=workers)
+
+
 def replace_rows(table, folder: str | os.PathLike, data, replaced: Sequence[str]) -> None:
     """Adds rows, and takes out the other ones of the files `replaced`."""
     with writing(folder):
@@ -258,13 +276,41 @@ def replace_rows(table, folder: str | os.PathLike, data, replaced: Sequence[str]
         merge.when_not_matched_by_source_delete(paths_condition(replaced)).execute(data)
 
 
-def prune(folder: str | os.PathLike) -> int:
-    """Takes the files that are gone out of an index; returns how many."""
+def prune(folder: str | os.PathLike, force: bool = False) -> int:
+    """Takes the files that are gone out of an index; returns how many.
+
+    Args:
+        force: also where nothing at all is left of what the index knows of a folder.
+
+    Raises:
+        ValueError: nothing is left in a folder, which may only be away.
+    """
     with locked(folder):
         table, _ = open_table(folder)
-        gone = [path for path in known_files(table) if not os.path.exists(path)]
-        delete_files(table, folder, gone)
+        known = known_files(table, folder).keys()
+        gone = {path for path in known if not os.path.exists(path)}
+        if not force:
+            refuse_unmounted(gone, known - gone)
+        delete_files(table, folder, sorted(gone))
         return len(gone)
+
+
+def refuse_unmounted(gone: Iterable[str], there: Iterable[str]) -> None:
+    """Raise `ValueError` where no file of the index is left in a folder: a disk that is not mounted looks so, too."""
+    alive = {str(parent) for path in there for parent in Path(path).parents}
+    folders = Counter(existing_parent(path) for path in gone)
+    for folder, count in sorted(folders.items()):
+        if folder not in alive:
+            missing = sorted(path for path in gone if existing_parent(path) == folder)[0]
+            raise ValueError(
+                f"nothing that the index knows is left under '{printable(folder)}' ({count} gone, the first is "
+                f"'{printable(missing)}'): if a disk is not mounted, mount it; if they are gone for good, add --force."
+            )
+
+
+def existing_parent(path: str) -> str:
+    """The nearest folder above a path that is there."""
+    return next(str(parent) for parent in Path(path).parents if parent.is_dir())
 
 
 def delete_files(table, folder: str | os.PathLike, gone: Sequence[str]) -> None:
@@ -273,13 +319,14 @@ def delete_files(table, folder: str | os.PathLike, gone: Sequence[str]) -> None:
             table.delete(paths_condition(gone[start : start + 1000]))
 
 
-def known_files(table) -> dict[str, tuple[int, int]]:
+def known_files(table, folder: str | os.PathLike) -> dict[str, tuple[int, int]]:
     """Size and time of modification of each file in a table."""
     names = ["path", "path_bytes", "size", "mtime_ns"]
     known = {}
-    for batch in table.search().select(names).limit(max(1, table.count_rows())).to_batches():
-        for path, raw, size, mtime_ns in zip(*(batch[name].to_pylist() for name in names), strict=True):
-            known[path_of(path, raw)] = (size, mtime_ns)
+    with reading(folder):
+        for batch in table.search().select(names).limit(max(1, table.count_rows())).to_batches():
+            for path, raw, size, mtime_ns in zip(*(batch[name].to_pylist() for name in names), strict=True):
+                known[path_of(path, raw)] = (size, mtime_ns)
     return known
 
 
