@@ -45,14 +45,14 @@ def main() -> None:
     with IndexWriter(args.output, encoder, windows and Windows(*windows)) as writer:
         missing = writer.missing(paths)
         if missing:
-            rows = ray.data.from_items([{"path": path} for path in missing]).repartition(
-                max(1, len(missing) // args.batch_size)
-            )
+            # In blocks from the start: `repartition` would wait for a core where the workers hold all of them.
+            blocks = -(-len(missing) // args.batch_size)
+            rows = ray.data.from_items([{"path": path} for path in missing], override_num_blocks=blocks)
             rows = rows.map_batches(
                 EncodeVideos,
                 fn_constructor_kwargs={"model": args.model, "windows": windows, "dtype": "float32"},
                 batch_size=args.batch_size,
-                concurrency=args.workers,
+                compute=ray.data.ActorPoolStrategy(size=args.workers),
                 num_gpus=args.gpus,
                 max_restarts=4,  # of a worker that is lost
                 max_task_retries=4,  # of the batch that it had

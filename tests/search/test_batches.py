@@ -1,5 +1,6 @@
 import pickle
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -49,7 +50,22 @@ def test_a_dataset_maps_it(tiny_checkpoint, clips):
     assert len(rows[2]["vector"]) == 12
 
 
+@pytest.fixture
+def time_limit():
+    """Ray waits without end for what it cannot place."""
+
+    def stop(*_) -> None:
+        raise TimeoutError("no rows for ten minutes")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(600)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("time_limit")
 def test_a_local_ray_cluster_loses_a_worker(tiny_checkpoint, clips, tmp_path):
     """Two workers, one of which is killed in mid-run: the rows of one process, none twice."""
     ray = pytest.importorskip("ray")
@@ -73,12 +89,11 @@ def test_a_local_ray_cluster_loses_a_worker(tiny_checkpoint, clips, tmp_path):
 
     ray.init(num_cpus=2, include_dashboard=False, ignore_reinit_error=True)
     try:
-        rows = ray.data.from_items([{"path": path} for path in paths]).repartition(6)
-        rows = rows.map_batches(
+        rows = ray.data.from_items([{"path": path} for path in paths], override_num_blocks=6).map_batches(
             Killed,
             fn_constructor_kwargs={"model": str(tiny_checkpoint), "device": "cpu"},
             batch_size=3,
-            concurrency=2,
+            compute=ray.data.ActorPoolStrategy(size=2),
             max_restarts=4,
             max_task_retries=4,
         )

@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -200,40 +201,61 @@ def test_two_writers_at_a_time(encoder, clips, tmp_path):
     assert names(tmp_path / "idx") == ["grey.gif", "red.mp4"]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the process that is killed is a copy of this one")
-@pytest.mark.filterwarnings("ignore:.*fork")
-@pytest.mark.parametrize("times", [4, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_at_any_time_it_goes_on(encoder, clips, tmp_path, monkeypatch, times):
-    """SIGKILL at random moments of one run after the other: the table ends as that of a run that nobody stopped."""
-    for number in range(3 * times):
-        tiny_pairs.write_clip(clips / f"{number}.mp4", (9 * number % 255, 200, 100), step=number)
-    monkeypatch.setattr(writing, "FLUSH_SECONDS", 0)  # a transaction for every video
-    paths, rng, ends = find_videos([clips]), np.random.default_rng(times), []
+def index_in_a_process(model: str, paths: list[str], folder: str) -> None:
+    writing.FLUSH_SECONDS = 0  # a transaction for every video
+    with IndexWriter(folder, VideoEncoder.from_pretrained(model, device="cpu")) as writer:
+        writer.update(paths, batch_size=1, workers=1)
+
+
+@pytest.mark.slow
+def test_killed_at_any_time_it_goes_on(encoder, tiny_checkpoint, clips, tmp_path):
+    """SIGKILL at 20 random moments, then the same command again: the table is that of a run that nobody stopped."""
+    for number in range(60):
+        tiny_pairs.write_clip(clips / f"{number}.mp4", (4 * number, 200, 100), step=number)
+    paths, rng, ends = find_videos([clips]), np.random.default_rng(20), []
+    # Processes of a server that has never used LanceDB: a copy of one that has may crash.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.search.test_writer"])
+    arguments = (str(tiny_checkpoint), paths, str(tmp_path / "idx"))
     started = time.monotonic()
     build(tmp_path / "whole", encoder, [clips], batch_size=1, workers=1)
     seconds = time.monotonic() - started
-    for _ in range(times):
-        child = os.fork()
-        if child == 0:
-            try:
-                with IndexWriter(tmp_path / "idx", encoder) as writer:
-                    writer.update(paths, batch_size=1, workers=1)
-                os._exit(0)
-            finally:
-                os._exit(1)
-        time.sleep(rng.uniform(0.1, 1) * seconds)
-        os.kill(child, signal.SIGKILL)
-        ends.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    for _ in range(20):
+        child = context.Process(target=index_in_a_process, args=arguments)
+        child.start()
+        child.join(rng.uniform(0.3, 2) * seconds / 4)
+        child.kill()
+        child.join()
+        ends.append(child.exitcode)
     assert -signal.SIGKILL in ends and set(ends) <= {0, -signal.SIGKILL}
-    build(tmp_path / "idx", encoder, [clips])
-    table = {row["path"]: (row, feature) for row, feature in contents(tmp_path / "idx")}
-    whole = {row["path"]: (row, feature) for row, feature in contents(tmp_path / "whole")}
-    assert len(table) == len(contents(tmp_path / "idx")) == 3 * times + 4
+    again_equals_whole(tmp_path, encoder, clips, 64)
+
+
+def test_what_is_on_the_disk_at_any_time_can_be_gone_on_with(encoder, clips, tmp_path, monkeypatch):
+    """As a process that is killed leaves it: after each video, with the lock held."""
+    monkeypatch.setattr(writing, "FLUSH_SECONDS", 0)
+    build(tmp_path / "whole", encoder, [clips])
+    paths = find_videos([clips])
+    with IndexWriter(tmp_path / "running", encoder) as writer:
+        for number, video in enumerate(encoder.encode_videos(paths, batch_size=1, workers=1)):
+            writer.add(video)
+            (tmp_path / str(number)).mkdir()
+            shutil.copytree(tmp_path / "running", tmp_path / str(number) / "idx")
+            shutil.copytree(tmp_path / "whole", tmp_path / str(number) / "whole")
+    for number in range(len(paths)):
+        again_equals_whole(tmp_path / str(number), encoder, clips, 4)
+
+
+def again_equals_whole(folder, encoder, clips, rows: int) -> None:
+    build(folder / "idx", encoder, [clips])
+    table = {row["path"]: (row, feature) for row, feature in contents(folder / "idx")}
+    whole = {row["path"]: (row, feature) for row, feature in contents(folder / "whole")}
+    assert len(table) == len(contents(folder / "idx")) == rows
     assert table.keys() == whole.keys()
     for path, (row, feature) in table.items():
         assert row == whole[path][0]
         np.testing.assert_allclose(feature, whole[path][1], atol=1e-6)
-    assert not list((tmp_path / "idx").glob(".*"))
+    assert not list((folder / "idx").glob(".*"))
 
 
 def contents(folder) -> list:

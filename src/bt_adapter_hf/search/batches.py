@@ -20,7 +20,8 @@ class EncodeVideos:
     called twice for one batch, as after a worker was lost, it gives the same rows.
 
         rows = ray.data.from_items([{"path": path} for path in paths]).map_batches(
-            EncodeVideos, fn_constructor_kwargs={"model": "org/my-model"}, concurrency=4, num_gpus=1, batch_size=16
+            EncodeVideos, fn_constructor_kwargs={"model": "org/my-model"}, num_gpus=1, batch_size=16,
+            compute=ray.data.ActorPoolStrategy(size=4),
         )
 
     Args:

@@ -68,7 +68,6 @@ def encode_moments(
     workers = decoding_workers() if workers is None else workers
     if workers < 1:
         raise ValueError(f"workers={workers}: expected at least 1.")
-    workers = max(1, min(workers, len(paths)))
     whole: list[PreparedVideo] = []  # videos that are shorter than a window, one after the other
     with decoding_pool(workers) as pool:
         remaining = iter(paths)
