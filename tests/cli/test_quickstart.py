@@ -29,6 +29,10 @@ def test_quickstart_leaves_files_and_tells_scores(tmp_path, capsys):
     assert summary["scores"]["bt_adapter"]["motion"] >= 80
     assert summary["scores"]["reversed"]["order"] <= 20
     assert set(summary["scores"]) == {"bt_adapter", "frame_average", "one_frame", "shuffled", "reversed"}
+    moments = summary["moments"]
+    hit, shown = moments["hit"], moments["shown"]
+    assert min(hit["end"], shown[1]) - max(hit["start"], shown[0]) > 1  # of two seconds
+    assert moments["R1_iou50"]["bt_adapter"] > moments["R1_iou50"]["reversed"]
     # once more over the same folder, for people
     assert main(["quickstart", "-o", str(folder), "--device", "cpu"]) == 0
     out = capsys.readouterr().out

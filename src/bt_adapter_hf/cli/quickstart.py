@@ -18,6 +18,12 @@ QUERIES = (
     "a yellow five moves from the bottom to the top",
 )
 CHAT_QUESTION = "How does it move?"
+MOMENT_SYSTEMS = {
+    "bt_adapter": "BT-Adapter",
+    "frame_average": "frame-averaged CLIP",
+    "one_frame": "one frame only",
+    "reversed": "frames reversed",
+}
 
 
 def register(subparsers) -> None:
@@ -57,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
     from ..search.contact_sheet import write_contact_sheet
     from ..search.encoding import VideoEncoder
     from ..search.index import VideoIndex
+    from ..search.moments import span_text
     from ..search.table import check_writable
     from ..search.writer import IndexWriter
 
@@ -114,7 +121,16 @@ def run(args: argparse.Namespace) -> int:
     say("   and colour of the nearest caption. R@1: each caption finds its clip. Frame-averaged CLIP is the same CLIP")
     say("   without the branch; shuffled frames come in a new order for every clip, three times over.")
 
-    say("\n5. Chat: bt-adapter chat")
+    say("\n5. Moments: bt-adapter index --window 2 --stride 0.5")
+    moments = _moments(folder / "film", encoder)
+    hit = moments["hit"]
+    say(f'   "{moments["query"]}"')
+    place, shown = span_text(hit["start"], hit["end"]), span_text(*moments["shown"])
+    say(f"      {hit['score']:.3f}  {moments['file']}  {place}  (shown at {shown})")
+    row = ", ".join(f"{name} {moments['R1_iou50'][key]:.1f}" for key, name in MOMENT_SYSTEMS.items())
+    say(f"   R@1 at IoU 0.5, %, of the film's {moments['count']} moments: {row}")
+
+    say("\n6. Chat: bt-adapter chat")
     answers = []
     for number in range(len(MOTIONS)):
         row, path = rows[number * 67 % CLIPS], paths[number * 67 % CLIPS]
@@ -135,6 +151,7 @@ def run(args: argparse.Namespace) -> int:
         },
         "labels": labels,
         "scores": scores,
+        "moments": moments,
         "chat": answers,
         "seconds": round(seconds, 1),
     }
@@ -144,6 +161,35 @@ def run(args: argparse.Namespace) -> int:
     say(f"\nDone in {seconds:.0f} s. Look at {sheet}; then try your own sentence:")
     say(f'   bt-adapter search {index_folder} "a green nine shrinks from big to small" --sheet hits.png')
     return 0
+
+
+def _moments(folder: Path, encoder) -> dict:
+    """A film of half a minute, cut into windows: where one of its captions is found, and the score of all."""
+    from ..data.moving_digits_films import FilmMoment, write_films
+    from ..evaluation.moments import evaluate_films
+    from ..search.index import VideoIndex
+    from ..search.moments import Windows
+    from ..search.writer import IndexWriter
+
+    windows = Windows(2.0, 0.5)
+    table = write_films(folder, "test", 1, SEED, minutes=(0.5, 0.5), moments=(8, 8))
+    shown = [json.loads(line) for line in table.read_text(encoding="utf-8").splitlines()]
+    name = shown[0]["file_name"]
+    film = str((folder / name).resolve())
+    with IndexWriter(folder / "index", encoder, windows) as writer:
+        writer.update([film])
+    wanted = shown[0]
+    ((best,),) = VideoIndex.load(folder / "index").search(encoder.encode_texts([wanted["text"]]), k=1)
+    moments = [FilmMoment(**{key: row[key] for key in FilmMoment._fields}) for row in shown]
+    scores = evaluate_films(encoder, [(film, moments)], windows)
+    return {
+        "file": name,
+        "query": wanted["text"],
+        "hit": {"start": best.row["start"], "end": best.row["end"], "score": best.score},
+        "shown": [wanted["start"], wanted["end"]],
+        "count": len(shown),
+        "R1_iou50": {key: scores[key]["R1_iou50"] for key in MOMENT_SYSTEMS},
+    }
 
 
 def _ask(path: str, question: str, device) -> str:
