@@ -27,7 +27,7 @@ from bt_adapter_hf.evaluation.qa_sets import (
     open_question_set,
     table_questions,
 )
-from tests.chat import saved_hosts
+from tests.chat import saved_hosts, tiny_gif_qa
 from tests.evaluation import layouts
 from tests.evaluation.forks import in_processes, killed_after
 from tests.evaluation.judge_server import JudgeServer
@@ -309,6 +309,26 @@ def test_what_is_not_as_published(tmp_path):
     (tmp_path / "youtube_mapping.txt").write_text("abc vid9\n")
     with pytest.raises(ValueError, match=r"asks about the video 2, which youtube_mapping.txt does not list"):
         open_question_set("msvd-qa", root=tmp_path)
+
+
+def test_a_model_that_takes_no_question_without_a_gif(tmp_path):
+    """ "No video" is a grey one then, and a model without a branch has no averaged frames."""
+    model = tiny_gif_qa.model()
+    answerer = Answerer(model, tiny_gif_qa.processor(model.config), "gifs", max_new_tokens=3)
+    layouts.tgif_qa(tmp_path / "copy")
+    board = open_question_set("tgif-qa", root=tmp_path / "copy")
+    controls = ("blind", "shuffled", "reversed", "one_frame")
+    result = evaluate_qa(answerer, board, tmp_path / "run", draws=1, controls=controls, item_timeout=None)
+    assert result.items["questions"] == 1 and result.controls.keys() == set(controls)
+    assert "has become a still" in result.failed[0]["reason"]
+    pixels = answerer.processor.video_processor(
+        [np.full((4, 40, 40, 3), np.round(255 * np.array(answerer.processor.video_processor.image_mean)), np.uint8)],
+        return_tensors="pt",
+    )["pixel_values_videos"]
+    assert pixels.abs().max() < 0.02
+    with pytest.raises(ValueError, match=r"gifs has no branch: leave it out \(controls=blind\)"):
+        evaluate_qa(answerer, board, tmp_path / "b", controls=("blind", "frame_average"), item_timeout=None)
+    assert not (tmp_path / "b").exists()
 
 
 def test_gifs_may_lie_beside_the_tables(tmp_path):

@@ -1,6 +1,7 @@
 """`bt-adapter eval qa` and `chat-bench`: what a chat model says about videos."""
 
 import argparse
+import json
 from pathlib import Path
 
 from ._options import add_chat_model_options, path, progress, quiet_transformers, real_number, whole_number
@@ -134,7 +135,8 @@ def run_chat(args: argparse.Namespace, controls: list[str]):
     if args.dry_run:
         aspects = aspects_of(args) if args.task == "chat-bench" else None
         cost = dry_run_cost(board, folder, name, aspects, conditions_of(controls, args.shuffle_draws))
-        print(cost.describe(args.price_in, args.price_out))
+        said = cost.describe(args.price_in, args.price_out)
+        print(json.dumps({"prompts": cost.prompts, "tokens": cost.tokens, "says": said}) if args.json else said)
         return None
     judge = make_judge(args)
     processor, load_model = find_model(argparse.Namespace(**{**vars(args), "files": ["a video"]}))

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import logging
 import os
 import sys
@@ -234,14 +235,16 @@ def run_training(trainer, checkpoint: str | None, started: float, **described: A
     return report()
 
 
-def end(trainer, summary: Mapping[str, Any], print_result: Callable[[], None]) -> int:
-    """Say how it went, by `print_result` where the run came to its end; the exit status."""
+def end(trainer, summary: Mapping[str, Any], print_result: Callable[[], None], as_json: bool) -> int:
+    """Say how it went, by `print_result` where the run came to its end, or the summary as JSON; the exit status."""
     output_dir = trainer.args.output_dir
     if trainer.is_world_process_zero():
         print_skipped(summary, output_dir)
         if not summary["finished"]:
             print_interrupted(summary, output_dir)
-        else:
+        if as_json:
+            print(json.dumps(summary, indent=2))
+        elif summary["finished"]:
             print(
                 f"trained {summary['trained_parameters']:,} parameters for {summary['steps']} steps in "
                 f"{summary['seconds']} s"

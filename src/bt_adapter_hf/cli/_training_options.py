@@ -45,6 +45,7 @@ def add_run_options(parser: argparse.ArgumentParser, model: str) -> None:
     parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
     parser.add_argument("--output-dir", required=True, type=path, metavar="DIR", help="where model and checkpoints go")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    parser.add_argument("--json", action="store_true", help="print what run_summary.json holds, as JSON")
     add_device_option(parser)
     parser.add_argument(
         "--push-to-hub",

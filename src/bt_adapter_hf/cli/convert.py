@@ -149,9 +149,7 @@ def _to_adapter(args: argparse.Namespace, output: Path | None) -> int:
     model = load_tower(Path(args.source), args.dtype or "auto")
     state = model.bt_adapter.state_dict()
     if args.dry_run:
-        for key, tensor in state.items():
-            print(f"{key}  {tuple(tensor.shape)}  {str(tensor.dtype).removeprefix('torch.')}")
-        return 0
+        return _print_state(args, state)
     base, revision = (args.base, args.revision) if args.base else base_of_run(Path(args.source))
     with written_whole(output) as folder:
         save_bt_adapter(model, folder, base_model_name_or_path=base, revision=revision)
@@ -211,9 +209,7 @@ def _to_original(args: argparse.Namespace, output: Path | None) -> int:
     model = AutoModel.from_pretrained(args.source, revision=args.revision, dtype=args.dtype or "auto")
     state = {key: tensor.contiguous() for key, tensor in convert_to_original(model).items()}
     if args.dry_run:
-        for key, tensor in state.items():
-            print(f"{key}  {tuple(tensor.shape)}  {str(tensor.dtype).removeprefix('torch.')}")
-        return 0
+        return _print_state(args, state)
     output.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(output) as path:
         if output.suffix == ".safetensors":
@@ -223,6 +219,18 @@ def _to_original(args: argparse.Namespace, output: Path | None) -> int:
                 torch.save({"state_dict": state} if output.suffix == ".pth" else state, file)
     report = {"output": str(output), "model": "original", "tensors": len(state), "notes": []}
     print(json.dumps(report) if args.json else f"{len(state)} tensors written to {output} under the released names")
+    return 0
+
+
+def _print_state(args: argparse.Namespace, state: dict) -> int:
+    """What --dry-run would write."""
+    rows = [(key, list(tensor.shape), str(tensor.dtype).removeprefix("torch.")) for key, tensor in state.items()]
+    if args.json:
+        tensors = [dict(zip(("name", "shape", "dtype"), row, strict=True)) for row in rows]
+        print(json.dumps({"model": args.to, "tensors": tensors, "notes": []}))
+    else:
+        for key, shape, dtype in rows:
+            print(f"{key}  {tuple(shape)}  {dtype}")
     return 0
 
 

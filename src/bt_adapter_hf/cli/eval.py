@@ -107,6 +107,7 @@ def register(subparsers) -> None:
         "--name", action="append", dest="names", metavar="NAME", help="of each result in the table, in their order"
     )
     report.add_argument("-o", "--output", metavar="FILE", help="ends in .md or .html (default: markdown is printed)")
+    report.add_argument("--json", action="store_true", help="print the results as JSON")
     report.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
     parser.set_defaults(run=run)
 
@@ -196,8 +197,9 @@ def _report(args: argparse.Namespace) -> int:
     from ..hub.result_files import read_results
 
     results = read_results(args.results, args.names)
+    said = {"output": args.output, "results": [{"name": found.name, **found.content} for found in results]}
     if args.output is None:
-        print(markdown_report(results), end="")
+        print(json.dumps(said, indent=2) if args.json else markdown_report(results).rstrip("\n"))
         return 0
     writers = {".md": markdown_report, ".html": html_report}
     write = writers.get(Path(args.output).suffix.lower())
@@ -206,7 +208,7 @@ def _report(args: argparse.Namespace) -> int:
     text = write(results)
     with written_whole(args.output) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    print(f"written to {args.output}")
+    print(json.dumps(said, indent=2) if args.json else f"written to {args.output}")
     return 0
 
 

@@ -1,6 +1,7 @@
 """`bt-adapter finetune`: teach a chat model with an adapter from conversations about videos."""
 
 import argparse
+import sys
 import time
 from typing import Any
 
@@ -212,7 +213,7 @@ def train(args: argparse.Namespace) -> int:
             **{part: describe_table(table) for part, table in tables.items()},
         },
     )
-    return end(trainer, summary, lambda: print_result(args, summary))
+    return end(trainer, summary, lambda: print_result(args, summary), args.json)
 
 
 def load_model(args: argparse.Namespace, training_args, resumed: bool = False):
@@ -264,7 +265,7 @@ def cached_states(args: argparse.Namespace, training_args, model, processor, tab
     archives = tables[0].archives  # --media-root is the same for all
     plan = plan_states(args.cache_states, model, processor, videos, args.cache_dtype, archives)
     if training_args.process_index == 0:
-        print(plan, flush=True)
+        print(plan, file=sys.stderr if args.json else sys.stdout, flush=True)
     build_states(
         plan,
         model,

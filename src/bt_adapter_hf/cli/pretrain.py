@@ -235,7 +235,7 @@ def train(args: argparse.Namespace) -> int:
             **{part: describe_table(table) for part, table in tables.items()},
         },
     )
-    return end(trainer, summary, lambda: print_result(summary, args.output_dir))
+    return end(trainer, summary, lambda: print_result(summary, args.output_dir), args.json)
 
 
 def load_model(args: argparse.Namespace):

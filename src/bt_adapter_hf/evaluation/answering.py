@@ -16,7 +16,8 @@ import torch
 
 from .. import __version__
 from ..adapters.fingerprint import weights_digest
-from ..adapters.host_modules import find_tower
+from ..adapters.host_modules import find_tower, has_branch
+from ..models.processing_bt_adapter_gif_qa import BTAdapterGifQAProcessor
 from .controls import check_controls, shuffle_frames
 from .features import ALL_CONTROLS, BLIND, FULL, begin, own_clips, seed_of
 from .frames import Clip, ClipDecoder, read_clip
@@ -40,6 +41,11 @@ class Answerer:
     name: str
     max_new_tokens: int = 64
     batch_size: int = 8
+
+    @property
+    def needs_video(self) -> bool:
+        """Whether it takes no question without a video, as the model of GIF question answering."""
+        return isinstance(self.processor, BTAdapterGifQAProcessor)
 
     def describe(self) -> dict[str, Any]:
         """What decides the answers."""
@@ -142,6 +148,12 @@ def answer_clips(
         ValueError: an unknown control.
     """
     check_controls(controls, ALL_CONTROLS)
+    if "frame_average" in controls and not has_branch(answerer.model):
+        others = ",".join(control for control in controls if control != "frame_average")
+        raise ValueError(
+            f"The control frame_average takes a branch's say away, and {answerer.name} has no branch: leave it out "
+            f"(controls={others})."
+        )
     protocol = {**protocol, "controls": list(controls), "shuffle_draws": draws, "seed": seed}
     rank, processes, wait = begin(folder, protocol)
     known = read_answers(folder)
@@ -232,7 +244,10 @@ def _answer(
     answers = {}
     for condition in conditions:
         shown, averaging = frames, nullcontext()
-        if condition == BLIND:
+        if condition == BLIND and answerer.needs_video:  # a grey one, all zeros once it is normalised
+            mean = 255 * np.array(answerer.processor.video_processor.image_mean)
+            shown = np.broadcast_to(mean.round().astype(np.uint8), frames.shape).copy()
+        elif condition == BLIND:
             shown = None
         elif condition.startswith("shuffled_"):
             shown = frames[shuffle_frames(place, generator=generator).flatten().numpy()]

@@ -143,7 +143,7 @@ def claim(folder: Path, protocol: dict[str, Any]) -> None:
             raise OtherRunError(
                 f"{path} is damaged ({error}), so nobody knows what {folder} was made with: use another folder."
             ) from error
-        wanted = json.loads(json.dumps(protocol))
+        found, wanted = _flat(found), _flat(json.loads(json.dumps(protocol)))
         differing = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
         if differing:
             shown = "; ".join(f"{name}: {found.get(name)!r} there, {wanted.get(name)!r} now" for name in differing[:4])
@@ -152,6 +152,12 @@ def claim(folder: Path, protocol: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as temporary:
         temporary.write_text(json.dumps(protocol, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of settings under names such as `video_processor.num_frames`."""
+    nested = {name: value if isinstance(value, dict) else {"": value} for name, value in settings.items()}
+    return {f"{name}.{key}".rstrip("."): value for name, values in nested.items() for key, value in values.items()}
 
 
 def read_features(folder: Path) -> ClipFeatures:
