@@ -52,7 +52,8 @@ def test_one_document_and_nothing_else(folder, tiny_checkpoint, capsys):
     assert ask("index", clips, "-o", index, *model, "--optimize")["optimized"]["rows"] == 4
     (clips / "clip3.mp4").unlink()
     pruned = ask("index", "-o", index, "--prune", "--optimize")
-    assert pruned == {"pruned": 1, "rows": 3, "recall_at_10": None, "seconds": None}
+    built = {"rows": 3, "recall_at_10": None, "seconds": None}
+    assert pruned == {"index": str(index), "pruned": 1, "optimized": built}
     assert len(ask("search", index, "a clip", *model, "--sheet", folder / "sheet.html")) == 3
     labels = ["--labels", "red, blue", "--plot", folder / "plot.png"]
     assert ask("classify", clips / "clip0.mp4", *labels, *model)["videos"]

@@ -15,9 +15,12 @@ from PIL import Image
 from bt_adapter_hf import BTAdapterLlavaForConditionalGeneration, BTAdapterLlavaProcessor, save_bt_adapter
 from bt_adapter_hf.cli.main import main
 from bt_adapter_hf.data.moving_digits import write_clips
-from tests import clip_tools, tiny_instructions
+from tests import clip_tools, tiny_instructions, tiny_pairs
 from tests.chat import saved_hosts
+from tests.evaluation import layouts
+from tests.evaluation.judge_server import JudgeServer
 from tests.hub.conftest import hf_home, hub  # noqa: F401 (fixtures)
+from tests.hub.server import TOKEN
 
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -39,17 +42,23 @@ def blocks(page: str) -> list[tuple[str, str]]:
     return [found for found in re.findall(r"```(\w+)\n(.*?)```", text, re.DOTALL) if found[0] in ("bash", "python")]
 
 
-def run(page: str, more: dict[str, list[str]] | None = None) -> dict:
-    """Runs a page; `more` are options behind those of a command. Returns the names that its Python has made."""
+def run(page: str, more: dict[str, list[str]] | None = None, only: str = "") -> dict:
+    """Runs a page; `more` are options behind those of a command, or of a command and its first word.
+
+    Returns the names that its Python has made.
+    """
     names: dict = {}
     for language, code in blocks(page):
+        if not code.startswith(only):
+            continue
         if language == "python":
             exec(compile(code, f"docs/{page}", "exec"), names)
             continue
         for line in filter(None, map(str.strip, code.replace("\\\n", " ").splitlines())):
             program, command, *options = shlex.split(line, comments=True)
             assert program == "bt-adapter", line
-            assert main([command, *options, *(more or {}).get(command, [])]) == 0, line
+            added = [option for name in (command, f"{command} {options[0]}") for option in (more or {}).get(name, [])]
+            assert main([command, *options, *added]) == 0, line
     return names
 
 
@@ -109,3 +118,34 @@ def test_finetuning(models, tmp_path):
     Path("my-adapter.run").rename("my-adapter")
     small = ["--num-frames", "4", "--epochs", "1", "--set", "use_cpu=true", "--workers", "0", "--no-bf16"]
     run("finetuning.md", {"finetune": small, "check-data": ["--workers", "1"], "chat": ["-q", "what happens ?"]})
+
+
+def test_evaluation(models, hub, tiny_checkpoint, tmp_path, monkeypatch):  # noqa: F811
+    """Every command of the page, on tiny models and few clips; the other libraries' blocks in their own tests."""
+    pytest.importorskip("sklearn")
+    hub.users[TOKEN] = "YOUR_NAME"
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    shutil.copytree(tiny_checkpoint, "my-model")
+    Path("chat").rename("my-chat-model")
+    layouts.videochatgpt(tmp_path / "bench")
+    tiny_pairs.write_table(tmp_path / "videos" / "test", rows=4)
+    rows = [{"video": f"clip{n}.mp4", "text": ("run", "jump")[n % 2]} for n in range(4)]
+    layouts.table(tmp_path / "hmdb51.csv", rows)
+    shutil.copytree("videos/test", "hmdb51")
+    Path("classes.txt").write_text("run\njump\n")
+    tiny = ["--model", "my-model"]
+    with JudgeServer(lambda text, times: '{"score": 3, "pred": "yes"}').running() as judge:
+        monkeypatch.setenv("OPENAI_BASE_URL", judge.url)
+        more = {
+            "eval recognition": tiny,
+            "eval temporal": ["--items", "4"],
+            "eval qa": ["--items", "2", "--controls", "blind"],
+            "eval chat-bench": ["--data-root", "bench", "--max-new-tokens", "2", "--controls", "blind"],
+        }
+        run("evaluation.md", more, only="bt-adapter")
+    assert Path("report.html").is_file() and b"model-index" in hub.files("YOUR_NAME/my-model")["README.md"]
+    evaluate = pytest.importorskip("evaluate")
+    monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", str(tmp_path / "metrics"))
+    metric = run("evaluation.md", only="import evaluate")["metric"]
+    assert metric.compute(predictions=[[0.9, 0.1], [0.2, 0.8]], references=[0, 1])["R1"] == 100
