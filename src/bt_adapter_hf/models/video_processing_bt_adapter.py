@@ -185,8 +185,7 @@ class BTAdapterVideoProcessor(BaseVideoProcessor):
         # The same numbers, written once, where they end: frames are read with their colours inside, in place
         statistics = torch.tensor([options["image_mean"], options["image_std"]], device=video.device)
         mean, std = (statistics * (1.0 / options["rescale_factor"]))[..., None, None]
-        pixels = torch.empty(video.shape, dtype=torch.float32, device=video.device)
-        return torch.sub(video, mean, out=pixels).div_(std)
+        return torch.sub(video, mean, out=torch.empty(video.shape, dtype=torch.float32, device=video.device)).div_(std)
 
 
 def flatten_videos(videos: VideoSource | list) -> list[VideoSource]:
