@@ -1,7 +1,7 @@
 """Does a chat model follow videos when an adapter is only plugged in, as in Table 4 of the paper, in the small?
 
     pip install -e '.[train,quickstart]'
-    python -m recipes.zero_shot_chat.build -o build/zero-shot     # about 35 minutes of one core
+    python -m recipes.zero_shot_chat.build -o build/zero-shot     # about 35 minutes of one core, all in all
 
 The chat model of `moving_digits_chat` knows the words of motion, has seen none, and does not answer when the adapter
 is plugged in. What the paper's LLaVA had besides is pictures that show motion: photographs say "running". Here a

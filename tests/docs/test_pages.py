@@ -57,7 +57,8 @@ def run(page: str, more: dict[str, list[str]] | None = None, only: str = "") -> 
         for line in filter(None, map(str.strip, code.replace("\\\n", " ").splitlines())):
             program, command, *options = shlex.split(line, comments=True)
             assert program == "bt-adapter", line
-            added = [option for name in (command, f"{command} {options[0]}") for option in (more or {}).get(name, [])]
+            names_of = (command, " ".join([command, *options[:1]]))
+            added = [option for name in names_of for option in (more or {}).get(name, [])]
             assert main([command, *options, *added]) == 0, line
     return names
 
