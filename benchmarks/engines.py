@@ -179,6 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tower", default="l14", choices=TOWERS)
     parser.add_argument("--engine", nargs="+", default=list(ENGINES), choices=ENGINES)
+    parser.add_argument("--layers", type=int, help="of the tower, fewer than it has: for machines with little time")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--frames", type=int, default=8)
     parser.add_argument("--clips", type=int, default=120, help="of moving digits")
@@ -187,9 +188,11 @@ def main() -> None:
     logging.disable(logging.WARNING)
     disable_progress_bar()
     torch.set_num_threads(1)
-    print(
-        f"{args.tower}; --dtype auto here: {', '.join(machine_dtype(torch.device('cpu')))}; torch {torch.__version__}"
-    )
+    if args.layers:
+        TOWERS[args.tower] = (*TOWERS[args.tower][:2], args.layers, *TOWERS[args.tower][3:])
+    dtype, why = machine_dtype(torch.device("cpu"))
+    print(f"{args.tower}, {TOWERS[args.tower][2]} layers, {args.frames} frames; torch {torch.__version__}")
+    print(f"--dtype auto is {dtype} here: {why}")
     print(f"{'':23} eager s  engine s    gain  min. cosine | digits: cosine  same ten  of them")
     for name in args.engine:
         missing = [package for package in ENGINES[name][0] if import_error(package) is not None]

@@ -1,14 +1,17 @@
 """Decoding from key frames gives the pixels and times of decoding from the start, or leaves the file to that."""
 
+import time
+from fractions import Fraction
 from itertools import cycle
 
 import av
 import numpy as np
 import pytest
 
+from bt_adapter_hf.data.decoding_process import DecodingProcess
 from bt_adapter_hf.models import video_io, video_seeking
 from bt_adapter_hf.models.video_backends import available_video_backends
-from bt_adapter_hf.models.video_errors import VideoDecodeError, VideoError
+from bt_adapter_hf.models.video_errors import VideoDecodeError, VideoError, VideoTimeoutError
 from bt_adapter_hf.models.video_io import load_video
 from tests.clip_tools import numbered_picture, write_clip
 from tests.models.test_video_io import CLIPS
@@ -170,6 +173,86 @@ def test_indexes_that_lie(closed, tmp_path, file, what):
         assert ways == {"seeking"}  # only those that are key frames are used
     elif what in ("no key", "first missing"):
         assert ways == {"linear"}
+
+
+@pytest.mark.parametrize("at", [24, 30, 41])  # one is a key frame
+@pytest.mark.parametrize("back", [3.5, 9.5, 20.5])
+def test_times_that_jump_back(closed, tmp_path, at, back):
+    def change(number, packet):
+        if number >= at:
+            packet.pts -= round(back * packet.duration)
+        packet.dts = number - 10_000  # which mkv does not store
+        return packet
+
+    path = remuxed(closed, tmp_path / "a.mkv", change, options={"avoid_negative_ts": "disabled"})
+    same_as_linear(path, tries=12)
+
+
+@pytest.mark.parametrize("file", ["a.avi", "a.mp4"])
+@pytest.mark.parametrize("factor", [0.5, 3])
+def test_frame_counts_that_lie(closed, tmp_path, file, factor):
+    path, order = closed, "big"
+    if file == "a.avi":
+        path, order = write_clip(tmp_path / file, codec="mpeg4", pictures=pictures(), options={"g": "12"}), "little"
+    every = load_video(path, num_frames=None)[0]
+    data = bytearray(path.read_bytes())
+    for box, offset in ((b"avih", 24), (b"strh", 40), (b"stsz", 12)):
+        place = data.find(box) + offset
+        if box in data:
+            count = int.from_bytes(data[place : place + 4], order)
+            assert count == 60
+            data[place : place + 4] = int(count * factor).to_bytes(4, order)
+    (tmp_path / file).write_bytes(data)
+    try:
+        found, _ = load_video(tmp_path / file, num_frames=None, on_damage="check")
+    except VideoError:
+        with pytest.raises(VideoError):
+            load_video(tmp_path / file)
+        return
+    assert np.array_equal(found, every[: len(found)])
+    same_as_linear(tmp_path / file)
+
+
+def test_a_decoder_that_hangs_after_a_seek_is_cut_off(closed, monkeypatch):
+    monkeypatch.setattr(video_seeking.Seeker, "_run", lambda *args: map(time.sleep, [60]))
+    decode = DecodingProcess(load_video, timeout=1.0)
+    with pytest.raises(VideoTimeoutError):
+        decode(closed)
+    decode.close()
+
+
+def field_pairs(path, count=10):
+    """MPEG-2 of two pictures per frame, one of each field: pictures of half the height, their headers changed."""
+    fields, written = pictures(2 * count), bytearray()
+    encoder = av.CodecContext.create("mpeg2video", "w")
+    encoder.width, encoder.height, encoder.pix_fmt, encoder.gop_size = 64, 32, "yuv420p", 0
+    encoder.framerate, encoder.time_base, encoder.options = 25, Fraction(1, 25), {"qscale": "2"}
+    frames = [av.VideoFrame.from_ndarray(np.ascontiguousarray(field[::2]), format="rgb24") for field in fields]
+    packets = [packet for frame in [*frames, None] for packet in encoder.encode(frame)]
+    for number, packet in enumerate(packets):
+        data = bytearray(bytes(packet))
+        picture, details = data.index(b"\0\0\1\0"), data.index(b"\0\0\1\xb5\x8f")
+        data[picture + 4], data[picture + 5] = 0, data[picture + 5] & 63  # the first of its group
+        data[details + 6] = data[details + 6] & ~3 | 1 + number % 2  # top, bottom
+        data[details + 7] &= ~0xC1
+        data[details + 8] &= ~0x80
+        if number % 2 == 0:
+            data[6 + data.index(b"\0\0\1\xb3")] = 64
+            data[5 + data.index(b"\0\0\1\xb5\x14")] &= ~8
+        written += data[picture:] if number % 2 else data
+    path.write_bytes(written)
+    return [np.stack([fields[n][::2], fields[n + 1][::2]], 1).reshape(64, 64, 3) for n in range(0, 2 * count, 2)]
+
+
+def test_field_pairs_are_one_frame(tmp_path):
+    expected = field_pairs(tmp_path / "fields.m2v")
+    found, metadata = load_video(tmp_path / "fields.m2v", num_frames=None)
+    assert metadata.total_num_frames == len(expected)
+    for picture, other in zip(found, expected, strict=True):
+        grey = [image.astype(float).mean(2) for image in (picture, other)]
+        assert np.abs(grey[0] - grey[1]).mean() < 12  # and not that of another frame
+    assert same_as_linear(tmp_path / "fields.m2v") == {"linear"}
+    assert same_as_linear(remuxed(tmp_path / "fields.m2v", tmp_path / "fields.mkv")) == {"linear"}
 
 
 def test_two_streams_and_one_that_starts_late(tmp_path):

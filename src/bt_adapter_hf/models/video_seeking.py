@@ -9,6 +9,7 @@ import logging
 import threading
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -136,9 +137,25 @@ class Seeker:
             return "it does not begin with a key frame"
         if len(np.unique(indices)) == len(self.stamps):
             return "all frames are wanted"
+        if not self._in_order:
+            return "times jump back"
         if self.look.parameters not in (0, len(self.entries)):
             return "only some key frames bring the codec's settings along"
         return None
+
+    @cached_property
+    def _in_order(self) -> bool:
+        """Whether times could be those of a decoder's output; within a group only decoding tells."""
+        stamps, entries = np.array(self.stamps), np.array(self.entries)
+        if not isinstance(self.look, _Nals):  # shown as they are decoded
+            return bool((np.diff(stamps) > 0).all())
+        latest, earliest = np.maximum.accumulate(stamps), np.minimum.accumulate(stamps[::-1])[::-1]
+        # all before a key frame is shown before it, all from the one after it on is shown after it
+        starts, nexts = entries[:-1], entries[1:]
+        ordered = (latest[nexts - 1] < stamps[nexts]).all() and (earliest[nexts] > stamps[starts]).all()
+        # a decoder keeps so many frames back, and no packet brings one that is shown earlier than that
+        places, depth = np.argsort(np.argsort(stamps)), self.stream.codec_context.reorder_depth
+        return bool(ordered and (np.arange(len(stamps)) - places).max() <= depth)
 
     def _decode(self, painter: Painter, collector: FrameCollector, name: str) -> str | None:
         """Returns what stands against it."""
@@ -155,9 +172,13 @@ class Seeker:
             runs.setdefault(self.entries[entry], {})[packet] = frame
         for entry, wanted in runs.items():
             frames = {self.stamps[packet]: frame for packet, frame in wanted.items()}
+            latest = None
             for decoded in self._run(entry, wanted, place):
                 if decoded is None:
                     return "seeking leads elsewhere"
+                if latest is not None and decoded.pts is not None and decoded.pts <= latest:
+                    return "times jump back"
+                latest = decoded.pts
                 if decoded.is_corrupt:
                     return "a frame is damaged"
                 if decoded.pts in frames:
