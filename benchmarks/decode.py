@@ -15,7 +15,6 @@ returns them, and as the video processor makes them of the file.
 """
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
@@ -134,8 +133,9 @@ def compare(path: str, count: int, repeat: int, skip: list[str]) -> tuple[int, i
 
 
 def highest() -> float:
-    """MB that this process has held at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """MB that this process has held at most; `ru_maxrss` would begin with what its parent held."""
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(peak.split()[1]) / 1024
 
 
 def print_growth(what: str, path: str) -> None:
