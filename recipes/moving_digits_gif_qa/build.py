@@ -11,8 +11,7 @@ import json
 import logging
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ from bt_adapter_hf import (
     XCLIPFramesConfig,
     XCLIPFramesModel,
     load_bt_adapter,
+    quantization_config,
 )
 from bt_adapter_hf.data.moving_digits import DIGITS
 from bt_adapter_hf.data.moving_digits_gif_qa import (
@@ -59,20 +59,32 @@ from bt_adapter_hf.evaluation.tgif_qa import score_tgif_qa
 from bt_adapter_hf.models.video_io import sample_frame_indices
 
 from ..shared import TEST_SEED, TRAIN_SEED, make, parse_arguments
+from .table import markdown, read_scores, write_scores, write_table
 
 
 TRAIN_GIFS, TEST_GIFS = 2000, 240
+# Longer GIFs, whose counts 16 frames cannot tell apart: 4 times and 12 look the same in them, as do 6 and 10
+LONG_TIMES, LONG_TRAIN, LONG_TEST, LONG_FRAMES = (4, 6, 8, 10, 12), 1000, 240, 48
 NUM_FRAMES, SIDE, PATCH, WIDTH, LAYERS = 16, 32, 8, 64, 3
 TOWER = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
          "image_size": SIDE, "patch_size": PATCH}  # fmt: skip
 IMAGE_STEPS, IMAGE_BATCH, IMAGE_LR = 600, 400, 2e-3
 TOWER_STEPS, TOWER_BATCH, TOWER_LR = 450, 32, 1e-3
+STATES_STEPS, STATES_BATCH = 600, 128
 SPEECH = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
           "max_position_embeddings": 256, "initializer_range": 0.1}  # fmt: skip
 SPEECH_STEPS, SPEECH_BATCH, SPEECH_LR = 500, 48, 2e-3
-CONNECTORS = ("mlp", "attention", "qformer")
-TUNING = {"max_steps": 400, "batch_size": 32, "learning_rate": 4e-3}
-SYSTEMS = (("xclip", "mlp"), ("bt", "mlp"), ("xclip", "attention"), ("xclip", "qformer"))
+STEPS, LONG_STEPS, BATCH, RATE = 100, 60, 32, 4e-3
+# encoder, connector, frames of a GIF, and the folder of GIFs that are asked about
+SYSTEMS = (
+    ("xclip", "mlp", NUM_FRAMES, "gifs"),
+    ("bt", "mlp", NUM_FRAMES, "gifs"),
+    ("xclip", "attention", NUM_FRAMES, "gifs"),
+    ("xclip", "qformer", NUM_FRAMES, "gifs"),
+    ("xclip", "mlp", NUM_FRAMES, "long"),
+    ("xclip", "mlp", LONG_FRAMES, "long"),
+)
+TABLE = "train_all.jsonl"
 
 
 # ------------------------------------------------------------------------------------------------------------- towers
@@ -175,25 +187,46 @@ def new_tower(kind: str, images: Path) -> nn.Module:
 
 
 class Heads(nn.Module):
-    """What a tower learns from: the facts of a GIF, out of its pooled feature."""
+    """What a tower learns from: the facts of a GIF, out of each of its states, and in the states of frames how many
+    times it has been done so far."""
 
     def __init__(self):
         super().__init__()
         self.norm = nn.LayerNorm(WIDTH)
         self.digit, self.action = nn.Linear(WIDTH, len(DIGITS)), nn.Linear(WIDTH, len(REPEATED))
         self.first, self.then = nn.Linear(WIDTH, len(FIRST)), nn.Linear(WIDTH, len(THEN))
-        self.count = nn.Linear(WIDTH, MOST_TIMES)
+        self.count, self.so_far = nn.Linear(WIDTH, MOST_TIMES), nn.Linear(WIDTH, MOST_TIMES)
 
-    def forward(self, pooled: torch.Tensor, facts: list[dict[str, Any]]) -> tuple[torch.Tensor, dict[str, float]]:
-        pooled, loss, right = self.norm(pooled), 0.0, {}
+    def forward(
+        self, states: torch.Tensor, facts: list[dict[str, Any]], so_far: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """`states` (B, T, P), or (B, 1, P) of a tower that has one for the whole GIF; `so_far` (B, T), -1 = nothing
+        is repeated. Right is what the mean over the states says."""
+        states, loss, right = self.norm(states), 0.0, {}
         for name, words in (("digit", DIGITS), ("action", REPEATED), ("count", range(1, MOST_TIMES + 1)),
                             ("first", tuple(FIRST)), ("then", THEN)):  # fmt: skip
             rows = [row for row, fact in enumerate(facts) if name in fact]
             wanted = torch.tensor([tuple(words).index(facts[row][name]) for row in rows])
-            logits = getattr(self, name)(pooled[rows])
-            loss = loss + F.cross_entropy(logits, wanted)
-            right[name] = (logits.argmax(dim=-1) == wanted).float().mean().item()
+            logits = getattr(self, name)(states[rows])
+            loss = loss + F.cross_entropy(logits.flatten(0, 1), wanted.repeat_interleave(logits.shape[1]))
+            right[name] = (logits.mean(dim=1).argmax(dim=-1) == wanted).float().mean().item()
+        if states.shape[1] > 1:
+            logits = self.so_far(states).flatten(0, 1)
+            loss = loss + F.cross_entropy(logits, so_far.flatten(), ignore_index=-1)
         return loss, right
+
+
+def times_so_far(split: str, seed: int, index: int) -> list[int]:
+    """Of each sampled frame, from 0: which of the times it belongs to."""
+    count, T = facts_of(index).get("count"), len(states_of(split, seed, index))
+    frames = sample_frame_indices(T, NUM_FRAMES, "centers")
+    return [-1] * NUM_FRAMES if count is None else (count * frames // T).tolist()
+
+
+def frame_features(tower: XCLIPFramesModel, videos: torch.Tensor) -> torch.Tensor:
+    """What X-CLIP's integration transformer is given, (B, T, P)."""
+    frames = tower.visual_projection(tower.vision_model(videos.flatten(0, 1)).pooler_output)
+    return frames.unflatten(0, videos.shape[:2])
 
 
 def train_tower(kind: str, images: Path, gifs: Path, folder: Path) -> None:
@@ -201,20 +234,37 @@ def train_tower(kind: str, images: Path, gifs: Path, folder: Path) -> None:
     set_seed(TRAIN_SEED)
     pixels = all_pixels(gifs / "train", "train", TRAIN_SEED, TRAIN_GIFS)
     facts = [facts_of(index) for index in range(TRAIN_GIFS)]
+    so_far = torch.tensor([times_so_far("train", TRAIN_SEED, index) for index in range(TRAIN_GIFS)])
     tower, heads, rng = new_tower(kind, images).train(), Heads(), np.random.default_rng(TRAIN_SEED)
+
+    def states(videos: torch.Tensor) -> torch.Tensor:
+        seen = tower(videos)
+        return seen.last_hidden_state if kind == "xclip" else seen.pooler_output[:, None]
 
     def loss_of(step: int) -> dict[str, torch.Tensor]:
         rows = rng.choice(TRAIN_GIFS, TOWER_BATCH, replace=False)
         videos, _ = shifted(pixels[torch.from_numpy(rows)].float(), rng)
-        loss, right = heads(tower(videos).pooler_output, [facts[row] for row in rows])
+        loss, right = heads(states(videos), [facts[row] for row in rows], so_far[torch.from_numpy(rows)])
         return {"loss": loss, **right}
 
     learn(folder.name, TOWER_STEPS, TOWER_LR, [tower, heads], loss_of)
     tower.eval()
+    if kind == "xclip":  # the integration transformer goes on by itself, which costs next to nothing
+        with torch.no_grad():
+            frames = torch.cat([frame_features(tower, part.float()) for part in pixels.split(50)])
+
+        def integrated(step: int) -> dict[str, torch.Tensor]:
+            rows = rng.choice(TRAIN_GIFS, STATES_BATCH, replace=False)
+            seen = tower.mit(frames[torch.from_numpy(rows)]).last_hidden_state
+            loss, right = heads(seen, [facts[row] for row in rows], so_far[torch.from_numpy(rows)])
+            return {"loss": loss, **right}
+
+        learn(f"{folder.name}, integration", STATES_STEPS, TOWER_LR, [tower.mit, heads], integrated)
     test = all_pixels(gifs / "test", "test", TEST_SEED, TEST_GIFS)
     with torch.no_grad():
-        pooled = torch.cat([tower(part.float()).pooler_output for part in test.split(50)])
-        _, right = heads.eval()(pooled, [facts_of(index) for index in range(TEST_GIFS)])
+        seen = torch.cat([states(part.float()) for part in test.split(50)])
+        so_far = torch.tensor([times_so_far("test", TEST_SEED, index) for index in range(TEST_GIFS)])
+        _, right = heads.eval()(seen, [facts_of(index) for index in range(TEST_GIFS)], so_far)
     logging.info("%s held out: %s", folder.name, right)
     tower.save_pretrained(folder)
     (folder / "heads.json").write_text(json.dumps(right) + "\n")
@@ -243,7 +293,7 @@ def build_tokenizer(facts: list[dict[str, Any]]) -> PreTrainedTokenizerFast:
 def train_speech(folder: Path) -> None:
     """A Llama from scratch that answers the questions about what it is told in words; it sees nothing."""
     set_seed(TRAIN_SEED)
-    facts = [facts_of(index) for index in range(1000)]
+    facts = [facts_of(index, times) for times in (range(1, MOST_TIMES + 1), LONG_TIMES) for index in range(1000)]
     tokens = build_tokenizer(facts)
     model = LlamaForCausalLM(
         LlamaConfig(**SPEECH, vocab_size=len(tokens) + 8, pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -289,23 +339,24 @@ def assemble(output: Path, kind: str, connector: str, folder: Path) -> None:
     processor.save_pretrained(folder)
 
 
-def tune(output: Path, base: Path, folder: Path) -> None:
-    """Connector and LoRA on the four tables at once, by the command that users have."""
-    table = output / "gifs" / "train" / "train_all.jsonl"
+def tune(output: Path, base: Path, folder: Path, table: Path, steps: int, num_frames: int) -> None:
+    """Connector and LoRA, by the command that users have."""
+    kind = base.name.split("-")[1]
     options = [
         "--lora", "--lora-r", "16", "--load-in-4bit", "--device", "cpu", "--save-steps", "300",
-        "--cache-states", str(output / f"states-{base.name.split('-')[1]}"), "--cache-dtype", "fp32",
+        "--num-frames", str(num_frames), "--max-steps", str(steps), "--batch-size", str(BATCH),
+        "--learning-rate", str(RATE), "--cache-dtype", "fp32",
+        "--cache-states", str(output / f"states-{kind}-{table.parent.parent.name}-{num_frames}"),
     ]  # fmt: skip
-    options += [part for name, value in TUNING.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     if any(folder.glob("checkpoint-*")):
         options.append("--resume")
     command = [sys.executable, "-m", "bt_adapter_hf.cli.main", "finetune", "--model", str(base)]
     subprocess.run([*command, "--train", str(table), "--output-dir", str(folder), *options], check=True)
 
 
-def join_tables(folder: Path, split: str) -> None:
-    """All four tables as one of conversations, rows of all tasks mixed."""
-    asked = [question for task in TASKS for question in load_tgif_qa(folder / f"{split}_{task}_question.csv")]
+def join_tables(folder: Path, split: str, tasks: Sequence[str] = TASKS) -> None:
+    """The tables as one of conversations, rows of all tasks mixed."""
+    asked = [question for task in tasks for question in load_tgif_qa(folder / f"{split}_{task}_question.csv")]
     order = np.random.default_rng(TRAIN_SEED).permutation(len(asked))
     with (folder / f"{split}_all.jsonl").open("w", encoding="utf-8") as file:
         for index in order:
@@ -315,89 +366,88 @@ def join_tables(folder: Path, split: str) -> None:
 
 
 @torch.inference_mode()
-def answer_all(model, processor, folder: Path, split: str, change=None) -> dict[str, dict[str, float]]:
-    asked = [question for task in TASKS for question in load_tgif_qa(folder / f"{split}_{task}_question.csv")]
-    answers = []
-    for start in range(0, len(asked), 60):
-        part = asked[start : start + 60]
-        chats = [question.messages[:1] for question in part]
-        for chat in chats:
-            chat[0]["content"][0]["path"] = str(folder / (chat[0]["content"][0]["path"] + ".gif"))
-        inputs = processor.apply_chat_template(
-            chats, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
-        )
-        if change is not None:
-            inputs["pixel_values_videos"] = change(inputs["pixel_values_videos"])
-        output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
-        answers += processor.post_process_image_text_to_text(output[:, inputs["input_ids"].shape[1] :])
-    return score_tgif_qa(asked, answers)
-
-
-def evaluate(output: Path, base: Path, tuned: Path, controls: bool) -> dict[str, dict[str, dict[str, float]]]:
-    import bt_adapter_hf
-
-    processor = BTAdapterGifQAProcessor.from_pretrained(base)
-    quantized = bt_adapter_hf.quantization_config(load_in_4bit=True, bnb_4bit_quant_type="nf4",
-                                                  bnb_4bit_use_double_quant=True)  # fmt: skip
+def evaluate(base: Path, tuned: Path, folder: Path, tasks: Sequence[str], num_frames: int) -> list[dict[str, Any]]:
+    """Rows of the table: the held-out GIFs as they are, with their frames shuffled, and reversed."""
+    processor = BTAdapterGifQAProcessor.from_pretrained(base, num_frames=num_frames)
+    quantized = quantization_config(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     model = BTAdapterGifQAForConditionalGeneration.from_pretrained(base, quantization_config=quantized)
     model = load_bt_adapter(model, tuned).eval()
-    folder = output / "gifs" / "test"
-    found = {base.name: answer_all(model, processor, folder, "test")}
-    if controls:
-        generator = torch.Generator().manual_seed(TEST_SEED)
-        found[f"{base.name}, shuffled"] = answer_all(
-            model, processor, folder, "test", partial(shuffle_frames, generator=generator)
+    learns = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    asked = [question for task in tasks for question in load_tgif_qa(folder / f"test_{task}_question.csv")]
+    batches = []
+    for start in range(0, len(asked), 60):
+        chats = [question.messages[:1] for question in asked[start : start + 60]]
+        for chat in chats:
+            chat[0]["content"][0]["path"] = str(folder / (chat[0]["content"][0]["path"] + ".gif"))
+        batches.append(
+            processor.apply_chat_template(
+                chats, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+            )
         )
-        found[f"{base.name}, reversed"] = answer_all(model, processor, folder, "test", reverse_frames)
-    return found
-
-
-def format_table(scores: dict[str, dict[str, dict[str, float]]]) -> str:
-    lines = [f"{'':<28}{'FrameQA':>9}{'Action':>9}{'Transition':>12}{'Count MSE':>11}{'of mean':>9}"]
-    for name, row in scores.items():
-        cells = [f"{100 * row[task]['accuracy']:{width}.1f}"
-                 for task, width in (("frameqa", 9), ("action", 9), ("transition", 12))]  # fmt: skip
-        lines.append(f"{name:<28}{''.join(cells)}{row['count']['mse']:11.2f}{row['count']['mse_of_mean']:9.2f}")
-    return "\n".join(lines)
+    generator = torch.Generator().manual_seed(TEST_SEED)
+    rows = []
+    for name, change in (("", None), ("shuffled", partial(shuffle_frames, generator=generator)),
+                         ("reversed", reverse_frames)):  # fmt: skip
+        answers = []
+        for batch in batches:
+            inputs = dict(batch)
+            if change is not None:
+                inputs["pixel_values_videos"] = change(inputs["pixel_values_videos"])
+            output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+            answers += processor.post_process_image_text_to_text(output[:, inputs["input_ids"].shape[1] :])
+        scores = score_tgif_qa(asked, answers)
+        row = {"frames": num_frames, "control": name, "trained": learns}
+        row |= {task: round(100 * scores[task]["accuracy"], 1) for task in tasks if task != "count"}
+        row |= {"count_mse": round(scores["count"]["mse"], 2), "mse_of_mean": round(scores["count"]["mse_of_mean"], 2)}
+        rows.append(row)
+    return rows
 
 
 def main() -> None:
     args = parse_arguments(__doc__)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    output, results_file = args.output, args.output / "results.json"
+    output = args.output
     output.mkdir(parents=True, exist_ok=True)
-    gifs = output / "gifs"
+    gifs, long = output / "gifs", output / "long"
 
-    def write() -> None:
-        for split, count, seed in (("test", TEST_GIFS, TEST_SEED), ("train", TRAIN_GIFS, TRAIN_SEED)):
-            write_gif_questions(gifs / split, split, count, seed, progress=partial(tqdm, desc=f"{split} GIFs"))
-            join_tables(gifs / split, split)
+    def write(folder: Path, counts: tuple[int, int], times: Sequence[int], tasks: Sequence[str]) -> None:
+        for split, count, seed in zip(("test", "train"), counts, (TEST_SEED, TRAIN_SEED), strict=True):
+            write_gif_questions(
+                folder / split, split, count, seed, times, tasks, progress=partial(tqdm, desc=f"{split} GIFs")
+            )
+            join_tables(folder / split, split, tasks)
 
-    steps = [("gifs", gifs / "train" / "train_all.jsonl", write)]
+    usual = range(1, MOST_TIMES + 1)
+    steps = [
+        ("gifs", gifs / "train" / TABLE, partial(write, gifs, (TEST_GIFS, TRAIN_GIFS), usual, TASKS)),
+        ("long", long / "train" / TABLE, partial(write, long, (LONG_TEST, LONG_TRAIN), LONG_TIMES, ("count",))),
+    ]
     images, speech = output / "images", output / "speech"
     steps.append(("images", images / "model.safetensors", lambda: train_images(gifs, images)))
     steps.append(("speech", speech / "tokenizer_config.json", lambda: train_speech(speech)))
     for kind in ("xclip", "bt"):
         folder = output / f"tower-{kind}"
         steps.append((folder.name, folder / "heads.json", partial(train_tower, kind, images, gifs, folder)))
-    scores_file = output / "scores.json"
-    for kind, connector in SYSTEMS:
-        base, tuned = output / f"base-{kind}-{connector}", output / f"tuned-{kind}-{connector}"
+    for kind, connector, frames, source in SYSTEMS:
+        base = output / f"base-{kind}-{connector}"
+        tuned = output / f"tuned-{kind}-{connector}-{source}-{frames}"
+        budget, tasks = (STEPS, TASKS) if source == "gifs" else (LONG_STEPS, ("count",))
+        table = output / source / "train" / TABLE
         steps.append((base.name, base / "processor_config.json", partial(assemble, output, kind, connector, base)))
-        steps.append((tuned.name, tuned / "adapter_model.safetensors", partial(tune, output, base, tuned)))
+        tuning = partial(tune, output, base, tuned, table, budget, frames)
+        steps.append((tuned.name, tuned / "adapter_model.safetensors", tuning))
 
-        def score(base: Path = base, tuned: Path = tuned, controls: bool = connector == "mlp") -> None:
-            scores = json.loads(scores_file.read_text()) if scores_file.is_file() else {}
-            scores |= evaluate(output, base, tuned, controls)
-            scores_file.write_text(json.dumps(scores, indent=2) + "\n")
-            (tuned / "scored").touch()
-            print(format_table(scores), flush=True)
+        def score(base=base, tuned=tuned, tasks=tasks, frames=frames, kind=kind, connector=connector, source=source):
+            rows = evaluate(base, tuned, output / source / "test", tasks, frames)
+            about = {"gifs": "usual" if source == "gifs" else "long", "encoder": kind, "connector": connector}
+            (tuned / "scores.json").write_text(json.dumps([about | row for row in rows], indent=2) + "\n")
 
-        steps.append((f"scores of {tuned.name}", tuned / "scored", score))
-    started = time.monotonic()
-    seconds = make(steps, results_file)
-    print(f"seconds: {seconds}, this run {time.monotonic() - started:.0f}")
-    print(format_table(json.loads(scores_file.read_text())))
+        steps.append((f"scores of {tuned.name}", tuned / "scores.json", score))
+    make(steps, output / "results.json")
+    found = [output / f"tuned-{kind}-{connector}-{source}-{frames}" for kind, connector, frames, source in SYSTEMS]
+    write_scores([row for tuned in found for row in json.loads((tuned / "scores.json").read_text())])
+    write_table()
+    print(markdown(read_scores()))
 
 
 if __name__ == "__main__":

@@ -137,21 +137,25 @@ def write_gif_questions(
     count: int,
     seed: int,
     times: Sequence[int] = range(1, MOST_TIMES + 1),
+    tasks: Sequence[str] = tuple(COLUMNS),
     progress: Callable[[Any], Any] = iter,
 ) -> dict[str, Path]:
-    """Write GIFs 0 to count - 1 of (split, seed) and the tables of their questions into `folder`.
+    """Write GIFs 0 to count - 1 of (split, seed) and the tables of their questions into `folder`; without those that
+    none of the tasks asks about.
 
     Returns:
         Task -> its table, `<split>_<task>_question.csv`, tab-separated as TGIF-QA's.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    rows: dict[str, list[GifQuestion]] = {task: [] for task in COLUMNS}
+    rows: dict[str, list[GifQuestion]] = {task: [] for task in tasks}
     for index in progress(range(count)):
-        frames, facts = gif(split, seed, index, times)
         name = f"{split}-{seed}-{index:05d}"
-        write_gif(folder / f"{name}.gif", frames)
-        for question in questions(name, facts, _generator(split, seed, index, kind=4)):
+        asked = questions(name, facts_of(index, times), _generator(split, seed, index, kind=4))
+        asked = [question for question in asked if question.task in rows]
+        if asked:
+            write_gif(folder / f"{name}.gif", gif(split, seed, index, times)[0])
+        for question in asked:
             rows[question.task].append(question)
     tables = {}
     for task, asked in rows.items():
