@@ -19,7 +19,7 @@ from .table import COLUMNS, open_table, reading, row_of, what_lance_says, writin
 if TYPE_CHECKING:
     import lancedb
 
-EXACT_ROWS = 50_000  # a product with all rows takes 0.2 s of the processor at most, see benchmarks/RESULTS.md
+EXACT_ROWS = 30_000  # comparing with all of them takes less than 0.2 s, see benchmarks/RESULTS.md
 # With the index of neighbours: the part of its cells that is looked at, and how many rows are then compared exactly.
 # They make the recall and the milliseconds of benchmarks/RESULTS.md.
 _PROBED, _COMPARED = 0.2, 400
