@@ -7,6 +7,14 @@ from bt_adapter_hf.training.interruption import StopAtInterrupt
 from tests import tiny_pairs
 
 
+@pytest.fixture(autouse=True)
+def as_in_a_terminal():
+    """In the background of a shell Ctrl-C is ignored from the start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class PressCtrlC(TrainerCallback):
     def __init__(self, times: int):
         self.times = times
