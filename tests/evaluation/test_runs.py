@@ -72,6 +72,17 @@ def test_what_could_not_be_used_is_named_and_not_in_the_scores(encoder, folder, 
     assert "3 could not be used and are not in the scores" in table and "frames reversed" in table
 
 
+def test_a_row_without_a_text_is_named_where_its_video_has_another(encoder, folder, tmp_path):
+    rows = [
+        {"file_name": str(folder / f"{n}.mp4"), "text": text} for n, text in ((0, "clip 0"), (1, "clip 1"), (1, ""))
+    ]
+    table = tmp_path / "rows.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run(evaluate_retrieval, encoder, table, tmp_path / "run", controls=())
+    assert (result.items["texts"], result.items["videos"]) == (2, 2)
+    assert [(item["index"], item["reason"]) for item in result.failed] == [(2, "it has no text")]
+
+
 def test_options_of_retrieval(encoder, folder, tmp_path):
     joined = run(evaluate_retrieval, encoder, folder, tmp_path / "a", paragraph=True, controls=())
     assert joined.items["texts"] == 3 and joined.controls == {} and joined.against_frame_average == {}

@@ -63,17 +63,14 @@ def evaluate_retrieval(
         progress=progress,
     )
     texts_of: dict[str, list[str]] = {}
-    unreadable: dict[str, str] = {}  # of texts that no tokenizer takes, by video
-    for _, (name, info) in sorted(features.rows.items()):
-        of_row = {text: no_character(text) for text in info["texts"]}
-        unreadable.update((name, f"its text {problem}") for problem in of_row.values() if problem)
-        texts_of.setdefault(name, []).extend(text for text in info["texts"] if of_row[text] is None)
     failed = broken_rows(clips.source, features)
-    failed += [
-        BrokenItem(source=clips.source, index=row, video=name, reason=unreadable.get(name, "it has no text"))
-        for row, (name, _) in sorted(features.rows.items())
-        if not texts_of[name]
-    ]
+    for row, (name, info) in sorted(features.rows.items()):
+        problems = {text: no_character(text) for text in info["texts"]}
+        readable = [text for text in info["texts"] if problems[text] is None]
+        texts_of.setdefault(name, []).extend(readable)
+        if not readable:  # the video may have other rows
+            reason = next((f"its text {problem}" for problem in problems.values()), "it has no text")
+            failed.append(BrokenItem(source=clips.source, index=row, video=name, reason=reason))
     videos = sorted(name for name, texts in texts_of.items() if texts)
     if not videos:
         raise ValueError(
