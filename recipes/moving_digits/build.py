@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -179,6 +180,26 @@ def train_clip(processor: BTAdapterProcessor, folder: Path) -> None:
     """A small CLIP from scratch, on stills only: it meets places and sizes, never a motion."""
     set_seed(TRAIN_SEED)
     model = build_clip(processor.tokenizer)
+    fit_clip(
+        model,
+        processor,
+        Stills(),
+        folder,
+        max_steps=CLIP_STEPS,
+        per_device_train_batch_size=CLIP_BATCH,
+        learning_rate=CLIP_LR,
+        logging_steps=100,
+    )
+
+
+def fit_clip(
+    model: CLIPModel,
+    processor: BTAdapterProcessor,
+    data: torch.utils.data.IterableDataset,
+    folder: Path,
+    **arguments: Any,
+) -> None:
+    """Trains a CLIP on a stream of (image, text), and saves it with its processor."""
 
     def collate(items: list[dict]) -> dict:
         batch = processor(
@@ -192,16 +213,13 @@ def train_clip(processor: BTAdapterProcessor, folder: Path) -> None:
     arguments = run_arguments(
         TrainingArguments,
         folder,
-        max_steps=CLIP_STEPS,
-        per_device_train_batch_size=CLIP_BATCH,
-        learning_rate=CLIP_LR,
         warmup_steps=40,
         weight_decay=0.05,
         adam_beta2=0.98,
         max_grad_norm=1.0,
-        logging_steps=100,
+        **arguments,
     )
-    Trainer(model=model, args=arguments, train_dataset=Stills(), data_collator=collate).train()
+    Trainer(model=model, args=arguments, train_dataset=data, data_collator=collate).train()
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 

@@ -173,6 +173,14 @@ def show_still(split: str, seed: int, index: int) -> tuple[dict[str, Any], dict[
     return {"type": "image", "image": Image.fromarray(image)}, facts
 
 
+def told_in_words(kind: str, rng: np.random.Generator) -> tuple[str, dict[str, str]]:
+    """What a still, a clip or a film shows, in a sentence, and its facts."""
+    facts = rng.choice({"still": STILLS, "clip": CLIPS, "film": FILMS}[kind])
+    if kind == "still":
+        return str(rng.choice(still_phrasings(**facts))), facts
+    return clip_caption(**facts) if kind == "clip" else film_caption(**facts), facts
+
+
 class WordsAndStills(torch.utils.data.IterableDataset):
     """An endless stream of conversations, about a still and about something told in words by turns.
 
@@ -187,12 +195,7 @@ class WordsAndStills(torch.utils.data.IterableDataset):
             caption = np.random.default_rng([TRAIN_SEED, block]).permutation(len(STILLS))[nth]
             yield conversation(*show_still("train", TRAIN_SEED, block * len(STILLS) + int(caption)), rng)
             kind = rng.choice(["still", "clip", "film", "film"])
-            facts = rng.choice({"still": STILLS, "clip": CLIPS, "film": FILMS}[kind])
-            if kind == "still":
-                told = str(rng.choice(still_phrasings(**facts)))
-            else:
-                told = clip_caption(**facts) if kind == "clip" else film_caption(**facts)
-            yield conversation(told, facts, rng)
+            yield conversation(*told_in_words(kind, rng), rng)
 
 
 class ClipsAndStills(torch.utils.data.IterableDataset):

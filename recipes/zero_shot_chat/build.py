@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
-from transformers import AutoModel, CLIPModel, Trainer, TrainingArguments, set_seed
+from transformers import AutoModel, CLIPModel, set_seed
 
 from bt_adapter_hf import BTAdapterLlavaProcessor, BTAdapterProcessor
 from bt_adapter_hf.assets import default_chat_model_path, default_model_path
@@ -31,18 +31,15 @@ from bt_adapter_hf.data.moving_digits import (
     all_captions,
     all_still_captions,
     clip,
-    clip_caption,
     still,
     still_phrasings,
 )
-from bt_adapter_hf.data.moving_digits_chat import conversation, film_caption
+from bt_adapter_hf.data.moving_digits_chat import conversation
 from bt_adapter_hf.evaluation.controls import reverse_frames, shuffle_frames
 from bt_adapter_hf.models.modeling_bt_adapter_llava import BTAdapterLlavaForConditionalGeneration
 
-from ..moving_digits.build import train_branch, write_clip_files
+from ..moving_digits.build import fit_clip, train_branch, write_clip_files
 from ..moving_digits_chat.build import (
-    CLIPS,
-    FILMS,
     STILL_BATCH,
     STILL_LR,
     STILLS,
@@ -53,9 +50,10 @@ from ..moving_digits_chat.build import (
     plug_in,
     score,
     show_still,
+    told_in_words,
     train,
 )
-from ..shared import TEST_SEED, TRAIN_SEED, make, parse_output, run_arguments
+from ..shared import TEST_SEED, TRAIN_SEED, make, parse_output
 
 
 CLIP_STEPS, CLIP_BATCH, CLIP_LR = 600, 120, 5e-4  # from the CLIP of the package on
@@ -112,29 +110,15 @@ def train_clip(folder: Path) -> None:
     wanted = model.state_dict().keys()
     model.load_state_dict({key: value for key, value in weights.items() if key in wanted})
 
-    def collate(items: list[dict]) -> dict:
-        batch = processor(
-            images=[item["image"] for item in items],
-            text=[item["text"] for item in items],
-            padding=True,
-            return_tensors="pt",
-        )
-        return {**batch, "return_loss": True}
-
-    arguments = run_arguments(
-        TrainingArguments,
+    fit_clip(
+        model,
+        processor,
+        Pictures(),
         folder,
         max_steps=CLIP_STEPS,
         per_device_train_batch_size=CLIP_BATCH,
         learning_rate=CLIP_LR,
-        warmup_steps=40,
-        weight_decay=0.05,
-        adam_beta2=0.98,
-        max_grad_norm=1.0,
     )
-    Trainer(model=model, args=arguments, train_dataset=Pictures(), data_collator=collate).train()
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
 
 
 class WordsAndPictures(torch.utils.data.IterableDataset):
@@ -147,12 +131,7 @@ class WordsAndPictures(torch.utils.data.IterableDataset):
             index = shuffled_index(len(all_captions()), place, TRAIN_SEED)
             yield conversation(*show_trail("train", TRAIN_SEED, index), rng)
             kind = rng.choice(["still", "clip", "film"])
-            facts = rng.choice({"still": STILLS, "clip": CLIPS, "film": FILMS}[kind])
-            if kind == "still":
-                told = str(rng.choice(still_phrasings(**facts)))
-            else:
-                told = clip_caption(**facts) if kind == "clip" else film_caption(**facts)
-            yield conversation(told, facts, rng)
+            yield conversation(*told_in_words(kind, rng), rng)
 
 
 def train_chat(clip_folder: Path, folder: Path) -> None:
