@@ -107,9 +107,9 @@ FILMS = [
 ]
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token for every word of the world, with and without a blank before it, and all bytes."""
-    sentences = ["USER: ASSISTANT:", *sum(QUESTIONS.values(), ())]
+def build_tokenizer(*others: str) -> PreTrainedTokenizerFast:
+    """One token for every word of the world and of other texts, with and without a blank before it, and all bytes."""
+    sentences = ["USER: ASSISTANT:", *others, *sum(QUESTIONS.values(), ())]
     sentences += [text for facts in STILLS for text in still_phrasings(**facts)]
     sentences += [text for facts in (*STILLS, *FILMS) for text in answers(facts).values()]
     bpe = Tokenizer(models.BPE())
@@ -359,7 +359,7 @@ def choose(model, processor, seen: list[tuple[dict, dict]], kinds: tuple[str, ..
         asked = [(part, facts[kind]) for part, facts in seen if kind in facts]
         for first in range(0, len(asked), 120):
             parts, wanted = zip(*asked[first : first + 120], strict=True)
-            likelihoods, features = [], None
+            likelihoods, shown = [], None
             for motion in MOTIONS.values():
                 messages = [
                     [
@@ -370,9 +370,12 @@ def choose(model, processor, seen: list[tuple[dict, dict]], kinds: tuple[str, ..
                 ]
                 inputs = batch_of(processor, messages)
                 pixels, labels = inputs.pop("pixel_values_videos"), inputs.pop("labels")[:, 1:]
-                if features is None:
-                    features = model.get_video_features(pixels if change is None else change(pixels))
-                logits = model(**inputs, mm_encoder_outputs={"video": features}).logits[:, :-1]
+                if shown is None:
+                    pixels = pixels if change is None else change(pixels)
+                    shown = {"pixel_values_videos": pixels}  # a Q-Former may read the words
+                    if isinstance(model, LlavaForConditionalGeneration):
+                        shown = {"mm_encoder_outputs": {"video": model.get_video_features(pixels)}}
+                logits = model(**inputs, **shown).logits[:, :-1]
                 losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
                 likelihoods.append(-losses.sum(dim=1))
             best = torch.stack(likelihoods).argmax(dim=0).tolist()

@@ -24,7 +24,7 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from transformers import AutoModel, CLIPModel, set_seed
 
-from bt_adapter_hf import BTAdapterLlavaProcessor, BTAdapterProcessor
+from bt_adapter_hf import BTAdapterLlavaProcessor, BTAdapterProcessor, save_bt_adapter
 from bt_adapter_hf.assets import default_chat_model_path, default_model_path
 from bt_adapter_hf.data.moving_digits import (
     MOTIONS,
@@ -84,10 +84,13 @@ def shuffled_index(count: int, place: int, seed: int) -> int:
 
 
 class Pictures(torch.utils.data.IterableDataset):
-    """An endless stream of (image, caption): stills and trails by turns."""
+    """A stream of `count` (image, caption): stills and trails by turns."""
+
+    def __init__(self, count: int):
+        self.count = count
 
     def __iter__(self) -> Iterator[dict]:
-        for place in range(CLIP_STEPS * CLIP_BATCH // 2):
+        for place in range(self.count // 2):
             image, _, facts = still("train", TRAIN_SEED, shuffled_index(len(all_still_captions()), place, TRAIN_SEED))
             rng = np.random.default_rng([TRAIN_SEED, 2, place])
             yield {"image": image, "text": rng.choice(still_phrasings(**facts)).item()}
@@ -113,7 +116,7 @@ def train_clip(folder: Path) -> None:
     fit_clip(
         model,
         processor,
-        Pictures(),
+        Pictures(CLIP_STEPS * CLIP_BATCH),
         folder,
         max_steps=CLIP_STEPS,
         per_device_train_batch_size=CLIP_BATCH,
@@ -236,18 +239,10 @@ def probe(model, average, processor, videos) -> dict[str, Any]:
     return results
 
 
-def evaluate(output: Path) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
-    processor = BTAdapterLlavaProcessor.from_pretrained(output / "chat")
-    videos = test_videos()
+def score_plugged(plugged, average, processor, videos) -> dict[str, dict[str, float]]:
+    """Answers of a chat model with an adapter plugged in, beside those from frame averages, and the controls."""
     pictures = [show_still("test", TEST_SEED, index) for index in range(len(STILLS))]
     trails = [show_trail("test", TEST_SEED, index) for index in range(len(all_captions()))]
-    adapter = output / "adapter"
-    if not adapter.is_dir():
-        from bt_adapter_hf import save_bt_adapter
-
-        save_bt_adapter(AutoModel.from_pretrained(output / "model"), adapter)
-    plugged = plug_in(output / "chat", adapter)
-    average = frame_averaged(plug_in(output / "chat", adapter))
     generator = torch.Generator().manual_seed(TEST_SEED)
     shuffled = partial(shuffle_frames, generator=generator)
     kinds = ("motion", "digit", "colour")
@@ -255,7 +250,7 @@ def evaluate(output: Path) -> tuple[dict[str, dict[str, float]], dict[str, Any]]
     def last_frame(frames: torch.Tensor) -> torch.Tensor:
         return frames[:, -1:].expand_as(frames)
 
-    scores = {
+    return {
         "stills": score(plugged, processor, pictures, ("digit", "colour", "place", "size", "picture")),
         "trails": score(plugged, processor, trails, kinds),
         "frame average": score(average, processor, videos, kinds),
@@ -266,16 +261,29 @@ def evaluate(output: Path) -> tuple[dict[str, dict[str, float]], dict[str, Any]]
         "  frames shuffled": choose(plugged, processor, videos, ("motion",), shuffled),
         "  frames reversed": choose(plugged, processor, videos, ("motion",), reverse_frames),
     }
-    return scores, probe(plugged, average, processor, videos)
 
 
-def format_table(scores: dict[str, dict[str, float]], probes: dict[str, Any]) -> str:
+def evaluate(output: Path) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+    processor, videos = BTAdapterLlavaProcessor.from_pretrained(output / "chat"), test_videos()
+    adapter = output / "adapter"
+    if not adapter.is_dir():
+        save_bt_adapter(AutoModel.from_pretrained(output / "model"), adapter)
+    plugged = plug_in(output / "chat", adapter)
+    average = frame_averaged(plug_in(output / "chat", adapter))
+    return score_plugged(plugged, average, processor, videos), probe(plugged, average, processor, videos)
+
+
+def format_scores(scores: dict[str, dict[str, float]]) -> str:
     kinds = ("motion", "digit", "colour", "place", "size", "picture")
     lines = [f"{'%':<32}" + "".join(f"{kind:>8}" for kind in kinds)]
     for name, row in scores.items():
         cells = (f"{row[kind]:8.1f}" if kind in row else f"{'':8}" for kind in kinds)
         lines.append((f"{name:<32}" + "".join(cells)).rstrip())
-    lines += ["", f"{'%':<40}{'before':>10}{'after':>10}  the projection"]
+    return "\n".join(lines)
+
+
+def format_table(scores: dict[str, dict[str, float]], probes: dict[str, Any]) -> str:
+    lines = [format_scores(scores), "", f"{'%':<40}{'before':>10}{'after':>10}  the projection"]
     lines += [f"{name:<40}{probes['before'][name]:10.1f}{probes['after'][name]:10.1f}" for name in probes["before"]]
     return "\n".join(lines)
 

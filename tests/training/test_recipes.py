@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import CLIPModel, TrainerCallback
 
-from bt_adapter_hf import BTAdapterConfig, BTAdapterModel
+from bt_adapter_hf import BTAdapterConfig, BTAdapterModel, save_bt_adapter
 from bt_adapter_hf.cli.main import main
 from bt_adapter_hf.data.moving_digits import MOTIONS, clip
 from bt_adapter_hf.training import trainer as trainer_module
@@ -180,10 +181,18 @@ def test_steps_are_taken_once_and_timed(tmp_path, monkeypatch):
     assert (args.max_steps, args.logging_steps, args.save_strategy, args.use_cpu) == (7, 100, "no", True)
 
 
-@pytest.mark.parametrize(("name", "ships"), [("moving_digits", 1), ("moving_digits_chat", 1), ("zero_shot_chat", 0)])
-def test_builds_start_as_their_pages_say(name, ships):
-    command = [sys.executable, "-m", f"recipes.{name}.build"]
-    assert " ".join(["python", *command[1:]]) in (RECIPES / name / "README.md").read_text()
+@pytest.mark.parametrize(
+    ("module", "ships"),
+    [
+        ("moving_digits.build", 1),
+        ("moving_digits_chat.build", 1),
+        ("zero_shot_chat.build", 0),
+        ("zero_shot_chat.eva_hosts", 0),
+    ],
+)
+def test_builds_start_as_their_pages_say(module, ships):
+    command = [sys.executable, "-m", f"recipes.{module}"]
+    assert " ".join(["python", *command[1:]]) in (RECIPES / module.split(".")[0] / "README.md").read_text()
     result = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=120, cwd=RECIPES.parent)
     assert result.returncode == 0 and ("--ship" in result.stdout) == bool(ships), result.stderr
 
@@ -214,3 +223,31 @@ def test_a_trail_tells_a_motion_from_its_opposite(monkeypatch):
     span = np.diag([3.0, 2.0, 0.0])
     assert inside(np.array([[1.0, 1.0, 0.0]]), np.concatenate([span, -span])) == pytest.approx(100)
     assert inside(np.array([[1.0, 0.0, 1.0]]), np.concatenate([span, -span])) == pytest.approx(50)
+
+
+def test_an_adapter_beside_a_small_eva_clip_goes_into_both_hosts_of_eva(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(RECIPES.parent)
+    from recipes.zero_shot_chat import eva_hosts
+
+    for name in ("CLIP_STEPS", "CHAT_STEPS"):
+        monkeypatch.setattr(eva_hosts, name, 1)
+    for name in ("CLIP_BATCH", "CHAT_BATCH"):
+        monkeypatch.setattr(eva_hosts, name, 4)
+    clip, adapter = tmp_path / "eva-clip", tmp_path / "adapter"
+    eva_hosts.train_clip(clip)
+    assert not any(".bt_adapter." in name for name in load_file(clip / "model.safetensors"))
+    eva = BTAdapterModel.from_pretrained(clip)
+    save_bt_adapter(eva, adapter)
+    frames = torch.zeros(1, 2, 3, 48, 48)
+    frames[:, 1] = 1.0
+    for name in eva_hosts.HOSTS:
+        eva_hosts.train_chat(name, clip, tmp_path / name)
+        plugged = eva_hosts.plug_in(name, tmp_path / name, adapter)
+        for key, value in eva.vision_model.bt_adapter.state_dict().items():
+            if key in (held := plugged.vision_model.bt_adapter.state_dict()):  # a host has no use for the output gate
+                assert torch.equal(held[key], value), key
+        average = eva_hosts.plug_in(name, tmp_path / name, adapter)
+        average.vision_model.__class__ = eva_hosts.FrameAveragedTower
+        tokens = [model.vision_model(frames).last_hidden_state for model in (plugged, average)]
+        each = average.vision_model(frames[0]).last_hidden_state
+        assert torch.allclose(tokens[1][0], each.mean(dim=0), atol=1e-5) and not torch.allclose(*tokens, atol=1e-3)
