@@ -167,6 +167,10 @@ def test_bad_places(clip, clips, tmp_path, capsys):
     assert "file" in capsys.readouterr().err
     assert pretrain(str(tmp_path / "absent"), clips, tmp_path / "out") == 1
     assert "absent" in capsys.readouterr().err
+    (tmp_path / "chat").mkdir()
+    (tmp_path / "chat" / "config.json").write_text('{"model_type": "bt_adapter_llava"}')
+    assert pretrain(str(tmp_path / "chat"), "https://127.0.0.1:9/far.csv", tmp_path / "out") == 1
+    assert "a chat model with its adapter in of type 'bt_adapter_llava'" in capsys.readouterr().err  # before the table
     with pytest.raises(SystemExit):
         pretrain(clip, clips, tmp_path / "out", "--num-adapter-layers", "2", "--adapter-layers", "1")
 

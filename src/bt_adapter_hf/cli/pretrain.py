@@ -171,7 +171,9 @@ def train(args: argparse.Namespace) -> int:
         training_args.eval_controls = []
 
     from ..data.pairs import PairCollator, PairDataset, load_opposites
+    from ..models.compat_bt_adapter import resolve_revision
     from ..training.report import describe_table
+    from ..training.starting_point import check_kind
     from ..training.trainer import BTAdapterTrainer
 
     opposites = None
@@ -182,6 +184,8 @@ def train(args: argparse.Namespace) -> int:
             opposites = load_opposites(args.opposites)
         except ValueError as error:
             raise ValueError(f"--opposites: {error}") from error
+    args.revision = resolve_revision(args.model, args.revision)  # one commit for model and processor
+    check_kind(args.model, args.revision)  # before a table is opened, which may be far away
     tables = {"train": open_table(args, args.train, args.train_split)}
     if args.validation:
         tables["validation"] = open_table(args, args.validation, args.validation_split)
@@ -243,10 +247,8 @@ def load_model(args: argparse.Namespace):
     from huggingface_hub.errors import StrictDataclassError
     from transformers.utils import logging
 
-    from ..models.compat_bt_adapter import resolve_revision
     from ..training.starting_point import load_starting_point
 
-    args.revision = resolve_revision(args.model, args.revision)  # one commit for model and processor
     fields = {name: getattr(args, name) for name, _, _ in CONFIG_OPTIONS if getattr(args, name) is not None}
     if args.adapter_layers is not None:
         fields["adapter_layers"] = args.adapter_layers

@@ -11,6 +11,18 @@ from ..models.modeling_bt_adapter_pretraining import BTAdapterForPreTraining
 from ..models.processing_bt_adapter import BTAdapterProcessor
 
 
+def check_kind(name: str | os.PathLike, revision: str | None = None) -> str:
+    """The model type of what pretraining is to start from, of its config alone.
+
+    Raises:
+        ValueError: if it is no CLIP and no dual encoder.
+    """
+    model_type = model_type_of(name, revision)
+    if model_type not in ("clip", BTAdapterConfig.model_type):
+        raise wrong_kind(name, model_type, "a CLIP ('clip') or a dual encoder with a branch ('bt_adapter')")
+    return model_type
+
+
 def load_starting_point(
     name: str | os.PathLike,
     *,
@@ -34,9 +46,7 @@ def load_starting_point(
         ValueError: for another kind of model, or values that do not fit it.
         OSError: where there is no such model.
     """
-    model_type = model_type_of(name, revision)
-    if model_type not in ("clip", BTAdapterConfig.model_type):
-        raise wrong_kind(name, model_type, "a CLIP ('clip') or a dual encoder with a branch ('bt_adapter')")
+    model_type = check_kind(name, revision)
     if num_adapter_layers is not None:
         if config_fields.get("adapter_layers") is not None:
             raise ValueError("Give num_adapter_layers or adapter_layers, not both.")
