@@ -132,7 +132,20 @@ def test_questions_and_five_scores(tmp_path, capsys, monkeypatch):
         assert "24 prompts to the judge" in capsys.readouterr().out and server.asked == []
         assert main([*bench, *judge, "--aspects", "temporal,consistency"]) == 0
     printed = capsys.readouterr().out
+    assert server.asked[0].startswith("Question: Which colour is snow?")  # before the model is loaded
     assert "consistency" in printed and "detail" not in printed and "3.0 [3.0, 3.0]" in printed
+    fresh = [*bench, "-o", str(tmp_path / "fresh"), "--judge", "m"]
+    with JudgeServer(lambda text, times: (401, b'{"error": {"message": "no such key"}}', 0)).running() as server:
+        assert main([*fresh, "--judge-url", server.url]) == 1
+        said = capsys.readouterr().err
+        assert len(server.asked) == 1 and "no such key" in said and "set OPENAI_API_KEY" in said and "WARN" not in said
+    assert main([*fresh, "--judge-url", "http://127.0.0.1:9/v1", "--judge-retries", "0"]) == 1
+    assert "Nothing answers at --judge-url http://127.0.0.1:9/v1/" in capsys.readouterr().err
+    assert not (tmp_path / "fresh").exists()  # no question was answered before
+    assert main([*bench, "--dry-run"]) == 1
+    assert "holds an evaluation with other settings (questions_fingerprint" in capsys.readouterr().err
+    assert main([*bench, "--dry-run", "--aspects", "temporal,consistency"]) == 0
+    assert "The answers about all 2 videos are there" in capsys.readouterr().out
     assert main([*bench, "--judge-url", "http://127.0.0.1:9/v1"]) == 1
     assert "--judge-url needs --judge" in capsys.readouterr().err
     assert main([*bench, "--judge", "m", "--judge-local", "n"]) == 1

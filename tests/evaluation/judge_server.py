@@ -16,7 +16,7 @@ class JudgeServer:
     """
 
     def __init__(self, script: Callable[[str, int], Any]):
-        self.script, self.asked = script, []
+        self.script, self.asked, self.bodies = script, [], []
         self._lock = threading.Lock()
         judge = self
 
@@ -28,6 +28,7 @@ class JudgeServer:
                 text = body["messages"][-1]["content"]
                 with judge._lock:
                     judge.asked.append(text)
+                    judge.bodies.append(body)
                     times = judge.asked.count(text)
                 answer = judge.script(text, times)
                 if isinstance(answer, str):

@@ -68,6 +68,20 @@ def test_numbers_with_a_file_of_names(tmp_path):
         open_recognition_set("k400", tmp_path)
 
 
+def test_what_is_no_number_is_named_with_its_file_row_and_column(tmp_path):
+    layouts.k400(tmp_path)
+    file = tmp_path / "annotations" / "val.csv"
+    file.write_text(file.read_text().replace("zumba,idz,7", "zumba,idz,soon"))
+    with pytest.raises(ValueError, match=r"Row 1 of annotations/val.csv has 'soon' in 'time_start' where a number"):
+        open_recognition_set("k400", tmp_path)
+    layouts.lsmdc(tmp_path / "films")
+    (tmp_path / "films" / "LSMDC16_challenge_1000_publictect.csv").write_text("a clip, someone walks\n")
+    with pytest.raises(
+        ValueError, match=r"publictect.csv holds 'a clip, someone walks' where a clip and its sentence"
+    ):
+        open_retrieval_set("lsmdc", tmp_path / "films")
+
+
 def test_what_is_not_there(tmp_path):
     with pytest.raises(ValueError, match="no retrieval benchmark 'msvd'"):
         open_retrieval_set("msvd", tmp_path)

@@ -155,6 +155,22 @@ def test_rows_may_share_a_video(encoder, folder, tmp_path):
     np.testing.assert_array_equal(again.features["full"]["0.mp4"], found.features["full"]["0.mp4"])
 
 
+def test_a_feature_that_is_no_number_is_a_failure(encoder, folder, tmp_path, monkeypatch):
+    """Of that clip alone, and named; not of the ranks of all others."""
+    native = encoder.model.get_image_features
+
+    def spoilt(pixels):
+        output = native(pixels)
+        output["pooler_output"] = output.pooler_output / (0 if len(read) == 1 else 1)
+        read.append(pixels)
+        return output
+
+    read = []
+    monkeypatch.setattr(encoder.model, "get_image_features", spoilt)
+    found = encode_clips(encoder, [clips_of(folder)[:3]], tmp_path / "run", {}, item_timeout=None)
+    assert set(found.rows) == {0, 2} and found.failed[1][0] == "1.mp4" and "is not finite" in found.failed[1][1]
+
+
 def test_a_file_that_changed_is_encoded_anew(encoder, folder, tmp_path):
     """Other content under the same name, here of another media root; and a file that was spoilt is a failure then."""
     one, other = clips_of(folder)[:2]

@@ -1,12 +1,14 @@
 """Judges: a real client against a server that misbehaves, the cache, and what is read from replies."""
 
 import json
+import time
 
 import pytest
 
 from bt_adapter_hf.evaluation.judge import (
     EndpointJudge,
     JudgeError,
+    JudgeRefusedError,
     LocalJudge,
     find_object,
     judge_all,
@@ -49,9 +51,9 @@ def test_what_a_bad_server_does(tmp_path):
 
     def script(text, times):
         if text == "hangs":
-            return 200, b"{}", 1.0
-        if text == "refuses for good":
-            return 401, b'{"error": {"message": "wrong key"}}', 0
+            return 200, b"{}", 2.0
+        if text == "too long":
+            return 400, b'{"error": {"message": "context"}}', 0
         if text == "never readable":
             return "I would rather not say."
         if text == "out of bounds":
@@ -62,21 +64,102 @@ def test_what_a_bad_server_does(tmp_path):
             return {"429": (429, b"{}", 0), "500": (500, b"oops", 0), "prose": "well..."}[text]
         return "{'score': 4.5}"
 
-    texts = ["429", "500", "prose", "hangs", "refuses for good", "never readable", "out of bounds", "no json", "good"]
+    texts = ["429", "500", "prose", "hangs", "too long", "never readable", "out of bounds", "no json", "good"]
     with JudgeServer(script).running() as server:
-        judge = EndpointJudge("m", server.url, timeout=0.3, retries=1)
+        judge = EndpointJudge("m", server.url, timeout=1.0, retries=1)
         found = dict(zip(texts, verdicts(judge, texts, tmp_path / "replies.jsonl"), strict=True))
     assert {text for text in texts if found[text].fields} == {"429", "500", "prose", "good"}
     assert all(found[text].fields == {"score": 4.5} for text in ("429", "500", "prose", "good"))
     for text, words in {
         "hangs": "timed out",
-        "refuses for good": "wrong key",
+        "too long": "context",
         "never readable": "rather not say",
         "out of bounds": "not within 0 to 5",
         "no json": "",
     }.items():
         assert found[text].fields is None and words in found[text].error, found[text]
-    assert server.asked.count("never readable") == 3 and server.asked.count("refuses for good") == 1
+    assert server.asked.count("never readable") == 3 and server.asked.count("too long") == 1
+
+
+REFUSALS = {  # status, body of an error, and what is to be done
+    "a wrong key": (401, b'{"error": {"message": "no such key"}}', "set OPENAI_API_KEY to a key that http"),
+    "a key for other models": (403, b'{"error": {"message": "not yours"}}', "set OPENAI_API_KEY to a key that http"),
+    "no such model": (404, b'{"error": {"message": "m?"}}', "it knows no m, or base_url=http"),
+    "no money": (429, b'{"error": {"message": "pay", "code": "insufficient_quota"}}', "fill it up"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_refusal_that_holds_for_all_prompts_ends_the_run(name, tmp_path, caplog):
+    """With one error that says what to do; replies that came are kept, and the next run asks for the rest alone."""
+    status, body, advice = REFUSALS[name]
+    texts, refusing = [f"text {n}" for n in range(40)], True
+
+    def script(text, times):
+        return (status, body, 0.02) if refusing and text not in texts[:3] else '{"score": 3}'
+
+    cache = tmp_path / "replies.jsonl"
+    with JudgeServer(script).running() as server:
+        judge = EndpointJudge("m", server.url, retries=0, threads=2)
+        with pytest.raises(JudgeRefusedError) as error:
+            verdicts(judge, texts, cache)
+        said = str(error.value)
+        assert advice in said and json.loads(body)["error"]["message"] in said and not caplog.messages
+        assert len(server.asked) < 10, server.asked
+        kept = {json.loads(line)["key"] for line in cache.read_text().splitlines()}
+        assert {prompt_key(judge.name, ask(text)) for text in texts[:3]} >= kept and kept
+        refusing, before = False, len(kept)
+        server.asked.clear()
+        assert all(verdict.fields == {"score": 3} for verdict in verdicts(judge, texts, cache))
+    assert len(server.asked) == 40 - before
+
+
+def test_a_judge_that_says_nothing_is_given_up(tmp_path, caplog):
+    """Prompts in a row without an answer end the run, named once each; a few among others do not."""
+    with JudgeServer(lambda text, times: (200, b"{}", 0.4)).running() as server:
+        judge = EndpointJudge("m", server.url, timeout=0.1, retries=0, threads=4)
+        with pytest.raises(JudgeRefusedError, match=r"none of 8 prompts in a row.*timeout=0.1 s, 1 times"):
+            verdicts(judge, [f"text {n}" for n in range(100)], tmp_path / "replies.jsonl")
+        assert 8 <= len(server.asked) <= 12 and len(caplog.messages) == 1
+    with JudgeServer(lambda text, times: "I like it.").running() as server:
+        with pytest.raises(JudgeRefusedError, match="none of 30 prompts in a row.*I like it"):
+            verdicts(EndpointJudge("m", server.url), [f"text {n}" for n in range(100)], tmp_path / "replies.jsonl")
+    with pytest.raises(JudgeRefusedError, match=r"Nothing answers at base_url=http://127.0.0.1:9/v1/"):
+        judge = EndpointJudge("m", "http://127.0.0.1:9/v1", retries=0)
+        verdicts(judge, [f"text {n}" for n in range(100)], tmp_path / "replies.jsonl")
+
+
+def test_what_a_model_does_not_take_is_left_out(tmp_path, caplog):
+    """Models that reason take no temperature and call the length otherwise, and say so with a status 400."""
+
+    def script(text, times):
+        unwanted = next((name for name in ("max_tokens", "temperature") if name in server.bodies[-1]), None)
+        if unwanted is None:
+            return '{"score": 2}'
+        return 400, json.dumps({"error": {"message": f"no {unwanted}", "param": unwanted}}).encode(), 0
+
+    with JudgeServer(script).running() as server:
+        judge = EndpointJudge("m", server.url, threads=1)
+        assert all(found.fields == {"score": 2} for found in verdicts(judge, ["a", "b"], tmp_path / "replies.jsonl"))
+    assert server.asked == ["a", "a", "a", "b"] and len(caplog.messages) == 2
+    assert "is asked without temperature" in caplog.text and server.bodies[-1]["seed"] == 0
+
+
+def test_an_interrupted_run_does_not_ask_for_the_rest(tmp_path):
+    class Judge:
+        name, threads, asked = "m", 1, 0
+
+        def __call__(self, messages):
+            self.asked += 1
+            time.sleep(0.004)
+            if self.asked == 2:
+                raise KeyboardInterrupt
+            return '{"score": 1}'
+
+    judge = Judge()
+    with pytest.raises(KeyboardInterrupt):
+        verdicts(judge, [f"text {n}" for n in range(500)], tmp_path / "replies.jsonl")
+    assert judge.asked < 500 and len((tmp_path / "replies.jsonl").read_text().splitlines()) == 1
 
 
 DEEP = 20_000

@@ -18,7 +18,7 @@ from bt_adapter_hf.evaluation import frames as frames_module
 from bt_adapter_hf.evaluation.answering import Answerer, answer_clips, frame_averaged, read_answers
 from bt_adapter_hf.evaluation.chat_bench_run import dry_run_cost, evaluate_chat_bench, parts_of
 from bt_adapter_hf.evaluation.features import OtherRunError
-from bt_adapter_hf.evaluation.judge import EndpointJudge
+from bt_adapter_hf.evaluation.judge import EndpointJudge, JudgeRefusedError
 from bt_adapter_hf.evaluation.qa_run import CACHE_NAME, evaluate_qa
 from bt_adapter_hf.evaluation.qa_sets import (
     READERS,
@@ -27,6 +27,8 @@ from bt_adapter_hf.evaluation.qa_sets import (
     open_question_set,
     table_questions,
 )
+from bt_adapter_hf.evaluation.report import markdown_report
+from bt_adapter_hf.hub.result_files import card_section, read_results
 from tests.chat import saved_hosts, tiny_gif_qa
 from tests.evaluation import layouts
 from tests.evaluation.forks import in_processes, killed_after
@@ -241,14 +243,19 @@ def test_a_judge_that_never_answers_one_or_any(answerer, bench, tmp_path):
     with JudgeServer(script).running() as server:
         judge = EndpointJudge("m", server.url, timeout=5, retries=0)
         result = evaluate_chat_bench(answerer, bench, tmp_path / "run", judge, controls=(), item_timeout=None)
-    assert [item["source"] for item in result.failed] == [
-        "judge of videochatgpt, temporal",
-        "judge of videochatgpt, consistency",
+    assert result.failed == [] and [item["source"] for item in result.unjudged] == [
+        "judge of videochatgpt, temporal, full",
+        "judge of videochatgpt, consistency, full",
     ]
+    assert [item["index"] for item in result.unjudged] == [2, 3] and result.to_judge == 8
     assert "temporal" not in result.scores and result.scores["average"].value == 2
     gone = EndpointJudge("m", server.url, timeout=1, retries=0)
-    with pytest.raises(ValueError, match="m at 127.0.0.1 scored no answer. The first reason: .*Connection"):
+    with pytest.raises(JudgeRefusedError, match="m at 127.0.0.1 scored none of 8 prompts in a row.*Connection"):
         evaluate_chat_bench(answerer, bench, tmp_path / "other", gone, controls=(), item_timeout=None)
+    with pytest.raises(ValueError, match="m at 127.0.0.1 scored no answer. The first reason: .*Connection"):
+        evaluate_chat_bench(
+            answerer, bench, tmp_path / "few", gone, aspects=["temporal"], controls=(), item_timeout=None
+        )
     with pytest.raises(ValueError, match="got \\['beauty'\\]"):
         parts_of(["beauty"])
 
@@ -269,6 +276,42 @@ def test_judged_answers(answerer, tmp_path):
         values["judged"] == 50 and values["judge_score"] == pytest.approx(2.9) and values["judge_score_whole"] == 2.5
     )
     assert result.against_frame_average["judged"].difference.value == 0
+    assert result.unjudged == [] and result.to_judge == 4
+
+
+def test_what_the_judge_fails_at_is_no_failure_of_answering(answerer, tmp_path, monkeypatch):
+    """A judge named later is asked about the answers that are there; its failures, under the controls too, are told
+    apart from what could not be asked, and exact match keeps these answers."""
+    layouts.msvd_qa(tmp_path / "copy")
+    board = open_question_set("msvd-qa", root=tmp_path / "copy")
+    options = {"controls": ("blind",), "item_timeout": None}
+    plain = evaluate_qa(answerer, board, tmp_path / "run", **options)
+    monkeypatch.setattr(Answerer, "answer", lambda *args: pytest.fail("what is there is not asked again"))
+    before = dry_run_cost(board, tmp_path / "run", None, None, ["full", "blind"])
+    assert (before.known, before.clips, before.answered) == (0, 1, 1) and before.prompts >= 3
+    bad = lambda text, times: "no." if "what is red" in text else '{"pred": "yes", "score": 4}'  # noqa: E731
+    with JudgeServer(bad).running() as server:
+        judge = EndpointJudge("m", server.url, timeout=5, retries=0)
+        result = evaluate_qa(answerer, board, tmp_path / "run", judge=judge, **options)
+        after = dry_run_cost(board, tmp_path / "run", judge.name, None, ["full", "blind"])
+    assert result.failed == plain.failed and len(plain.failed) == 1 and result.items == plain.items
+    assert {name: result.scores[name] for name in plain.scores} == plain.scores and result.scores[
+        "judged"
+    ].value == 100
+    assert [item["source"] for item in result.unjudged] == [f"judge of msvd-qa, {name}" for name in ("full", "blind")]
+    assert (
+        after.prompts + after.known == before.prompts and after.known > 0 and "more have its reply" in after.describe()
+    )
+    table = result.table()
+    assert "1 could not be used" in table and "2 of 4 answers got no score from the judge" in table
+    written = json.loads(result.write(tmp_path / "run").read_text())
+    assert written["failed"]["items"] == 1 and {**written["unjudged"], "list": 0, "reasons": 0} == {
+        **{"answers": 2, "of": 4},
+        **{"list": 0, "reasons": 0},
+    }
+    named = read_results([tmp_path / "run"])
+    assert "2 of 4 answers got no score from the judge" in markdown_report(named)
+    assert "2 answers without a score" in card_section(named)
 
 
 def test_killed_resumed_and_in_two_processes(answerer, bench, tmp_path, caplog):
@@ -305,6 +348,11 @@ def test_what_is_not_as_published(tmp_path):
     with pytest.raises(ValueError, match="msvd-qa has no file test_qa.json"):
         (tmp_path / "videos").mkdir()
         open_question_set("msvd-qa", root=tmp_path)
+    layouts.activitynet_qa(tmp_path / "copy")
+    rows = [{"video_name": "1QIUV7WYKXg", "question": "what ?", "answer": "yes", "type": kind} for kind in ("3", "x")]
+    layouts.parquet(tmp_path / "copy" / "data" / "test-00000-of-00001.parquet", rows)
+    with pytest.raises(ValueError, match=r"Row 1 of data/test-.*parquet has 'x' in 'type' where a number is expected"):
+        open_question_set("activitynet-qa", root=tmp_path / "copy")
     layouts.msvd_qa(tmp_path)
     (tmp_path / "youtube_mapping.txt").write_text("abc vid9\n")
     with pytest.raises(ValueError, match=r"asks about the video 2, which youtube_mapping.txt does not list"):

@@ -63,7 +63,7 @@ def test_what_could_not_be_used_is_named_and_not_in_the_scores(encoder, folder, 
     result = run(evaluate_retrieval, encoder, folder, tmp_path / "run")
     reasons = {item["video"].rpartition("/")[2]: item["reason"] for item in result.failed}
     assert reasons.keys() == {"3.mp4", "4.mp4", "5.mp4"}
-    assert reasons["3.mp4"] == "it has no text" and "does not exist" in reasons["5.mp4"]
+    assert reasons["3.mp4"] == "it has no text." and "does not exist" in reasons["5.mp4"]
     written = json.loads(result.write(tmp_path / "run").read_text())
     assert written["failed"]["items"] == 3 and sum(written["failed"]["reasons"].values()) == 3
     assert written["protocol"]["model_fingerprint"] == encoder.fingerprint()
@@ -80,7 +80,23 @@ def test_a_row_without_a_text_is_named_where_its_video_has_another(encoder, fold
     table.write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = run(evaluate_retrieval, encoder, table, tmp_path / "run", controls=())
     assert (result.items["texts"], result.items["videos"]) == (2, 2)
-    assert [(item["index"], item["reason"]) for item in result.failed] == [(2, "it has no text")]
+    assert [(item["index"], item["reason"]) for item in result.failed] == [(2, "it has no text.")]
+
+
+def test_rows_that_are_there_twice_are_counted(encoder, folder, tmp_path):
+    """They count twice, as where a set is published so, and the result says how many they are."""
+    rows = [{"file_name": str(folder / f"{n}.mp4"), "text": f"clip {n}", "label": f"{n}"} for n in (0, 1, 1, 1)]
+    table = tmp_path / "rows.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for evaluate, options in (
+        (evaluate_retrieval, {}),
+        (evaluate_retrieval, {"paragraph": True}),
+        (evaluate_recognition, {"column": "label"}),
+    ):
+        result = run(evaluate, encoder, table, tmp_path / evaluate.__name__, controls=(), **options)
+        assert result.items["rows that are there again"] == 2 and "2 rows that are there again" in result.table()
+    result = run(evaluate_retrieval, encoder, folder, tmp_path / "all", controls=())
+    assert "rows that are there again" not in result.items
 
 
 def test_options_of_retrieval(encoder, folder, tmp_path):
@@ -93,6 +109,7 @@ def test_options_of_retrieval(encoder, folder, tmp_path):
     np.testing.assert_allclose(dual_softmax_scores(scores), scores * softmax)
     weighted = run(evaluate_retrieval, encoder, folder, tmp_path / "c", dual_softmax=True, controls=())
     assert weighted.protocol["dual_softmax"] and "t2v_R1" in weighted.scores
+    assert "(dual softmax)" in weighted.table() and "(dual softmax)" not in joined.table()
 
 
 def test_recognition(encoder, folder, tmp_path):
@@ -105,7 +122,7 @@ def test_recognition(encoder, folder, tmp_path):
     assert result.scores["top1"].value == pytest.approx(expected) and result.scores.keys() == {"top1"}
     assert result.items == {"videos": 4, "classes": 2} and result.chance == {"top1": 50}
     reasons = [item["reason"] for item in result.failed]
-    assert len(reasons) == 3 and "its label 'up' is none of the 2 classes" in reasons
+    assert len(reasons) == 3 and "its label 'up' is none of the 2 classes." in reasons
     named = run(evaluate_recognition, encoder, folder, tmp_path / "named", **options)
     assert named.items == {"videos": 5, "classes": 3}
 

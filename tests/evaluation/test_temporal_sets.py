@@ -173,6 +173,18 @@ def test_what_is_not_as_published(tmp_path):
     (tmp_path / "videos").mkdir()
     with pytest.raises(ValueError, match="rtime lists no clips"):
         open_temporal_set("rtime", tmp_path)
+    for content, words in (
+        ([], "test.json holds a list where an object with a row"),
+        (3, "it holds '3' where a list"),
+    ):
+        layouts.dump(tmp_path / "test.json", content)
+        with pytest.raises(ValueError, match=words):
+            open_temporal_set("rtime", tmp_path)
+    layouts.tvbench(tmp_path / "tvbench")
+    file = tmp_path / "tvbench" / "json" / "action_sequence.json"
+    file.write_text(file.read_text().replace("7.0", '"late"'))
+    with pytest.raises(ValueError, match=r"Row 1 of json/action_sequence.json has 'late' in 'start' where a number"):
+        open_temporal_set("tvbench", tmp_path / "tvbench")
     (tmp_path / "test.json").write_text('{"cut')
     with pytest.raises(ValueError, match="test.json cannot be read"):
         open_temporal_set("rtime", tmp_path)

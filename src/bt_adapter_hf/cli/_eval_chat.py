@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from ._options import add_chat_model_options, path, progress, quiet_transformers, real_number, whole_number
@@ -108,13 +109,22 @@ def judge_name(args: argparse.Namespace) -> str | None:
     return None if args.judge_local is None else local_name(args.judge_local)
 
 
-def make_judge(args: argparse.Namespace):
+def make_judge(args: argparse.Namespace, folder: Path):
+    """The judge that is named, if any; one at an endpoint has been asked something, before hours of answers.
+
+    Raises:
+        JudgeRefusedError: it answers nothing.
+    """
     from ..evaluation.judge import EndpointJudge, LocalJudge
+    from ..evaluation.judging import check_answers
+    from ..evaluation.qa_run import CACHE_NAME
 
     if args.judge is not None:
-        return EndpointJudge(
+        judge = EndpointJudge(
             args.judge, args.judge_url, args.judge_timeout, args.judge_retries, threads=args.judge_threads
         )
+        check_answers(judge, folder / CACHE_NAME)
+        return judge
     return None if args.judge_local is None else LocalJudge(args.judge_local, args.device)
 
 
@@ -122,13 +132,14 @@ def run_chat(args: argparse.Namespace, controls: list[str]):
     """The result of `qa` or `chat-bench`, and how many questions there are; None after a dry run."""
     from ..evaluation.answering import Answerer, conditions_of
     from ..evaluation.chat_bench_run import dry_run_cost, evaluate_chat_bench
+    from ..evaluation.features import is_main_process
     from ..evaluation.qa_run import evaluate_qa
     from ..hub.machine import decoding_workers
     from .chat import find_model
 
     quiet_transformers()
     name = judge_name(args)
-    if name is None and (args.dry_run or args.task == "chat-bench"):
+    if name is None and args.task == "chat-bench" and not args.dry_run:
         raise ValueError("a judge is missing: give --judge, or --judge-local.")
     folder = Path(args.output_dir)
     board = open_questions(args)
@@ -136,9 +147,10 @@ def run_chat(args: argparse.Namespace, controls: list[str]):
         aspects = aspects_of(args) if args.task == "chat-bench" else None
         cost = dry_run_cost(board, folder, name, aspects, conditions_of(controls, args.shuffle_draws))
         said = cost.describe(args.price_in, args.price_out)
-        print(json.dumps({"prompts": cost.prompts, "tokens": cost.tokens, "says": said}) if args.json else said)
+        if is_main_process():
+            print(json.dumps({**asdict(cost), "says": said}) if args.json else said)
         return None
-    judge = make_judge(args)
+    judge = make_judge(args, folder) if is_main_process() else None
     processor, load_model = find_model(argparse.Namespace(**{**vars(args), "files": ["a video"]}))
     if args.on_damage is not None:
         processor.video_processor.on_damage = args.on_damage

@@ -37,7 +37,7 @@ examples:
 Every score is taken again without a video, with frames shuffled, frames reversed, one frame, and with the averaged
 features of single frames: a model that reads time loses there. An interrupted run goes on with the same command.
 Under torchrun or `accelerate launch` the rows are shared out. Exit status: 0; 1 if more rows than the share
---max-broken cannot be used.
+--max-broken cannot be used, or more answers get no score from the judge.
 """
 
 
@@ -181,14 +181,16 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(result.table())
         print(f"written to {path}")
-    if len(result.failed) > args.max_broken * total:
-        print(
-            f"bt-adapter eval: error: {len(result.failed)} of {total} rows could not be used, more than the "
-            f"share --max-broken {args.max_broken:g}",
-            file=sys.stderr,
-        )
-        return 1
-    return 0
+    status = 0
+    for count, of, what in (
+        (len(result.failed), total, "rows could not be used"),
+        (len(result.unjudged), result.to_judge, "answers got no score from the judge"),
+    ):
+        if count > args.max_broken * of:
+            share = f"more than the share --max-broken {args.max_broken:g}"
+            print(f"bt-adapter eval: error: {count} of {of} {what}, {share}", file=sys.stderr)
+            status = 1
+    return status
 
 
 def _report(args: argparse.Namespace) -> int:

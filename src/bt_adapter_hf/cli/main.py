@@ -25,6 +25,7 @@ _FOLDER = Path(__file__).parents[1]
 
 HELP_WIDTH = 100
 _SPEAK_THEMSELVES = ("datasets", "huggingface_hub", "transformers")  # libraries with a handler of their own
+JUDGE_FIELDS = {"base_url": "judge_url", "timeout": "judge_timeout"}  # arguments of a judge, and their options
 COMMANDS = (
     "quickstart",
     "index",
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _one_line(error: Exception, args: argparse.Namespace) -> str:
-    fields = {field: option for option, field in TRAINING_OPTIONS.items()}
+    fields = {field: option for option, field in TRAINING_OPTIONS.items()} | JUDGE_FIELDS
     message = name_options(" ".join(str(error).split()), args, fields)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         place = error.filename or getattr(args, "output", None) or getattr(args, "output_dir", None)

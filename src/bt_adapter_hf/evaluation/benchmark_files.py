@@ -4,6 +4,7 @@ import csv
 import glob
 import io
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -107,13 +108,16 @@ class BenchmarkFiles:
             check_encoding(content)
             text = content.decode("utf-8-sig")
             if path.endswith(".json"):
-                return json.loads(text)
+                content = json.loads(text)
+                if not isinstance(content, list | dict):
+                    raise ValueError(f"it holds {text.strip()[:40]!r} where a list or an object is expected")
+                return content
             if path.endswith(".jsonl"):
                 return [json.loads(line) for line in text.split("\n") if line.strip()]
             if path.endswith((".csv", ".tsv")):
                 delimiter = "\t" if "\t" in text.partition("\n")[0] else ","
                 return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
-        except (ValueError, csv.Error) as error:
+        except (ValueError, csv.Error, RecursionError) as error:
             raise ValueError(f"{whole} cannot be read: {unicode_reason(error) or error}") from error
         raise ValueError(f"{whole} is neither .json, .jsonl, .csv, .tsv nor .parquet.")
 
@@ -162,3 +166,19 @@ def field(row: Any, names: Sequence[str], where: str, empty: Any = None) -> Any:
     if empty is not None and any(name in row for name in names):
         return empty
     raise ValueError(f"A row of {where} has no {' or '.join(names)}; it has {', '.join(map(str, row))}.")
+
+
+def number_field(row: Any, name: str, where: str, place: int) -> float:
+    """The finite number in this field of the row at this place.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = field(row, [name], where)
+    try:
+        value = float(found)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"Row {place} of {where} has {str(found)[:60]!r} in {name!r} where a number is expected.")
+    return value

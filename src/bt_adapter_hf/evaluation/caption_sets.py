@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.media import Media
-from .benchmark_files import BenchmarkFiles, field
+from .benchmark_files import BenchmarkFiles, field, number_field
 from .clips import ListedClip, ListedClips
 from .temporal_sets import rtime_hard
 
@@ -95,8 +95,10 @@ def _captions(files: BenchmarkFiles, path: str) -> Iterator[tuple[str, list[str]
     """Videos and captions, in any of the forms in which they are given out."""
     if path.endswith(".csv"):  # of LSMDC: no header; the clip comes first, the sentence last
         for line in files.lines(path):
-            clip, *_, sentence = line.split("\t")
-            yield clip, [sentence]
+            clip, tab, rest = line.partition("\t")
+            if not tab:
+                raise ValueError(f"{path} holds {line[:60]!r} where a clip and its sentence are expected, with tabs.")
+            yield clip, [rest.rpartition("\t")[2]]
         return
     content = files.read(path)
     rows = content.items() if isinstance(content, dict) else [(None, row) for row in content]
@@ -153,10 +155,9 @@ def _k400(files: BenchmarkFiles) -> tuple[Labelled, list[str]]:
     """mmaction's list, "path number", with a file of names; or DeepMind's csv with label and youtube_id."""
     path = files.find("*val_list*.txt", "val.txt", "*val*.csv", "**/*val*.csv")[0]
     if path.endswith(".csv"):
-        rows = files.read(path)
         labelled = []
-        for row in rows:
-            times = "_".join(f"{int(float(field(row, [key], path))):06d}" for key in ("time_start", "time_end"))
+        for place, row in enumerate(files.read(path)):
+            times = "_".join(f"{int(number_field(row, key, path, place)):06d}" for key in ("time_start", "time_end"))
             label, clip = field(row, ["label"], path), f"{field(row, ['youtube_id'], path)}_{times}.mp4"
             labelled.append(((f"{label}/{clip}", clip), label))
         return labelled, sorted({label for _, label in labelled})

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from .answering import Answerer, Answers, answer_clips, read_answers
 from .chat_bench import ASPECTS, aspect_messages, prompts_hash, right_or_wrong_messages
-from .clips import draws_of
-from .features import ALL_CONTROLS, FULL, is_main_process
+from .clips import draws_of, repeated
+from .features import ALL_CONTROLS, FULL, check_run, is_main_process
 from .judge import Judge, Messages, Verdict, read_score
 from .judging import Cost, cost_of, judged
-from .qa_run import CACHE_NAME, Values, answered, judge_failures, placed, question_result
+from .qa_run import CACHE_NAME, Values, answered, placed, question_result, unjudged
 from .qa_sets import Question, QuestionSet
 from .results import EvaluationResult
 from .statistics import Interval, mean_interval
@@ -58,6 +58,7 @@ def evaluate_chat_bench(
     Raises:
         ValueError: no question has an answer, or no answer a score.
         OtherRunError: `folder` is of another run.
+        JudgeRefusedError: the judge answers nothing; see `judge_all`.
     """
     parts_of(aspects)
     protocol = {"task": "chat-bench", **answerer.describe(), **board.describe()}
@@ -90,11 +91,9 @@ def evaluate_chat_bench(
             condition: [None if score is None else float(int(score)) for score in scores]
             for condition, scores in values[aspect].items()
         }
-        asked = [verdicts.get((aspect, FULL, n)) for n in range(len(kept))]
-        errors = [None if verdict is None else verdict.error for verdict in asked]
-        failed += judge_failures(board, kept, errors, aspect)
+    without = unjudged(board, kept, verdicts)
     if all(score is None for aspect in aspects for score in values[aspect][FULL]):
-        raise ValueError(f"The judge {judge.name} scored no answer. The first reason: {failed[-1]['reason']}")
+        raise ValueError(f"The judge {judge.name} scored no answer. The first reason: {without[0]['reason']}")
     videos = [str(answers.names[question.row]) for question in kept]
     result = question_result(
         "chat-bench",
@@ -113,6 +112,8 @@ def evaluate_chat_bench(
         },
         seed,
     )
+    result.unjudged, result.to_judge = without, len(verdicts)
+    result.items |= repeated(kept)
     for condition in (FULL, *controls):
         scores = result.scores if condition == FULL else result.controls[condition]
         scores.update(_averages(values, aspects, condition, videos, seed))
@@ -120,17 +121,26 @@ def evaluate_chat_bench(
 
 
 def dry_run_cost(
-    board: QuestionSet, folder: Path, judge: str, aspects: Sequence[str] | None, conditions: Sequence[str]
+    board: QuestionSet, folder: Path, judge: str | None, aspects: Sequence[str] | None, conditions: Sequence[str]
 ) -> Cost:
-    """What judging would cost, without a model: of the answers that `folder` has, and references in place of others.
+    """What judging would still cost, without a model: of the answers that `folder` has, and references in place of
+    others. What could not be read is not counted.
 
     Args:
-        judge: its name, see `Judge`.
+        judge: its name, see `Judge`, for the replies that are there; None for one that has been asked nothing yet.
         aspects: of the benchmark; None for right or wrong.
         conditions: how the clips are shown, "full" and the controls.
+
+    Raises:
+        OtherRunError: `folder` is of another run.
     """
+    check_run(folder, {"task": "qa" if aspects is None else "chat-bench", **board.describe()}, whole=False)
     answers = read_answers(folder)
-    asked = [question for question in board.questions if question.problem is None]
+    asked = [
+        question for question in board.questions if question.problem is None and question.row not in answers.failed
+    ]
+    rows = {question.row for question in asked}
+    answered = sum(all((row, condition) in answers.texts for condition in conditions) for row in rows)
     references: dict[int, list[str]] = {}
     for question in asked:
         references.setdefault(question.row, []).extend([question.references[0]] * len(question.texts))
@@ -148,7 +158,7 @@ def dry_run_cost(
             for condition in conditions
             for n, question in enumerate(asked)
         }
-    return cost_of(judge, list(prompts.values()), folder / CACHE_NAME)
+    return cost_of(judge, list(prompts.values()), folder / CACHE_NAME, len(rows), answered)
 
 
 def _score(verdict: Verdict | None) -> float | None:

@@ -1,12 +1,12 @@
 """The rows of an evaluation, of a table or of a list, and what of model and data goes into its protocol."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from .. import __version__
-from ..data.broken import BrokenItem
+from ..data.broken import BrokenItem, broken_item
 from ..data.files import identity
 from ..data.media import Media
 from ..data.readers import Record, digest
@@ -153,10 +153,13 @@ def describe_encoder(encoder: VideoEncoder) -> dict[str, Any]:
 
 def broken_rows(source: str, features: ClipFeatures) -> list[BrokenItem]:
     """The rows without features."""
-    return [
-        BrokenItem(source=source, index=row, video=name, reason=reason)
-        for row, (name, reason) in sorted(features.failed.items())
-    ]
+    return [broken_item(source, row, name, reason) for row, (name, reason) in sorted(features.failed.items())]
+
+
+def repeated(rows: Sequence[Hashable]) -> dict[str, int]:
+    """How many rows say again what another one says, for the items of a result; nothing where none does."""
+    count = len(rows) - len(set(rows))
+    return {"rows that are there again": count} if count else {}
 
 
 def draws_of(values: dict[str, Values], condition: str) -> list[Values]:

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 
 from ..adapters.writing import written_whole
 from ..hub.machine import processes_now
 from ..models.modeling_bt_adapter import BTAdapterModel
-from ..search.encoding import VideoEncoder
+from ..search.encoding import FeatureError, VideoEncoder, unit_rows
 from ..search.frame_states import FrameStates
 from .controls import CONTROLS, check_controls, control_features
 from .frames import Clip, ClipDecoder, read_clip
@@ -133,25 +133,40 @@ def claim(folder: Path, protocol: dict[str, Any]) -> None:
     Raises:
         OtherRunError: it is of a run with another protocol; the message names the fields that differ.
     """
+    check_run(folder, protocol)
     path = folder / PROTOCOL_NAME
-    if path.exists():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(found, dict):
-                raise ValueError("it holds no settings")
-        except (ValueError, RecursionError) as error:
-            raise OtherRunError(
-                f"{path} is damaged ({error}), so nobody knows what {folder} was made with: use another folder."
-            ) from error
-        found, wanted = _flat(found), _flat(json.loads(json.dumps(protocol)))
-        differing = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
-        if differing:
-            shown = "; ".join(f"{name}: {found.get(name)!r} there, {wanted.get(name)!r} now" for name in differing[:4])
-            raise OtherRunError(f"{folder} holds an evaluation with other settings ({shown}). Use another folder.")
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with written_whole(path) as temporary:
+            temporary.write_text(json.dumps(protocol, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def check_run(folder: Path, protocol: dict[str, Any], whole: bool = True) -> None:
+    """Refuses a folder that is of a run with another protocol.
+
+    Args:
+        whole: else other fields may be there, too.
+
+    Raises:
+        OtherRunError: as of `claim`.
+    """
+    path = folder / PROTOCOL_NAME
+    if not path.exists():
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(protocol, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it holds no settings")
+    except (ValueError, RecursionError) as error:
+        raise OtherRunError(
+            f"{path} is damaged ({error}), so nobody knows what {folder} was made with: use another folder."
+        ) from error
+    found, wanted = _flat(found), _flat(json.loads(json.dumps(protocol)))
+    names = found.keys() | wanted.keys() if whole else wanted.keys()
+    differing = sorted(name for name in names if found.get(name) != wanted.get(name))
+    if differing:
+        shown = "; ".join(f"{name}: {found.get(name)!r} there, {wanted.get(name)!r} now" for name in differing[:4])
+        raise OtherRunError(f"{folder} holds an evaluation with other settings ({shown}). Use another folder.")
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
@@ -218,7 +233,7 @@ def _encode(
     controls: Sequence[str],
     draws: int,
     seed: int,
-) -> tuple[list[str], dict[str, torch.Tensor], dict[str, str]]:
+) -> tuple[list[str], dict[str, np.ndarray], dict[str, str]]:
     """Names that are new, their features (names, P) by condition, and reasons of failures by name.
 
     One clip at a time, so that its features do not depend on its neighbours; its frames pass the frozen backbone once
@@ -229,18 +244,24 @@ def _encode(
         if clip.name not in known or known[clip.name] != clip.identity:
             new.setdefault(clip.name, clip)
     names: list[str] = []
-    rows: dict[str, list[torch.Tensor]] = {}
+    rows: dict[str, list[np.ndarray]] = {}
     failed: dict[str, str] = {}
     for clip, pixels in decoder(new.values()):
         if isinstance(pixels, str):
             failed[clip.name] = pixels
             continue
-        names.append(clip.name)
         generator = torch.Generator().manual_seed(seed_of(clip.name, seed))
-        for condition, feature in _features_of(encoder.model, torch.from_numpy(pixels), controls, draws, generator):
-            rows.setdefault(condition, []).append(torch.nn.functional.normalize(feature.float(), dim=-1).cpu())
+        features = _features_of(encoder.model, torch.from_numpy(pixels), controls, draws, generator)
+        try:
+            of_clip = {condition: unit_rows(feature, [clip.name]) for condition, feature in features}
+        except FeatureError as error:
+            failed[clip.name] = str(error)
+            continue
+        names.append(clip.name)
+        for condition, feature in of_clip.items():
+            rows.setdefault(condition, []).append(feature)
     known.update((name, new[name].identity) for name in names)
-    return names, {condition: torch.cat(values) for condition, values in rows.items()}, failed
+    return names, {condition: np.concatenate(values) for condition, values in rows.items()}, failed
 
 
 def _features_of(
@@ -271,7 +292,7 @@ def _blind_feature(encoder: VideoEncoder) -> np.ndarray:
     shape = (1, rules.num_frames, 3, rules.crop_size["height"], rules.crop_size["width"])
     video = torch.zeros(shape, device=encoder.model.device, dtype=encoder.model.dtype)
     feature = encoder.model.get_video_features(video).pooler_output
-    return torch.nn.functional.normalize(feature.float(), dim=-1)[0].cpu().numpy()
+    return unit_rows(feature, ["grey frames"])[0]
 
 
 def seed_of(name: str, seed: int) -> int:
@@ -280,7 +301,7 @@ def seed_of(name: str, seed: int) -> int:
 
 
 def _write_part(
-    folder: Path, batch: list[Clip], names: list[str], features: dict[str, torch.Tensor], failed: dict[str, str]
+    folder: Path, batch: list[Clip], names: list[str], features: dict[str, np.ndarray], failed: dict[str, str]
 ) -> None:
     rows = [[clip.row, clip.name, clip.info, failed.get(clip.name)] for clip in batch]
     (folder / "features").mkdir(exist_ok=True)

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 _LONGEST = 10_000  # characters of a reply in which an object is looked for
 _UNREADABLE = (ValueError, KeyError, TypeError)  # what a reader of replies raises
+# Prompts in a row without an answer, and without one that can be read, after which the rest is not asked.
+_UNANSWERED, _UNREAD = 8, 30
 
 Messages = list[dict[str, str]]  # {"role": ..., "content": ...} each
 
@@ -43,8 +46,12 @@ class JudgeError(RuntimeError):
     """The judge gave no answer to a prompt; the message says why."""
 
 
-class NoTextError(JudgeError):
-    """A reply came, and there is no text in it: worth asking again."""
+class UnreadableReplyError(JudgeError):
+    """A reply came, and what was asked for is not in it: worth asking again."""
+
+
+class JudgeRefusedError(JudgeError):
+    """The judge answers nothing until something is changed; the message says what."""
 
 
 class EndpointJudge:
@@ -58,6 +65,8 @@ class EndpointJudge:
         retries: of a request that was refused for now (429, 5xx, lost connections), with growing pauses.
         max_tokens: of a reply.
         threads: requests at the same time.
+
+    What of the settings a model does not take (temperature, seed, length) is left to it, with a warning.
 
     Raises:
         ImportError: without the package `openai`.
@@ -82,26 +91,51 @@ class EndpointJudge:
             raise ValueError(
                 f"The judge {model} cannot be asked: {error} Set OPENAI_API_KEY; a server of your own takes any word."
             ) from error
-        self.model, self.max_tokens, self.threads = model, max_tokens, threads
+        self.model, self.threads = model, threads
         self.name = endpoint_name(model, str(self._client.base_url))
+        self._settings = {"temperature": 0, "seed": 0, "max_tokens": max_tokens}
         self._error = openai.OpenAIError
 
     def __call__(self, messages: Messages) -> str:
+        settings = dict(self._settings)  # which another thread may change
         try:
-            reply = self._client.chat.completions.create(
-                model=self.model, messages=messages, temperature=0, seed=0, max_tokens=self.max_tokens
-            )
+            reply = self._client.chat.completions.create(model=self.model, messages=messages, **settings)
         except (ValueError, RecursionError) as error:  # the body is no JSON, or nested without end
-            raise NoTextError(f"the reply is no JSON ({type(error).__name__}: {error})") from error
+            raise UnreadableReplyError(f"the reply is no JSON ({type(error).__name__}: {error})") from error
         except self._error as error:
-            raise JudgeError(f"{type(error).__name__}: {error}") from error
+            unwanted = getattr(error, "param", None)
+            if getattr(error, "status_code", None) == 400 and unwanted in settings:
+                if self._settings.pop(unwanted, None) is not None:
+                    logger.warning("The judge %s is asked without %s: %s", self.name, unwanted, error)
+                return self(messages)
+            raise self._refusal(error) from error
         try:
             content = reply.choices[0].message.content
         except (AttributeError, IndexError, KeyError, TypeError):  # the client takes JSON of any shape
             content = None
         if not isinstance(content, str) or not content.strip():
-            raise NoTextError(f"the reply has no text: {_start(reply)}")
+            raise UnreadableReplyError(f"the reply has no text: {_start(reply)}")
         return content
+
+    def _refusal(self, error: Exception) -> JudgeError:
+        """What an error of the client means: of this prompt, or of all."""
+        import openai
+
+        client, said = self._client, f"{type(error).__name__}: {error}"
+        if isinstance(error, openai.APITimeoutError):
+            return JudgeError(f"{said} It was given timeout={client.timeout:g} s, {client.max_retries + 1} times")
+        if isinstance(error, openai.APIConnectionError):
+            return JudgeError(f"{said} Nothing answers at base_url={client.base_url}")
+        status = getattr(error, "status_code", None)
+        if status in (401, 403):
+            advice = f"set OPENAI_API_KEY to a key that {client.base_url} takes for {self.model}"
+        elif status in (404, 405):
+            advice = f"it knows no {self.model}, or base_url={client.base_url} is not where it is (most end in /v1)"
+        elif status == 402 or getattr(error, "code", None) == "insufficient_quota":
+            advice = "nothing is left on the account: fill it up, or name another judge"
+        else:
+            return JudgeError(said)
+        return JudgeRefusedError(f"The judge {self.name} answers nothing ({said}): {advice}.")
 
 
 def endpoint_name(model: str, base_url: str | None = None) -> str:
@@ -169,6 +203,10 @@ def judge_all(
             good reply is added as it comes. A damaged line, or one whose reply cannot be read, is dropped with a
             warning, and its prompt asked again.
         attempts: how often a prompt is asked whose reply cannot be read.
+
+    Raises:
+        JudgeRefusedError: no prompt gets an answer (a wrong key, no such model, or many prompts in a row without one).
+            The rest is not asked; replies that came are in the cache.
     """
     known = _clean(cache)
     keys = [prompt_key(judge.name, messages) for messages in prompts]
@@ -180,40 +218,68 @@ def judge_all(
             logger.warning("%s: a reply cannot be read (%s) and is asked for again", cache, problem)
     todo = {key: messages for key, messages in zip(keys, prompts, strict=True) if key not in fields}
     failed: dict[str, str] = {}
+    in_row: list[JudgeError] = []
+    refused: JudgeRefusedError | None = None
+    stopped = threading.Event()
 
-    def ask(key: str, messages: Messages) -> tuple[str, str | None, dict[str, Any] | str]:
-        """The raw reply and its fields, or None and why there are none."""
-        error = ""
+    def ask(key: str, messages: Messages) -> tuple[str, str, dict[str, Any] | JudgeError | None]:
+        """The raw reply and its fields, or why there are none; None of what was not asked."""
+        problem = None
         for _ in range(attempts):
+            if stopped.is_set():
+                break
             try:
                 raw = judge(messages)
-            except NoTextError as problem:
-                error = str(problem)
+            except UnreadableReplyError as error:
+                problem = error
                 continue
-            except JudgeError as problem:
-                return key, None, str(problem)  # the client has tried again itself
+            except JudgeError as error:
+                return key, "", error  # the client has tried again itself
             try:
                 return key, raw, read(find_object(raw))
-            except _UNREADABLE as problem:
-                error = f"unreadable reply ({problem}): {_start(raw)}"
-        return key, None, error
+            except _UNREADABLE as error:
+                problem = UnreadableReplyError(f"unreadable reply ({error}): {_start(raw)}")
+        return key, "", problem
 
     cache.parent.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(judge.threads) as pool, cache.open("a", encoding="utf-8") as file:
-        for future in as_completed([pool.submit(ask, *item) for item in todo.items()]):
-            key, raw, found = future.result()
-            if raw is None:
-                failed[key] = found
-                logger.warning("The judge gave no score: %s", found)
-                continue
-            known[key], fields[key] = raw, found
-            file.write(json.dumps({"key": key, "judge": judge.name, "raw": raw}) + "\n")
-            file.flush()
+        try:
+            for future in as_completed([pool.submit(ask, *item) for item in todo.items()]):
+                key, raw, found = future.result()
+                if isinstance(found, dict):  # kept of those, too, that were under way when the judge was given up
+                    in_row.clear()
+                    known[key], fields[key] = raw, found
+                    file.write(json.dumps({"key": key, "judge": judge.name, "raw": raw}) + "\n")
+                    file.flush()
+                elif found is not None and refused is None:
+                    in_row.append(found)
+                    refused = _given_up(judge.name, in_row)
+                    if refused is not None:
+                        stopped.set()
+                    elif str(found) not in failed.values():  # not a line for each prompt
+                        logger.warning("The judge gave no score: %s", found)
+                    failed[key] = str(found)
+        finally:
+            stopped.set()
+    if refused is not None:
+        raise refused
     for key in keys:
         if key in failed:
             yield Verdict(key, None, None, failed[key])
         else:
             yield Verdict(key, known[key], fields[key], None)
+
+
+def _given_up(name: str, in_row: Sequence[JudgeError]) -> JudgeRefusedError | None:
+    """Why the judge is not asked any further, after these failures without an answer between them."""
+    last = in_row[-1]
+    if isinstance(last, JudgeRefusedError):
+        return last
+    silent = [error for error in in_row[-_UNANSWERED:] if not isinstance(error, UnreadableReplyError)]
+    if len(silent) == _UNANSWERED or len(in_row) >= _UNREAD:
+        count = len(silent) if len(silent) == _UNANSWERED else len(in_row)
+        return JudgeRefusedError(f"The judge {name} scored none of {count} prompts in a row. The last: {last}.")
+    return None
 
 
 def known_keys(cache: Path) -> set[str]:

@@ -1,6 +1,6 @@
 """Question answering over videos: exact and relaxed match, and a judge's verdict, with intervals and controls."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +9,9 @@ from ..data.broken import BrokenItem, broken_item, described
 from .answering import Answerer, Answers, answer_clips
 from .answers import exact_match, relaxed_match
 from .chat_bench import prompts_hash, right_or_wrong_messages
-from .clips import draws_of
+from .clips import draws_of, repeated
 from .features import ALL_CONTROLS, FULL, is_main_process
-from .judge import Judge, read_yes_no
+from .judge import Judge, Verdict, read_yes_no
 from .judging import judged
 from .qa_sets import Question, QuestionSet
 from .results import EvaluationResult
@@ -41,12 +41,14 @@ def evaluate_qa(
         board: clips and questions; see `open_question_set` and `table_questions`.
         folder: of this run; an interrupted run goes on in it.
         judge: gives `judged`, the share that it calls right, and `judge_score` from 0 to 5 (`judge_score_whole` as
-            the released scripts cut it). Answers without a verdict are reported, and in none of these.
+            the released scripts cut it). Answers without a verdict are reported, and in none of these. A judge may
+            be named, or changed, later: answers are kept, and asked about then.
         controls, draws, seed, workers, item_timeout, progress: see `encode_clips`.
 
     Raises:
         ValueError: no question has an answer.
         OtherRunError: `folder` is of another run.
+        JudgeRefusedError: the judge answers nothing; see `judge_all`.
     """
     protocol = {"task": "qa", **answerer.describe(), **board.describe()}
     answers = answer_clips(
@@ -76,6 +78,7 @@ def evaluate_qa(
         }
         for name, match in (("exact", exact_match), ("relaxed", relaxed_match))
     }
+    verdicts: dict[tuple[str, int], Verdict] = {}
     if judge is not None and is_main_process():
         prompts = {
             (condition, n): right_or_wrong_messages(kept[n].texts[0], kept[n].references[0], said(n, condition))
@@ -95,9 +98,8 @@ def evaluate_qa(
                 ]
                 for condition in conditions
             }
-        failed += judge_failures(board, kept, [verdicts[FULL, n].error for n in range(len(kept))])
         protocol |= {"judge": judge.name, "judge_prompts": prompts_hash()}
-    return question_result(
+    result = question_result(
         "qa",
         values,
         [str(answers.names[question.row]) for question in kept],
@@ -108,6 +110,9 @@ def evaluate_qa(
         seed,
         percent=("exact", "relaxed", "judged"),
     )
+    result.unjudged, result.to_judge = unjudged(board, kept, verdicts), len(verdicts)
+    result.items |= repeated(kept)
+    return result
 
 
 def placed(questions: Sequence[Question]) -> dict[Question, int]:
@@ -146,16 +151,17 @@ def answered(board: QuestionSet, answers: Answers) -> tuple[list[Question], list
     return kept, failed
 
 
-def judge_failures(
-    board: QuestionSet, kept: Sequence[Question], errors: Sequence[str | None], aspect: str = ""
+def unjudged(
+    board: QuestionSet, kept: Sequence[Question], verdicts: Mapping[tuple[str | int, ...], Verdict]
 ) -> list[BrokenItem]:
-    """The answers that the judge gave no verdict on."""
-    source = f"judge of {board.clips.source}" + (f", {aspect}" if aspect else "")
-    return [
-        BrokenItem(source=source, index=number, video=question.texts[0], reason=error)
-        for number, (question, error) in enumerate(zip(kept, errors, strict=True))
-        if error is not None
-    ]
+    """The answers without a verdict; keys of verdicts end in the number of the question, before it what was asked."""
+    numbers = {question: number for number, question in enumerate(board.questions)}
+    found = []
+    for (*asked, n), verdict in verdicts.items():
+        if verdict.error is not None:
+            source = ", ".join([f"judge of {board.clips.source}", *asked])
+            found.append(broken_item(source, numbers[kept[n]], kept[n].texts[0], verdict.error))
+    return found
 
 
 def question_result(

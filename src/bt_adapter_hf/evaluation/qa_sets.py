@@ -11,7 +11,7 @@ from ..data.media import Media
 from ..data.moving_digits_chat import QUESTIONS, answers, write_chat_clips
 from ..data.readers import digest
 from ..data.sources import PairTable
-from .benchmark_files import VIDEO_ENDINGS, BenchmarkFiles, field
+from .benchmark_files import VIDEO_ENDINGS, BenchmarkFiles, field, number_field
 from .clips import Clips, ListedClip, ListedClips, TableClips
 
 
@@ -89,9 +89,10 @@ def activitynet_qa(files: BenchmarkFiles, split: str) -> Iterator[Asked]:
         if path.endswith(".json"):
             other = path.removesuffix("_q.json") + "_a.json"
             of_question = {field(row, ["question_id"], other): row for row in files.read(other)}
-        for row in files.read(path):
+        for place, row in enumerate(files.read(path)):
+            name = field(row, ["video_name"], path)
             row = {**row, **of_question.get(row.get("question_id"), {})}
-            name, kind = field(row, ["video_name"], path), int(row.get("type", -1))
+            kind = -1 if row.get("type") is None else int(number_field(row, "type", path, place))
             named = ACTIVITYNET_KINDS[kind] if 0 <= kind < len(ACTIVITYNET_KINDS) else ""
             yield _any_ending(f"v_{name.removeprefix('v_')}"), *_question(row, path), named
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.broken import BrokenItem
+from ..data.broken import broken_item
 from ..data.sources import PairTable
 from ..search.encoding import VideoEncoder
-from .clips import Clips, TableClips, as_clips, broken_rows, describe_encoder, draws_of
+from .clips import Clips, TableClips, as_clips, broken_rows, describe_encoder, draws_of, repeated
 from .features import ALL_CONTROLS, FULL, encode_clips
 from .results import EvaluationResult
 from .retrieval import cosine_similarity, retrieval_ranks
@@ -78,14 +78,14 @@ def evaluate_recognition(
         number = _class_of(texts[0] if texts else "", numbers, classes is not None, label_offset)
         if number is None:
             reason = f"its label {texts[0]!r} is none of the {len(names)} classes" if texts else "it has no label"
-            failed.append(BrokenItem(source=clips.source, index=row, video=name, reason=reason))
+            failed.append(broken_item(clips.source, row, name, reason))
         else:
             kept.append(name)
             right.append(number)
     if len(kept) <= len(labelled) / 2:
         raise ValueError(
             f"Only {len(kept)} of {len(labelled)} rows have a label that is a class; of {failed[-1]['video']}: "
-            f"{failed[-1]['reason']}."
+            f"{failed[-1]['reason']}"
         )
 
     texts = np.mean([encoder.encode_texts([t.replace("{}", name) for name in names]) for t in templates], axis=0)
@@ -112,7 +112,7 @@ def evaluate_recognition(
         controls=scores,
         against_frame_average=against,
         chance={f"top{k}": 100 * k / len(names) for k in top},
-        items={"videos": len(kept), "classes": len(names)},
+        items={"videos": len(kept), "classes": len(names), **repeated(list(zip(kept, right, strict=True)))},
         protocol={**protocol, "templates": list(templates), "shuffle_draws": draws, "seed": seed},
         failed=failed,
     )

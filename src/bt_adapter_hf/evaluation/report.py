@@ -64,6 +64,10 @@ def _notes(results: Sequence[NamedResult]) -> list[str]:
         notes.append(f"{result.name}: over {counts}" + (f"; {failed} could not be used" if failed else ""))
         if content["protocol"].get("dual_softmax"):
             notes.append(f"{result.name}: scores are weighed by all queries at once (dual softmax)")
+        unjudged = content.get("unjudged", {})  # not in what an older release wrote
+        if unjudged.get("answers"):
+            share = f"{unjudged['answers']} of {unjudged['of']}"
+            notes.append(f"{result.name}: {share} answers got no score from the judge and are not in its means")
     if len({result.content["protocol"].get("data_fingerprint") for result in results}) > 1:
         notes.append("The results are not over the same data: their differences say little.")
     notes.append("In brackets 95 % intervals over videos.")
@@ -95,11 +99,13 @@ def _html_table(rows: list[list[str]]) -> str:
 
 
 def _plot(results: Sequence[NamedResult]) -> str:
-    """The first score of the task as SVG: bars for the model and its controls, intervals, and chance as a line."""
+    """The first score of the task, or the average of all, as SVG: bars for the model and its controls with intervals,
+    and chance as a line."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    score = headlines(results)[0]
+    names = headlines(results)
+    score = "average" if "average" in names else names[0]
     shown = list(dict.fromkeys(what for result in results for what, _ in result.rows))
     figure = Figure(figsize=(2 + 1.3 * len(shown), 3.2), layout="constrained")
     FigureCanvasSVG(figure)
@@ -116,7 +122,7 @@ def _plot(results: Sequence[NamedResult]) -> str:
     axes.set_xticks(range(len(shown)), shown)
     axes.set_ylabel(score)
     axes.set_ylim(bottom=0)
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=4)
     with io.StringIO() as file:
         figure.savefig(file, format="svg", metadata={"Date": None})
         svg = file.getvalue()

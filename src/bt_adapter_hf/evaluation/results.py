@@ -24,6 +24,8 @@ class EvaluationResult:
         chance: what guessing gives, where it can be said.
         items: how many of what the scores are over.
         failed: names and reasons of what could not be used; the scores are over the rest.
+        unjudged: answers that a judge gave no score, under any control; they are in all scores but the judge's.
+        to_judge: how many answers the judge was asked about.
         protocol: everything that decides the scores.
         reference_ties: of retrieval, the scores under the tie rule of the released code.
         aspects: the scores of parts of the items, by what they test.
@@ -37,6 +39,8 @@ class EvaluationResult:
     items: dict[str, int]
     protocol: dict[str, Any]
     failed: list[BrokenItem] = field(default_factory=list)
+    unjudged: list[BrokenItem] = field(default_factory=list)
+    to_judge: int = 0
     reference_ties: dict[str, float] = field(default_factory=dict)
     aspects: dict[str, dict[str, Interval]] = field(default_factory=dict)
 
@@ -44,6 +48,13 @@ class EvaluationResult:
         """Plain values for JSON."""
         fields = asdict(self)
         fields["failed"] = {"items": len(self.failed), "reasons": count_reasons(self.failed), "list": self.failed}
+        del fields["to_judge"]
+        fields["unjudged"] = {
+            "answers": len(self.unjudged),
+            "of": self.to_judge,
+            "reasons": count_reasons(self.unjudged),
+            "list": self.unjudged,
+        }
         return fields
 
     def write(self, folder: Path) -> Path:
@@ -73,13 +84,19 @@ class EvaluationResult:
         for name in names:
             if name in self.against_frame_average:
                 lines.append(f"{name}: {_sentence(self.against_frame_average[name])}")
+        if self.protocol.get("dual_softmax"):
+            lines.append("scores are weighed by all queries at once (dual softmax), which a search cannot do")
         counts = ", ".join(f"{count} {what}" for what, count in self.items.items())
         lines.append(f"over {counts}; in brackets 95 % intervals over videos")
-        if self.failed:
-            lines.append(f"{len(self.failed)} could not be used and are not in the scores:")
-            reasons = Counter(count_reasons(self.failed)).most_common(3)
-            lines += [f"  {count:>5}  {reason}" for reason, count in reasons]
-        return "\n".join(lines)
+        lines += _reasons(f"{len(self.failed)} could not be used and are not in the scores", self.failed)
+        said = f"{len(self.unjudged)} of {self.to_judge} answers got no score from the judge and are not in its means"
+        return "\n".join(lines + _reasons(said, self.unjudged))
+
+
+def _reasons(said: str, items: list[BrokenItem]) -> list[str]:
+    """The most frequent reasons, if there is anything to say."""
+    reasons = Counter(count_reasons(items)).most_common(3)
+    return [f"{said}:", *(f"  {count:>5}  {reason}" for reason, count in reasons)] if items else []
 
 
 def _cell(score: Interval) -> str:

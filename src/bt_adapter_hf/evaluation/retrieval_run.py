@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from ..adapters.writing import no_character
-from ..data.broken import BrokenItem, described
+from ..data.broken import broken_item, described
 from ..data.sources import PairTable
 from ..search.encoding import VideoEncoder
-from .clips import Clips, as_clips, broken_rows, describe_encoder, draws_of
+from .clips import Clips, as_clips, broken_rows, describe_encoder, draws_of, repeated
 from .features import ALL_CONTROLS, FULL, ClipFeatures, encode_clips
 from .results import EvaluationResult
 from .retrieval import RECALL_AT, cosine_similarity, rank_metrics, retrieval_ranks
@@ -70,13 +70,14 @@ def evaluate_retrieval(
         texts_of.setdefault(name, []).extend(readable)
         if not readable:  # the video may have other rows
             reason = next((f"its text {problem}" for problem in problems.values()), "it has no text")
-            failed.append(BrokenItem(source=clips.source, index=row, video=name, reason=reason))
+            failed.append(broken_item(clips.source, row, name, reason))
     videos = sorted(name for name, texts in texts_of.items() if texts)
     if not videos:
         raise ValueError(
             f"No row of {clips.source} has a video that can be read and a text. The first of {len(failed)}: "
             f"{described(failed[0])}"
         )
+    again = repeated([(name, text) for name in videos for text in texts_of[name]])
     if paragraph:
         texts_of = {name: [" ".join(texts)] for name, texts in texts_of.items()}
     owners = [name for name in videos for _ in texts_of[name]]
@@ -100,7 +101,12 @@ def evaluate_retrieval(
             )
             for metric, value in chance_of_recall(right, gallery).items()
         },
-        items={"texts": len(captions), f"of them cut at {length} tokens": cut, "videos": len(videos)},
+        items={
+            "texts": len(captions),
+            f"of them cut at {length} tokens": cut,
+            "videos": len(videos),
+            **again,
+        },
         protocol={
             **protocol,
             "paragraph": paragraph,

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..data.broken import broken_item, described
 from ..search.encoding import VideoEncoder
-from .clips import describe_encoder, draws_of
+from .clips import describe_encoder, draws_of, repeated
 from .features import ALL_CONTROLS, FULL, encode_clips
 from .results import EvaluationResult
 from .retrieval import cosine_similarity
@@ -113,6 +113,7 @@ def evaluate_temporal(
             "items": len(items),
             "clips": len({row for item in items for row in item.clips}),
             f"texts, of them {cut} cut at {limit} tokens": len(texts),
+            **repeated([(tuple(features.rows[row][0] for row in item.clips), item.texts) for item in items]),
         },
         protocol={**protocol, "max_text_length": limit, "shuffle_draws": draws, "seed": seed},
         failed=failed,

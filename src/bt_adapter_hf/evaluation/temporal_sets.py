@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field as dataclass_field
+from dataclasses import dataclass, field as dataclass_field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from ..data.media import Media
 from ..data.moving_digits import WRITERS
 from ..data.moving_digits_temporal import temporal_items
 from ..data.sources import PairTable
-from .benchmark_files import BenchmarkFiles, field
+from .benchmark_files import BenchmarkFiles, field, number_field
 from .clips import Clips, ListedClip, ListedClips, TableClips
 from .temporal import TemporalItem
 
@@ -66,9 +66,13 @@ def _rtime_clips(files: BenchmarkFiles) -> Iterator[tuple[ListedClip, ListedClip
     """The released videos are played forwards only; what is not annotated backwards is left out."""
     media = files.media(("videos", "RTime_videos"), ("*.zip", "*.tar"))
     (path,) = files.find("test.json")
-    for name, row in files.read(path).items():
+    content = files.read(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a list where an object with a row for each video is expected.")
+    for name, row in content.items():
+        forward_captions = field(row, ["forward_captions"], path, empty="")
         if row.get("reverse") and row.get("reverse_captions"):
-            forward = str((field(row, ["forward_captions"], path, empty="") or [""])[0])
+            forward = str((forward_captions or [""])[0])
             paths = (f"{name}.mp4", f"{name}.webm", f"{name}.mov")
             yield (
                 ListedClip(media, paths, (forward,)),
@@ -106,10 +110,10 @@ def tvbench(files: BenchmarkFiles) -> Iterator[Item]:
     for path in files.find("json/*.json"):
         task = Path(path).stem
         media = files.media((f"video/{task}",), (f"video/{task}.zip", f"video/{task}*.zip"))
-        for row in files.read(path):
-            start, end = row.get("start"), row.get("end")
-            span = None if start is None or end is None else (float(start), float(end))
-            clip = ListedClip(media, (str(field(row, ["video"], path)),), span=span)
+        for place, row in enumerate(files.read(path)):
+            clip = ListedClip(media, (str(field(row, ["video"], path)),))
+            if row.get("start") is not None and row.get("end") is not None:
+                clip = replace(clip, span=tuple(number_field(row, name, path, place) for name in ("start", "end")))
             candidates = [str(choice) for choice in field(row, ["candidates"], path)]
             question, answer = str(field(row, ["question"], path)), str(field(row, ["answer"], path))
             yield [clip], _choices(question, candidates, answer), task.replace("_", " ")

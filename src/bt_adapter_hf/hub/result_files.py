@@ -98,6 +98,7 @@ def _problem(content: Any) -> str | None:
         "items": not _is_map(content["items"], _is_number),
         "protocol": not isinstance(content["protocol"], dict),
         "failed": not isinstance(content["failed"], dict) or not _is_number(content["failed"].get("items")),
+        "unjudged": not _is_unjudged(content.get("unjudged", {})),
         "against_frame_average": not _is_map(tests, _is_test),
     }
     named = next((name for name, is_wrong in wrong.items() if is_wrong), None)
@@ -116,6 +117,10 @@ def _are_scores(value: Any) -> bool:
     return _is_map(
         value, lambda score: isinstance(score, dict) and all(_is_number(score.get(name)) for name in _SCORE)
     )
+
+
+def _is_unjudged(value: Any) -> bool:
+    return isinstance(value, dict) and (not value or all(_is_number(value.get(name)) for name in ("answers", "of")))
 
 
 def _is_test(value: Any) -> bool:
@@ -178,6 +183,8 @@ def card_section(results: Sequence[NamedResult]) -> str:
         said += [f"judge {protocol['judge']}"] if protocol.get("judge") else []
         failed = result.content["failed"]["items"]
         said += [f"{failed} could not be used"] if failed else []
+        unjudged = result.content.get("unjudged", {})  # of what an older release wrote
+        said += [f"{unjudged['answers']} answers without a score"] if unjudged.get("answers") else []
         title = TASKS.get(result.content["task"], ("", result.content["task"]))[1]
         rows = score_rows([NamedResult(MODEL, result.content)])
         parts.append(
