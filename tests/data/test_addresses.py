@@ -27,6 +27,7 @@ def test_a_table_of_tgif_qa_is_a_table_of_conversations(tmp_path):
     assert not table.needs_store and table.shard_rows == [3]
     messages = table.messages(0)
     assert visuals_of(messages, "video") == [str(tmp_path / "a.gif")]
+    assert visuals_of(table.messages(1), "video") == [str(tmp_path / "b.gif")]  # which is not there
     assert messages[0]["content"][1]["text"] == "what happens ?"
     assert messages[1]["content"][0]["text"] == "right"
     with pytest.raises(UnusableRow, match="no gif_name"):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image, ImageSequence
 from transformers import AutoModelForImageTextToText
 
 from bt_adapter_hf import (
@@ -91,6 +92,24 @@ def test_more_frames_than_the_tower_takes(saved, capsys):
     chat = ["chat", str(saved / "3.gif"), "-q", "what ?", "--max-new-tokens", "2", "--json", "--model"]
     assert main([*chat, str(saved / "base"), "--num-frames", "10", "--device", "cpu", "--item-timeout", "0"]) == 0
     assert json.loads(capsys.readouterr().out)["visual_tokens"] == 10
+
+
+def test_whatever_moves_is_a_gif_and_a_still_one_of_one_frame(saved, tmp_path, capsys):
+    with Image.open(saved / "3.gif") as gif:
+        frames = [frame.convert("RGBA") for frame in ImageSequence.Iterator(gif)]
+    moving, still = [tmp_path / name for name in ("a.webp", "a.png")], tmp_path / "still.png"
+    for path in moving:
+        frames[0].save(
+            path, save_all=True, append_images=frames[1:], duration=[40, 200, 10, 90, 60, 70], lossless=True
+        )
+    frames[0].save(still)
+    chat = ["-q", "what ?", "--max-new-tokens", "2", "--model", str(saved / "base"), "--device", "cpu"]
+    assert main(["chat", *map(str, moving), str(still), *chat, "--json", "--item-timeout", "0"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [file["kind"] for file in told["files"]] == ["video"] * 3 and told["visual_tokens"] == 3 * 4
+    assert [file["frames"] for file in told["files"]] == [[0, 1, 3, 4]] * 2 + [[0] * 4]
+    assert main(["chat", *chat]) != 0
+    assert "answers about GIFs only: name one" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("language", ["gpt2", "qwen2"])

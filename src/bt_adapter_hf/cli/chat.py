@@ -23,7 +23,7 @@ HOSTS = {
     "bt_adapter_minigpt4": "MiniGPT4",
     "bt_adapter_gif_qa": "GifQA",
 }
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # a GIF is a video
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # unless it moves; a GIF is a video
 
 
 def register(subparsers) -> None:
@@ -113,6 +113,8 @@ def find_model(args: argparse.Namespace):
     name, revision, adapter, model_type = _named_model(args)
     if model_type not in HOSTS:
         raise wrong_kind(name, model_type, f"a chat model, of type {', '.join(HOSTS)}, or an adapter of one")
+    if model_type == "bt_adapter_gif_qa" and not args.files:
+        raise ValueError(f"'{name}' answers about GIFs only: name one or several FILEs.")
     folder = None if adapter is None else resolve_adapter(adapter)
     is_lora = folder is not None and is_peft_folder(folder)
     if folder is not None and model_type.startswith("bt_adapter_") and not is_lora:
@@ -210,10 +212,14 @@ def _look(files: list[str], processor, timeout: float | None) -> list[tuple[dict
 
 
 class _Reader:
-    """Reads a file: the pixels of an image and None, or the frames of a video and their indices."""
+    """Reads a file: the pixels of an image and None, or the frames of a video and their indices. To a model that is
+    asked about GIFs only, an image is one of one frame."""
 
     def __init__(self, processor):
+        from .. import BTAdapterGifQAProcessor
+
         self.rules, self.num_clips = processor.video_processor, processor.num_clips
+        self.only_gifs = isinstance(processor, BTAdapterGifQAProcessor)
 
     def __call__(self, file: str):
         import numpy as np
@@ -221,10 +227,10 @@ class _Reader:
         from ..models.image_io import load_image
         from ..models.video_io import load_video
 
-        if _is_image(file):
+        if (is_image := _is_image(file)) and not self.only_gifs:
             return np.asarray(load_image(file)), None
         frames, metadata = load_video(
-            file,
+            [load_image(file)] if is_image else file,
             num_frames=self.rules.num_frames * self.num_clips,
             sampling=self.rules.sampling,
             backend=self.rules.video_backend,
@@ -239,7 +245,18 @@ def _is_url(file: str) -> bool:
 
 
 def _is_image(file: str) -> bool:
-    return file.lower().endswith(IMAGE_SUFFIXES)
+    """By its ending, and a file on the disk by what is in it: an animated WebP or PNG is a video."""
+    from PIL import Image
+
+    if not file.lower().endswith(IMAGE_SUFFIXES):
+        return False
+    if _is_url(file):
+        return True
+    try:
+        with Image.open(file) as image:
+            return getattr(image, "n_frames", 1) == 1 or image.format == "MPO"  # photographs with a small copy
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # told when it is read
+        return True
 
 
 def _typed() -> Iterator[str]:

@@ -135,7 +135,7 @@ class InstructionTable:
         elif "tgif_qa" in content:  # of `_tgif_qa`
             if content["tgif_qa"] is not None:
                 raise UnusableRow(content["tgif_qa"])
-            path = self._with_ending(self._place(content["gif"]))
+            path = self._with_ending(self._place(content["gif"]), usual=".gif")
             seen = [{"type": "video", "path": path}, {"type": "text", "text": content["question"]}]
             messages = [{"role": "user", "content": seen}, {"role": "assistant", "content": content["answer"]}]
         else:
@@ -166,11 +166,11 @@ class InstructionTable:
         """What `load_video` takes for a path of `messages`; see `read_media`."""
         return read_media(path, self.archives)
 
-    def _with_ending(self, path: str) -> str:
+    def _with_ending(self, path: str, usual: str = VIDEO_SUFFIXES[0]) -> str:
         """The file of a video that is named without its ending; without a file the usual name, for the report."""
         if self.archives is not None or is_address(path) or Path(path).suffix in VIDEO_SUFFIXES:
             return path
-        names = [path + suffix for suffix in VIDEO_SUFFIXES]
+        names = [path + suffix for suffix in (usual, *VIDEO_SUFFIXES)]
         return next((name for name in names if Path(name).is_file()), names[0])
 
     def _place(self, path: str) -> str:
