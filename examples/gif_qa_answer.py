@@ -10,7 +10,12 @@ import argparse
 
 import torch
 
-from bt_adapter_hf import BTAdapterGifQAForConditionalGeneration, BTAdapterGifQAProcessor, load_bt_adapter
+from bt_adapter_hf import (
+    BTAdapterGifQAForConditionalGeneration,
+    BTAdapterGifQAProcessor,
+    VideoError,
+    load_bt_adapter,
+)
 
 
 def main():
@@ -23,18 +28,22 @@ def main():
     parser.add_argument("--max-new-tokens", type=int, default=32)
     options = parser.parse_args()
 
-    model = BTAdapterGifQAForConditionalGeneration.from_pretrained(options.base)
-    if options.tuned:
-        model = load_bt_adapter(model, options.tuned)
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     processor = BTAdapterGifQAProcessor.from_pretrained(options.base)
     chats = [
         [{"role": "user", "content": [{"type": "video", "path": gif}, {"type": "text", "text": options.question}]}]
         for gif in options.gifs
     ]
-    inputs = processor.apply_chat_template(
-        chats, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
-    ).to(model.device, model.dtype)
+    try:  # before anything large is loaded
+        inputs = processor.apply_chat_template(
+            chats, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+        )
+    except VideoError as error:
+        parser.exit(1, f"{error}\n")
+    model = BTAdapterGifQAForConditionalGeneration.from_pretrained(options.base)
+    if options.tuned:
+        model = load_bt_adapter(model, options.tuned)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    inputs = inputs.to(model.device, model.dtype)
     limits = {"max_new_tokens": options.max_new_tokens, "num_beams": options.num_beams, "do_sample": False}
     output = model.generate(**inputs, **limits)
     answers = processor.post_process_image_text_to_text(output[:, inputs["input_ids"].shape[1] :])

@@ -1,6 +1,8 @@
 """GIF question answering on the rails of instruction tuning: LoRA on 4 bits, frozen states, the commands."""
 
 import json
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from bt_adapter_hf.cli.main import main
 from tests.chat import tiny_gif_qa
 
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 # peft asks transformers by names that the latter deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated")
 
@@ -110,6 +113,43 @@ def test_whatever_moves_is_a_gif_and_a_still_one_of_one_frame(saved, tmp_path, c
     assert [file["frames"] for file in told["files"]] == [[0, 1, 3, 4]] * 2 + [[0] * 4]
     assert main(["chat", *chat]) != 0
     assert "answers about GIFs only: name one" in capsys.readouterr().err
+
+
+def example(name, argv, monkeypatch) -> int:
+    """Runs it in this process; the status it ends with."""
+    monkeypatch.setattr("sys.argv", [name, *map(str, argv)])
+    try:
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    except SystemExit as ended:
+        return ended.code
+    return 0
+
+
+def test_the_example_that_answers(saved, tmp_path, monkeypatch, capsys):
+    ask = ["--question", "what happens ?", "--base", saved / "base", "--max-new-tokens", "2", "--num-beams", "2"]
+    gifs = [saved / "0.gif", saved / "1.gif"]
+    assert example("gif_qa_answer", [*gifs, *ask], monkeypatch) == 0
+    assert [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()] == list(map(str, gifs))
+    broken = tmp_path / "broken.gif"
+    broken.write_bytes(gifs[0].read_bytes()[:200])
+    assert example("gif_qa_answer", [gifs[0], broken, *ask], monkeypatch) == 1
+    assert f"videos[1]: {broken} is truncated or damaged" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_example_that_trains(saved, tmp_path, monkeypatch, capsys):
+    """From pieces as they are on the Hub, of which the tokenizer has nothing to pad with."""
+    config = json.loads((saved / "llm" / "tokenizer_config.json").read_text())
+    del config["pad_token"]
+    (saved / "llm" / "tokenizer_config.json").write_text(json.dumps(config))
+    table = tmp_path / "Train_frameqa_question.csv"
+    table.write_text("gif_name\tquestion\tanswer\n" + "".join(f"{n}\twhat ?\tleft\n" for n in range(4)))
+    argv = ["--tower", saved / "xclip", "--language-model", saved / "llm", "--connector", "qformer", "--train", table]
+    argv += ["--media-root", saved, "--output-dir", tmp_path / "run", "--max-steps", 2, "--batch-size", 2]
+    assert example("gif_qa_train", [*argv, "--item-timeout", 0, "--device", "cpu"], monkeypatch) == 0
+    ask = ["--question", "what ?", "--base", tmp_path / "run" / "base", "--tuned", tmp_path / "run"]
+    assert example("gif_qa_answer", [saved / "0.gif", *ask], monkeypatch) == 0
+    assert "0.gif: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("language", ["gpt2", "qwen2"])
