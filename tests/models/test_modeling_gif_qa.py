@@ -1,10 +1,13 @@
 """GIF question answering: groups of frames, connectors, language models, batches, saving."""
 
+import json
+
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, pipeline
 
+from benchmarks.gif_qa_sizes import sizes
 from bt_adapter_hf import BTAdapterGifQAForConditionalGeneration, BTAdapterGifQAProcessor
 from tests.chat import tiny_gif_qa
 from tests.chat.tiny_hosts import right_padded, video
@@ -117,6 +120,39 @@ def test_bad_configs_and_prompts(tmp_path):
     (tmp_path / "broken.gif").write_bytes(gif.read_bytes()[:40])
     with pytest.raises(ValueError, match=r"videos\[1\]"):
         processor(videos=[str(gif), str(tmp_path / "broken.gif")], text=["<video> what ?", "<video> where ?"])
+
+
+@torch.no_grad()
+def test_a_tokenizer_without_a_padding_token(tmp_path):
+    """As GPT-2's and Llama's: it pads with what ends a text, and what is padded is masked."""
+    parts = tiny_gif_qa.save_components(tmp_path, "gpt2")
+    config = json.loads((tmp_path / "llm" / "tokenizer_config.json").read_text())
+    (tmp_path / "llm" / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": None}))
+    assert AutoTokenizer.from_pretrained(tmp_path / "llm").pad_token is None
+    model = BTAdapterGifQAForConditionalGeneration.from_components(**parts)
+    processor = BTAdapterGifQAProcessor.from_components(model.config, **parts)
+    assert processor.tokenizer.pad_token == processor.tokenizer.eos_token
+    gif = tiny_gif_qa.write_gif(tmp_path / "a.gif")
+    batch = ask(processor, [gif, gif], ["what ?", "where is the red square ?"])
+    alone = ask(processor, [gif], ["what ?"])
+    assert (batch["attention_mask"][0] == 0).any()
+    together, single = (model.generate(**inputs, max_new_tokens=4, do_sample=False) for inputs in (batch, alone))
+    assert together[0, -4:].tolist() == single[0, -4:].tolist()
+
+
+@torch.no_grad()
+def test_a_processor_of_another_connector():
+    processor = tiny_gif_qa.processor(tiny_gif_qa.model("mlp").config)  # four tokens, and not three
+    inputs = processor(videos=[video(4)[0]], text="<video> what ?", do_rescale=False, return_tensors="pt")
+    with pytest.raises(ValueError, match=r"4 .*3"):
+        tiny_gif_qa.model("attention")(**inputs)
+
+
+def test_the_size_before_a_llama_of_3_billion():
+    found = sizes("mlp")  # on the meta device
+    assert found["parameters"] == pytest.approx(3.35e9, rel=0.01)  # 3.21 of Llama 3.2 3B, 0.13 of X-CLIP
+    assert found["trained"] / found["parameters"] < 0.011
+    assert found["weights"] < 2.6e9 < 3.2e9 > found["tuning"] and found["full"] > 16 * 3.2e9
 
 
 @pytest.mark.parametrize("connector, tokens", [("mlp", 6), ("attention", 6), ("qformer", 6)])
