@@ -19,7 +19,7 @@ CORE = [
     "safetensors>=0.8",
     "huggingface_hub>=1.31,<3",
     "numpy>=2.0",
-    "packaging>=23.2",
+    "packaging>=24.2",
     "pillow>=10.4",
     "av>=18.1",
     "tqdm>=4.66.3",
@@ -39,6 +39,7 @@ EXTRAS = {
     "test": [
         "pytest>=8.0",
         "pytest-xdist>=3.6",
+        "ray>=2.60",  # its Data, whose pandas and pyarrow come with datasets
         "ruff==0.17.*",
         "evaluate>=0.4.6",
         "open_clip_torch>=2.30",

@@ -11,6 +11,7 @@ table, and what is in it already is not encoded again. Files that cannot be read
 
 import argparse
 import os
+import sys
 
 import ray
 
@@ -40,7 +41,8 @@ def main() -> None:
         paths = find_videos(args.videos)
 
     ray.init(ignore_reinit_error=True)
-    ray.data.DataContext.get_current().max_errored_blocks = 0  # an error of the program is one
+    context = ray.data.DataContext.get_current()
+    context.max_errored_blocks, context.raise_original_map_exception = 0, True  # an error of the program is one
     encoder = VideoEncoder.from_pretrained(args.model, device="cpu", dtype="float32")  # says what made the vectors
     with IndexWriter(args.output, encoder, windows and Windows(*windows)) as writer:
         missing = writer.missing(paths)
@@ -52,13 +54,17 @@ def main() -> None:
                 EncodeVideos,
                 fn_constructor_kwargs={"model": args.model, "windows": windows, "dtype": "float32"},
                 batch_size=args.batch_size,
-                compute=ray.data.ActorPoolStrategy(size=args.workers),
+                compute=ray.data.ActorPoolStrategy(size=min(args.workers, blocks)),
                 num_gpus=args.gpus,
                 max_restarts=4,  # of a worker that is lost
                 max_task_retries=4,  # of the batch that it had
             )
-            for batch in rows.iter_batches(batch_size=None):
-                write_rows(writer, batch)
+            try:
+                for batch in rows.iter_batches(batch_size=None):
+                    write_rows(writer, batch)
+            except ray.exceptions.RayTaskError as error:  # of a worker, such as that it has no model
+                reason = str(error.cause).splitlines()[0]
+                sys.exit(f"error: {reason} What was encoded is in {args.output}; the same command goes on.")
     print(f"{args.output}: {len(missing) - len(writer.skipped)} videos added, {len(writer.skipped)} skipped")
 
 

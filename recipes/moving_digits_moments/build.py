@@ -9,6 +9,7 @@ A run that is stopped goes on: finished steps are skipped, and the tuning begins
 import json
 import logging
 import math
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ TRAIN_FILMS, TEST_FILMS = 24, 8
 LENGTH = {"minutes": (1.5, 1.5), "moments": (30, 36)}  # of training films: dense, for pauses teach little
 WINDOWS = Windows(2.0, 0.25)  # of training; a search looks every half second
 SEARCHED = Windows(2.0, 0.5)
-STEPS, WARMUP, RATE, KEPT_EVERY = 80, 10, 5e-4, 10
+ROUNDS, STEPS, WARMUP, RATE, KEPT_EVERY = 3, 80, 10, 5e-4, 10  # each round a cosine over films of its own
 TEMPERATURE = 0.05  # what the CLIP itself has learned
 INSIDE, OUTSIDE, PAUSES = 0.6, 0.45, 8  # overlap of a moment's own window at least, of a wrong one at most
 
@@ -80,7 +81,7 @@ def tune(folder: Path) -> None:
     set_seed(TRAIN_SEED)
     encoder = VideoEncoder.from_pretrained(device="cpu", dtype="float32")
     model, kept = encoder.model, folder / "checkpoint.pt"
-    films = [TrainingFilm(encoder, index) for index in tqdm(range(TRAIN_FILMS), "films")]
+    film_of = lru_cache(TRAIN_FILMS)(lambda index: TrainingFilm(encoder, index))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("bt_adapter" in name)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -93,11 +94,12 @@ def tune(folder: Path) -> None:
         first = state["step"]
     losses: list[float] = []
     model.train()
-    for step in tqdm(range(first, STEPS), "tune", initial=first, total=STEPS):
+    for step in tqdm(range(first, ROUNDS * STEPS), "tune", initial=first, total=ROUNDS * STEPS):
+        number, place = divmod(step, STEPS)
         for group in optimizer.param_groups:
-            group["lr"] = RATE * min((step + 1) / WARMUP, 0.5 * (1 + math.cos(math.pi * step / STEPS)))
+            group["lr"] = RATE * min((place + 1) / WARMUP, 0.5 * (1 + math.cos(math.pi * place / STEPS)))
         rng = np.random.default_rng([TRAIN_SEED, 4, step])
-        loss = films[rng.integers(len(films))].loss(model, rng)
+        loss = film_of(number * TRAIN_FILMS + int(rng.integers(TRAIN_FILMS))).loss(model, rng)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learning, 1.0)

@@ -1,6 +1,11 @@
+import importlib.util
+import json
 import pickle
+import platform
 import shutil
 import signal
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +16,9 @@ from bt_adapter_hf.search.files import find_videos
 from bt_adapter_hf.search.index import VideoIndex
 from bt_adapter_hf.search.moments import Windows
 from bt_adapter_hf.search.writer import IndexWriter
+
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "index_with_ray.py"
 
 
 def contents(folder) -> dict:
@@ -50,31 +58,38 @@ def test_a_dataset_maps_it(tiny_checkpoint, clips):
     assert len(rows[2]["vector"]) == 12
 
 
+def test_a_worker_without_the_model_says_so(clips, tmp_path):
+    with pytest.raises(OSError, match=f"the worker on {platform.node()} has no model '{tmp_path / 'gone'}'"):
+        EncodeVideos(str(tmp_path / "gone"))({"path": find_videos([clips])})
+
+
 @pytest.fixture
-def time_limit():
-    """Ray waits without end for what it cannot place."""
+def cluster():
+    """A local one of two workers, which is given up where it does not get on: Ray waits without end for what it
+    cannot place."""
+    ray = pytest.importorskip("ray")
 
     def stop(*_) -> None:
         raise TimeoutError("no rows for ten minutes")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(600)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("time_limit")
-def test_a_local_ray_cluster_loses_a_worker(tiny_checkpoint, clips, tmp_path):
-    """Two workers, one of which is killed in mid-run: the rows of one process, none twice."""
-    ray = pytest.importorskip("ray")
+@pytest.mark.usefixtures("cluster")
+def test_a_ray_cluster_loses_a_worker(tiny_checkpoint, clips, tmp_path, monkeypatch):
+    """The example on two workers, one of which is killed in mid-run: the rows of one process, none twice."""
     for number in range(12):
         shutil.copy(clips / "red.mp4", clips / f"{number}.mp4")
-    encoder = VideoEncoder.from_pretrained(tiny_checkpoint, device="cpu")
-    paths = find_videos([clips])
-    with IndexWriter(tmp_path / "one", encoder) as writer:
-        writer.update(paths)
+    with IndexWriter(tmp_path / "one", VideoEncoder.from_pretrained(tiny_checkpoint, device="cpu")) as writer:
+        writer.update(find_videos([clips]))
     mark = tmp_path / "killed"
 
     class Killed(EncodeVideos):
@@ -87,21 +102,13 @@ def test_a_local_ray_cluster_loses_a_worker(tiny_checkpoint, clips, tmp_path):
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().__call__(batch)
 
-    ray.init(num_cpus=2, include_dashboard=False, ignore_reinit_error=True)
-    try:
-        rows = ray.data.from_items([{"path": path} for path in paths], override_num_blocks=6).map_batches(
-            Killed,
-            fn_constructor_kwargs={"model": str(tiny_checkpoint), "device": "cpu"},
-            batch_size=3,
-            compute=ray.data.ActorPoolStrategy(size=2),
-            max_restarts=4,
-            max_task_retries=4,
-        )
-        with IndexWriter(tmp_path / "many", encoder) as writer:
-            for batch in rows.iter_batches(batch_size=None):
-                write_rows(writer, batch)
-    finally:
-        ray.shutdown()
+    spec = importlib.util.spec_from_file_location("index_with_ray", EXAMPLE)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    monkeypatch.setattr(example, "EncodeVideos", Killed)
+    argv = [str(clips), "-o", str(tmp_path / "many"), "--model", str(tiny_checkpoint), "--batch-size", "3"]
+    monkeypatch.setattr(sys, "argv", ["index_with_ray.py", *argv])
+    example.main()
     assert mark.exists()
     one, many = contents(tmp_path / "one"), contents(tmp_path / "many")
     assert one.keys() == many.keys()
@@ -109,3 +116,6 @@ def test_a_local_ray_cluster_loses_a_worker(tiny_checkpoint, clips, tmp_path):
     for key, (row, feature) in one.items():
         assert many[key][0] == row
         np.testing.assert_allclose(many[key][1], feature, atol=1e-5)
+    lines = [(tmp_path / name / "skipped.jsonl").read_text().splitlines() for name in ("one", "many")]
+    one, many = ({json.loads(line)["path"] for line in some} for some in lines)
+    assert one == many == {str(clips / "empty.mp4"), str(clips / "garbage.avi")}

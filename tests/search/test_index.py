@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import lancedb
 import numpy as np
@@ -44,6 +46,12 @@ def test_search_equals_a_naive_one(index):
     assert [hits[0].row["path"] for hits in results] == ["7.mp4", "30.mp4"]
     assert len(index.search(queries, k=500)[0]) == 50
     assert len(index.search(queries, k=2**70, per_video=True)[0]) == 50
+
+
+def test_a_search_with_ready_vectors_needs_no_torch():
+    """Nor its memory, three times that of an index of 1,000,000 rows."""
+    code = "import sys, bt_adapter_hf.search.index; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
 def test_search_refuses_bad_queries(index):

@@ -39,16 +39,24 @@ def contents(folder) -> dict:
     }
 
 
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ACCELERATE = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+              "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [[], ["--window", "0.4", "--stride", "0.2"]])
-def test_torchrun_writes_one_table(tiny_checkpoint, clips, tmp_path, options):
+@pytest.mark.parametrize(
+    ("launcher", "options"),
+    [(TORCHRUN, []), (TORCHRUN, ["--window", "0.4", "--stride", "0.2"]), (ACCELERATE, ["--window", "0.4"])],
+    ids=["torchrun", "torchrun-moments", "accelerate-moments"],
+)
+def test_a_launcher_writes_one_table(tiny_checkpoint, clips, tmp_path, launcher, options):
     """The rows and the skipped files of one process, none twice; a second run has nothing to do."""
     for number in range(9):
         tiny_pairs.write_clip(clips / f"{number}.mp4", (20 * number, 200, 100), step=number)
     argv = ["index", str(clips), "--model", str(tiny_checkpoint), "--device", "cpu", "--workers", "1", *options]
     for added in (13, 0):
-        torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command = [sys.executable, "-m", *torchrun, "-m", "bt_adapter_hf.cli.main", *argv, "-o", str(tmp_path / "two")]
+        command = [sys.executable, "-m", *launcher, "-m", "bt_adapter_hf.cli.main", *argv, "-o", str(tmp_path / "two")]
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         assert f"{added} videos added" in done.stdout

@@ -1,5 +1,6 @@
 """The encoder for data pipelines: batches of paths in, rows of an index out, wherever it is called."""
 
+import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,9 @@ class EncodeVideos:
         model: as of `VideoEncoder.from_pretrained`, and so are `options`.
         windows: window and stride in seconds, for moments.
         column: of the batch, which holds the paths.
+
+    Raises:
+        OSError: when it is called, on a worker that cannot read the model.
     """
 
     def __init__(
@@ -45,7 +49,13 @@ class EncodeVideos:
     @property
     def encoder(self) -> VideoEncoder:
         if self._encoder is None:
-            self._encoder = VideoEncoder.from_pretrained(self.model, **self.options)
+            try:
+                self._encoder = VideoEncoder.from_pretrained(self.model, **self.options)
+            except OSError as error:
+                raise OSError(
+                    f"the worker on {platform.node()} has no model '{self.model}': a folder has to be on a disk that "
+                    f"every worker sees, a name on the Hub has to be within its reach. ({error})"
+                ) from error
         return self._encoder
 
     def __getstate__(self) -> dict[str, Any]:

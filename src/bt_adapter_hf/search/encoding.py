@@ -22,6 +22,7 @@ from ..models.processing_bt_adapter import BTAdapterProcessor
 from ..models.video_errors import VideoError
 from ..models.video_io import load_video
 from .pipeline import Stopwatch, in_order
+from .table import describe_model
 
 
 # Fields of a saved config or processor that do not change what it computes.
@@ -29,12 +30,6 @@ _VOLATILE = frozenset(
     "_attn_implementation _commit_hash _name_or_path architectures attn_implementation auto_map dtype "
     "processor_class return_metadata torch_dtype transformers_version video_processor_type".split()
 )
-
-
-def describe_model(source: str | None, revision: str | None, dtype: str) -> str:
-    """One line for messages."""
-    details = ", ".join(filter(None, (revision and revision[:12], dtype.removeprefix("torch."))))
-    return f"{source or 'moving-digits, the model inside the package'} ({details})"
 
 
 @dataclass

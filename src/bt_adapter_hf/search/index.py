@@ -11,18 +11,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .encoding import VideoEncoder, describe_model
 from .moments import suppress
-from .table import COLUMNS, open_table, reading, row_of, what_lance_says, writing
+from .table import COLUMNS, describe_model, open_table, reading, row_of, what_lance_says, writing
 
 
 if TYPE_CHECKING:
     import lancedb
 
+    from .encoding import VideoEncoder
+
 EXACT_ROWS = 30_000  # comparing with all of them takes less than 0.2 s, see benchmarks/RESULTS.md
 # With the index of neighbours: the part of its cells that is looked at, and how many rows are then compared exactly.
 # They make the recall and the milliseconds of benchmarks/RESULTS.md.
-_PROBED, _COMPARED = 0.2, 400
+_PROBED, _COMPARED = 0.15, 300
 _SAMPLE = 1000  # rows that stand for all in a median
 _FACTS = [*COLUMNS, "path_bytes"]
 
@@ -90,7 +91,7 @@ class VideoIndex:
         parts = [batch["vector"].flatten().to_numpy().reshape(-1, dim) for batch in self._batches(["vector"])]
         return np.concatenate([np.empty((0, dim), np.float32), *parts])
 
-    def check_model(self, encoder: VideoEncoder) -> None:
+    def check_model(self, encoder: "VideoEncoder") -> None:
         """Raise `IndexMismatchError` unless `encoder` has the weights that made this index."""
         check_model(self.folder, self.info, encoder)
 
@@ -217,7 +218,7 @@ def _cells(rows: int) -> int:
     return max(1, round(math.sqrt(rows)))
 
 
-def check_model(folder: str | os.PathLike, info: dict[str, Any], encoder: VideoEncoder) -> None:
+def check_model(folder: str | os.PathLike, info: dict[str, Any], encoder: "VideoEncoder") -> None:
     """Raise `IndexMismatchError` unless `encoder` has the weights that made an index."""
     if info["fingerprint"] == encoder.fingerprint():
         return

@@ -47,6 +47,12 @@ COLUMNS = (
 )  # fmt: skip
 
 
+def describe_model(source: str | None, revision: str | None, dtype: str) -> str:
+    """One line for messages."""
+    details = ", ".join(filter(None, (revision and revision[:12], dtype.removeprefix("torch."))))
+    return f"{source or 'moving-digits, the model inside the package'} ({details})"
+
+
 def check_writable(folder: str | os.PathLike) -> None:
     """Make sure, before hours of work, that an index can be written to `folder`. Leaves nothing behind.
 
