@@ -39,7 +39,10 @@ SUFFIXES = {"libvpx-vp9": "webm", "mpeg4": "avi"}
 FOUR_K = (3840, 2160)
 
 
-def make_clip(path: Path, seconds: int, codec: str, group: int, size: tuple[int, int]) -> None:
+def make_clip(
+    path: Path, seconds: int, codec: str, group: int, size: tuple[int, int], different: int = SECONDS
+) -> None:
+    """Writes a clip, of which the first `different` seconds come again and again."""
     rng = np.random.default_rng(0)
     width, height = size
     picture = np.kron(rng.integers(0, 255, (height // 8, width // 4, 3), np.uint8), np.ones((8, 8, 1), np.uint8))
@@ -56,18 +59,18 @@ def make_clip(path: Path, seconds: int, codec: str, group: int, size: tuple[int,
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=RATE, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for t in range(min(seconds, SECONDS) * RATE):
+        for t in range(min(seconds, different) * RATE):
             frame = picture[:height, 2 * t % width : 2 * t % width + width].astype(np.int16)
             frame = frame + rng.integers(-6, 6, (height, width, 1), np.int16)
             frame = av.VideoFrame.from_ndarray(np.clip(frame, 0, 255).astype(np.uint8), format="rgb24")
             packets += stream.encode(frame)
         packets += stream.encode(None)
         stamps = [(packet.pts, packet.dts, packet.time_base) for packet in packets]
-        for turn in range(max(1, seconds // SECONDS)):
+        for turn in range(max(1, seconds // different)):
             for packet, (pts, dts, base) in zip(packets, stamps, strict=True):
                 copy = av.Packet(bytes(packet))
                 copy.stream, copy.time_base, copy.is_keyframe = stream, base, packet.is_keyframe
-                shift = round(turn * SECONDS / base)
+                shift = round(turn * different / base)
                 copy.pts, copy.dts = None if pts is None else pts + shift, dts + shift
                 container.mux(copy)
 
