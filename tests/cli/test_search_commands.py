@@ -81,7 +81,7 @@ def test_moments(tiny_checkpoint, clips, tmp_path, capsys):
     argv = ["index", str(clips), "-o", str(tmp_path / "idx"), "--model", str(tiny_checkpoint), "--window", "0.5"]
     assert main([*argv, "--stride", "0.1"]) == 0
     out = capsys.readouterr().out
-    assert "4 videos added, 0 already there, 2 skipped; 7 moments" in out
+    assert "4 videos added, 0 already there, 2 skipped; 7 moments" in out and "no video is longer" not in out
     shares = dict(re.findall(r"(\w+) (\d+)%", out))
     assert shares.keys() >= {"decode", "preprocess", "tower", "write"} and int(shares["write"]) < 90
     search = ["search", str(tmp_path / "idx"), "a dog"]
@@ -97,7 +97,8 @@ def test_moments(tiny_checkpoint, clips, tmp_path, capsys):
     assert (
         main(["index", str(clips), "-o", str(tmp_path / "w"), "--model", str(tiny_checkpoint), "--window", "9"]) == 0
     )
-    assert "; 4 moments" in capsys.readouterr().out  # longer than all videos: they are whole
+    out = capsys.readouterr().out
+    assert "; 4 moments" in out and "no video is longer than --window 9: each is one row" in out
 
 
 def test_merge_export_and_convert(index, tiny_checkpoint, clips, tmp_path, capsys):

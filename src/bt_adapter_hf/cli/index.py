@@ -131,6 +131,8 @@ def _index(args: argparse.Namespace) -> int:
         if update.added:
             shares = (f"{stage} {share:.0%}" for stage, share in encoder.stopwatch.shares().items())
             print(f"where the time went: {', '.join(shares)}")
+        if moments.get("moments") == update.added + update.present:
+            print(f"no video is longer than --window {windows.window:g}: each is one row")
         print_skipped(update.skipped, sys.stdout)
         if skipped:
             print(f"all skipped files and why: {args.output}/skipped.jsonl")

@@ -15,6 +15,7 @@ from .table import (
     FORMAT,
     check_writable,
     create_table,
+    describe_model,
     has_table,
     path_of,
     read_info,
@@ -133,9 +134,10 @@ def _reason(error: Exception) -> str:
 
 def _check_fits(source: str | os.PathLike, found: dict[str, Any], other: str | os.PathLike, info: dict) -> None:
     if found["fingerprint"] != info["fingerprint"]:
+        now, before = (describe_model(made["model"], made["revision"], made["dtype"]) for made in (found, info))
         raise IndexMismatchError(
-            f"'{source}' was made with another model than '{other}' ({found['model']}, {info['model']}; or with other "
-            "weights of it): their vectors do not compare."
+            f"'{source}' was made with another model than '{other}' ({now}; {before}), or with other weights of "
+            "it: their vectors do not compare."
         )
     check_same(other, info, found)
 
