@@ -1,12 +1,18 @@
-"""A remote zoo source of FiftyOne: videos sorted by a sentence in its app, with a BT-Adapter dual encoder.
+"""A remote zoo source of FiftyOne: videos sorted by a sentence, here and in its app, with a BT-Adapter dual encoder.
 
 import fiftyone as fo, fiftyone.brain as fob, fiftyone.zoo as foz
-foz.register_zoo_model_source("examples/fiftyone_zoo")
-model = foz.load_zoo_model("bt-adapter")  # or model_id="org/my-model", device="cuda"
+foz.register_zoo_model_source("https://github.com/YOUR_NAME/THE_CLONE")  # or the address of a zip of this folder
 videos = fo.Dataset.from_videos_dir("videos")
-fob.compute_similarity(videos, model=model, brain_key="bt")
+fob.compute_similarity(videos, model="bt-adapter", brain_key="bt")
+# of another model: model_kwargs={"model_id": "org/my-model", "device": "cuda"}
 print(videos.sort_by_similarity("a dog catches a frisbee", k=5, brain_key="bt").values("filepath"))
+
+From the disk: put this folder, or a link to it, into `fo.config.model_zoo_dir` under the name `bt-adapter-zoo`, in the
+place of registering. FiftyOne runs in an environment that has bt_adapter_hf too. A video that cannot be read is skipped
+with a warning.
 """
+
+from pathlib import Path
 
 import fiftyone.core.models as fom
 import numpy as np
@@ -15,7 +21,8 @@ from bt_adapter_hf.search.encoding import VideoEncoder
 
 
 def download_model(model_name: str, model_path: str | None) -> None:
-    """Nothing to do: loading fetches what is on the Hub, and the default model is inside the package."""
+    """FiftyOne wants a file. Loading fetches what is on the Hub, and the default model is inside the package."""
+    Path(model_path).write_text("The weights are in the cache of the Hub, or in the package bt_adapter_hf.\n")
 
 
 def load_model(model_name: str, model_path: str | None, model_id: str | None = None, **options) -> "BTAdapterZooModel":
