@@ -28,10 +28,17 @@ def numbers(text: str) -> list[list[float]]:
     return [row for row in rows if row]
 
 
-def block(page: str, first: str) -> str:
+def run_python(page: str, first: str, folder: Path) -> str:
+    """What a block of Python that a page shows prints, in a folder that has the clips of quickstart."""
+    with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(compile(block(page, first, "python"), page, "exec"), {})
+    return out.getvalue()
+
+
+def block(page: str, first: str, language: str = "") -> str:
     """The block of a page whose first line begins so."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    return re.search(rf"```\n({re.escape(first)}.*?)```", text, re.DOTALL)[1]
+    return re.search(rf"```{language}\n({re.escape(first)}.*?)```", text, re.DOTALL)[1]
 
 
 def table(text: str, first: str, last: str) -> str:
@@ -42,10 +49,15 @@ def table(text: str, first: str, last: str) -> str:
 
 def figures(folder: Path) -> dict[str, tuple[str, str]]:
     """(what the page shows, what comes out now), by what it is."""
-    quickstart = printed("quickstart", "--output", str(folder / "quickstart")).replace("\n   ", "\n")  # is indented
+    clips = folder / "bt-adapter-quickstart"
+    quickstart = printed("quickstart", "--output", str(clips)).replace("\n   ", "\n")  # is indented
     order = printed("eval", "temporal", "--data", "moving-digits-order", "--items", "60", "-o", str(folder / "order"))
     return {
         "README.md, moving digits": (block("README.md", "%  "), table(quickstart, "%  ", "(chance)")),
+        "README.md, two clips and two texts": (
+            block("README.md", "tensor("),
+            run_python("README.md", "import torch\n", folder),
+        ),
         "docs/evaluation.md, order": (
             block("docs/evaluation.md", "temporal  "),
             table(order, "temporal  ", "(chance)"),

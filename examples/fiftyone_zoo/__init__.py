@@ -8,8 +8,8 @@ fob.compute_similarity(videos, model="bt-adapter", brain_key="bt")
 print(videos.sort_by_similarity("a dog catches a frisbee", k=5, brain_key="bt").values("filepath"))
 
 From the disk: put this folder, or a link to it, into `fo.config.model_zoo_dir` under the name `bt-adapter-zoo`, in the
-place of registering. FiftyOne runs in an environment that has bt_adapter_hf too. A video that cannot be read is skipped
-with a warning.
+place of registering. FiftyOne runs in an environment that has bt_adapter_hf too. A video that cannot be read
+is skipped with a warning.
 """
 
 from pathlib import Path

@@ -177,7 +177,7 @@ def test_models_and_indexes_that_are_not_there(tmp_path, capsys):
     assert main(["demo", "--port", "0", "--model", str(tmp_path / "none")]) == 1
     assert "there is no folder" in capsys.readouterr().err
     assert main(["demo", "--port", "0", "--chat-model", str(tmp_path / "none")]) == 1
-    assert "none" in capsys.readouterr().err
+    assert "--chat-model: there is no folder" in capsys.readouterr().err
     assert main(["demo", "--port", "0", str(tmp_path)]) == 1
     assert "no video under" in capsys.readouterr().err
 

@@ -8,5 +8,6 @@ from benchmarks import readme_figures
 @pytest.mark.slow
 def test_every_figure_comes_out_again(tmp_path):
     for name, (shown, now) in readme_figures.figures(tmp_path).items():
-        # of 60 items and more, with processors that round otherwise: one item of them
-        assert readme_figures.difference(shown, now) <= 2, f"{name}:\n{now}"
+        # of 60 items and more, with processors that round otherwise: one item of them; of probabilities, bfloat16's
+        most = 0.02 if shown.startswith("tensor") else 2
+        assert readme_figures.difference(shown, now) <= most, f"{name}:\n{now}"

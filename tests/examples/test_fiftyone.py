@@ -1,4 +1,4 @@
-"""The zoo source of FiftyOne. Where it is not installed (it brings a database of its own), only what it reads first."""
+"""The zoo source of FiftyOne; where it is not installed (it brings a database of its own), what it reads first."""
 
 import importlib.util
 import json

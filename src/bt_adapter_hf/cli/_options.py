@@ -57,12 +57,12 @@ def path(text: str) -> str:
 
 
 def check_models(args: argparse.Namespace) -> None:
-    """Refuses a --model, --bt-adapter or --base that is not there, or damaged, before anything large is imported.
+    """Refuses a --model, --chat-model, --bt-adapter or --base that is not there, or damaged, before anything large is imported.
 
     Raises:
         ValueError: with the name of the option.
     """
-    options = {option: getattr(args, option, None) for option in ("model", "bt_adapter", "base")}
+    options = {option: getattr(args, option, None) for option in ("model", "chat_model", "bt_adapter", "base")}
     named = {option: name for option, name in options.items() if name is not None}
     if named:
         from ..hub.access import check_reachable

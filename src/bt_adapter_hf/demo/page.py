@@ -21,6 +21,8 @@ CSS = """
 .over-time circle {fill: #2f5fd0}
 .over-time .axis {stroke: currentColor; opacity: .4}
 .over-time .cursor {stroke: #b8651b; stroke-width: 2}
+.or {color: inherit !important}
+.dark {--color-accent: #a5b4fc}
 """
 
 
@@ -71,9 +73,13 @@ def _theme() -> gr.themes.Base:
     theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     return theme.set(
         button_primary_background_fill="*primary_700",
+        button_primary_background_fill_dark="*primary_700",
         button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_hover_dark="*primary_800",
         block_label_text_color="*primary_800",
         block_title_text_color="*primary_800",
+        color_accent="*primary_600",
+        link_text_color_dark="*primary_300",
     )
 
 

@@ -23,6 +23,9 @@ from .over_time import FOLLOW, plot, similarity_over_time
 
 HITS = 8
 _GREY = np.full((90, 160, 3), 230, np.uint8)
+# A reader of the screen hears what a hit is; gradio's own name is "Thumbnail 1 of 8".
+_NAME_HITS = """() => setTimeout(() => document.querySelectorAll("button.thumbnail-item").forEach(hit => {
+    const words = hit.querySelector("img")?.alt; if (words) hit.setAttribute("aria-label", words)}), 50)"""
 VIDEO_FILES = ["video", ".gif"]
 ANY_FILES = ["video", "image"]
 
@@ -72,6 +75,7 @@ def search(page: Material) -> None:
 
     outputs = [gallery, found, player, told]
     gr.on([button.click, text.submit], stream, [text, file], outputs, api_name="search", concurrency_id="search")
+    gallery.change(None, js=_NAME_HITS)
     gallery.select(play, [found], [player, told], api_visibility="private", concurrency_id="search")
 
 
