@@ -112,7 +112,8 @@ PALE = """() => {
     const pale = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
     for (let node; node = walker.nextNode();) {
         const it = node.parentElement, words = node.data.trim();
-        if (!words || !it.checkVisibility({visibilityProperty: true}) || it.closest("svg, video, script, style")) continue;
+        if (!words || it.closest("svg, video, script, style")) continue;
+        if (!it.checkVisibility({visibilityProperty: true})) continue;
         const [low, high] = [parse(getComputedStyle(it).color), behind(it)].map(luminance).sort((a, b) => a - b);
         const ratio = (high + 0.05) / (low + 0.05);
         if (ratio < 4.5) pale.push(`${words.slice(0, 40)}: ${ratio.toFixed(2)}`);
@@ -235,3 +236,27 @@ def test_on_a_phone_with_the_keyboard(open_page):
         page.keyboard.press("Tab")
         reached.add(page.evaluate("document.activeElement.innerText || document.activeElement.tagName"))
     assert any("Search" in text for text in reached)
+
+
+MAIN = {"Search": "Search", "Label": "Label", "Chat": "Message", "Adapter in/out": "Ask both", "Over time": "Look"}
+
+
+def test_each_tab_by_keyboard(open_page):
+    """From the row of tabs on: to a file, to where one types, to what starts it."""
+    page = open_page()
+    for name, button in MAIN.items():
+        page.get_by_role("tab", name=name, exact=True).focus()
+        page.keyboard.press("Enter")
+        page.wait_for_timeout(700)
+        reached = set()
+        for _ in range(25):
+            page.keyboard.press("Tab")
+            reached.add(
+                page.evaluate(
+                    "(it => it.ariaLabel || it.innerText?.trim() || it.closest('label')?.innerText.trim() "
+                    "|| it.placeholder || it.tagName)(document.activeElement)"
+                )
+            )
+        said = " / ".join(sorted(reached))
+        assert "pload" in said, f"{name}: {said}"
+        assert button in reached or name == "Chat" and "How does it move?" in said, f"{name}: {said}"

@@ -57,7 +57,7 @@ def path(text: str) -> str:
 
 
 def check_models(args: argparse.Namespace) -> None:
-    """Refuses a --model, --chat-model, --bt-adapter or --base that is not there, or damaged, before anything large is imported.
+    """Refuses a model, named by any option, that is not there, or damaged, before anything large is imported.
 
     Raises:
         ValueError: with the name of the option.
