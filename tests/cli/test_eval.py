@@ -148,5 +148,7 @@ def test_questions_and_five_scores(tmp_path, capsys, monkeypatch):
     assert "The answers about all 2 videos are there" in capsys.readouterr().out
     assert main([*bench, "--judge-url", "http://127.0.0.1:9/v1"]) == 1
     assert "--judge-url needs --judge" in capsys.readouterr().err
-    assert main([*bench, "--judge", "m", "--judge-local", "n"]) == 1
+    assert main([*bench, "--judge", "m", "--judge-local", str(native)]) == 1
     assert "give one" in capsys.readouterr().err
+    assert main([*bench, "--judge-local", str(tmp_path / "nothere")]) == 1
+    assert f"--judge-local: there is no folder '{tmp_path / 'nothere'}'" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import torch
 
 from bt_adapter_hf.evaluation import frames as frames_module
 from bt_adapter_hf.evaluation.controls import middle_frame, reverse_frames
-from bt_adapter_hf.evaluation.features import Clip, OtherRunError, encode_clips, read_features
+from bt_adapter_hf.evaluation.features import Clip, OtherRunError, encode_clips, own_clips, read_features
 from bt_adapter_hf.evaluation.frames import ClipDecoder
 from bt_adapter_hf.hub import machine
 from bt_adapter_hf.search.encoding import VideoEncoder
@@ -111,6 +111,18 @@ def test_killed_and_resumed_and_in_two_processes(encoder, folder, tmp_path):
     assert in_processes(lambda: encode(encoder, folder, tmp_path / "b")) == [0, 0]
     found = encode(encoder, folder, tmp_path / "b")
     assert_equal(found, expected, atol=1e-6)
+
+
+def test_processes_share_videos_and_not_rows():
+    """Of two rows for each video no video goes to both processes, and neither gets all of those that come first."""
+    clips = [Clip(row, f"{row // 2}.mp4", None, {}) for row in range(12)]
+    shares = [list(own_clips([clips], rank, 2)) for rank in range(2)]
+    assert [sorted({clip.name for clip in share}) for share in shares] == [
+        ["0.mp4", "2.mp4", "4.mp4"],
+        ["1.mp4", "3.mp4", "5.mp4"],
+    ]
+    assert sorted(clip.row for share in shares for clip in share) == list(range(12))
+    assert [len(list(own_clips([clips[:4], clips[4:]], rank, 2))) for rank in range(2)] == [4, 8]  # whole shards
 
 
 def test_another_run_is_refused(encoder, folder, tmp_path):

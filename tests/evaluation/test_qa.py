@@ -311,7 +311,10 @@ def test_what_the_judge_fails_at_is_no_failure_of_answering(answerer, tmp_path, 
     }
     named = read_results([tmp_path / "run"])
     assert "2 of 4 answers got no score from the judge" in markdown_report(named)
-    assert "2 answers without a score" in card_section(named)
+    assert "2 answers without a score" in card_section(named) and "judge m at 127.0.0.1" in card_section(named)
+    written["protocol"]["judge"] = "/home/somebody/judge (local)"
+    layouts.dump(tmp_path / "other.json", written)
+    assert "judge judge (local)" in card_section(read_results([tmp_path / "other.json"]))
 
 
 def test_killed_resumed_and_in_two_processes(answerer, bench, tmp_path, caplog):

@@ -62,7 +62,9 @@ def check_models(args: argparse.Namespace) -> None:
     Raises:
         ValueError: with the name of the option.
     """
-    options = {option: getattr(args, option, None) for option in ("model", "chat_model", "bt_adapter", "base")}
+    options = {
+        option: getattr(args, option, None) for option in ("model", "chat_model", "bt_adapter", "base", "judge_local")
+    }
     named = {option: name for option, name in options.items() if name is not None}
     if named:
         from ..hub.access import check_reachable

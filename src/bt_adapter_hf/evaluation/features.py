@@ -75,7 +75,7 @@ def encode_clips(
     """Encodes every video once per condition, from one decoding.
 
     Args:
-        shards: the rows. Several processes take whole shards where there are enough of them, else every n-th row.
+        shards: the rows. Several processes take whole shards where there are enough of them, else every n-th video.
         folder: of this run, which keeps the features.
         protocol: what decides the features, for `folder`: a run with another one is refused.
         controls, draws: see `control_features`; and "blind", a feature that all clips share, that of grey frames.
@@ -213,14 +213,16 @@ def _read_part(path: Path) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, 
 
 
 def own_clips(shards: Sequence[Iterable[Clip]], rank: int, processes: int) -> Iterator[Clip]:
-    """The rows of one process: whole shards where there are enough of them, else every n-th row."""
+    """The rows of one process: whole shards where there are enough of them, else those of every n-th video, so that
+    no two processes read the same one."""
     if len(shards) >= processes:
         for shard in shards[rank::processes]:
             yield from shard
         return
+    numbers: dict[str, int] = {}
     for shard in shards:
         for clip in shard:
-            if clip.row % processes == rank:
+            if numbers.setdefault(clip.name, len(numbers)) % processes == rank:
                 yield clip
 
 

@@ -180,7 +180,7 @@ def card_section(results: Sequence[NamedResult]) -> str:
         if protocol.get("templates"):
             said.append("templates " + ", ".join(f'"{template}"' for template in protocol["templates"]))
         said += [words for name, words in (("dual_softmax", "dual softmax"),) if protocol.get(name)]
-        said += [f"judge {protocol['judge']}"] if protocol.get("judge") else []
+        said += [f"judge {_judge(protocol['judge'])}"] if protocol.get("judge") else []
         failed = result.content["failed"]["items"]
         said += [f"{failed} could not be used"] if failed else []
         unjudged = result.content.get("unjudged", {})  # of what an older release wrote
@@ -215,6 +215,11 @@ def card_results(results: Sequence[NamedResult]) -> list[EvalResult]:
             for name in headlines([result])
         ]
     return found
+
+
+def _judge(name: Any) -> str:
+    """Of a folder on this machine its last part, for the rest is nobody's business."""
+    return public(name) if str(name).startswith(("/", ".", "~")) else str(name)
 
 
 def _data(protocol: dict[str, Any]) -> str:
