@@ -107,7 +107,13 @@ def test_temporal(tiny_checkpoint, table, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "pair" in printed and "no video" in printed and "(chance)" in printed and "over 4 items" in printed
     assert main([*command, "--data", str(table / "pairs.jsonl")]) == 1
-    assert "looked for 'wrong'" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "has no wrong column: looked for 'wrong'" in said and "Name it with --wrong-column" in said
+    for option in ("question", "answer", "kind"):
+        questions = ["--question-column", "text", "--answer-column", "text", f"--{option}-column", "nothing"]
+        assert main(["eval", "qa", "--data", str(table / "pairs.jsonl"), "-o", str(tmp_path / "qa"), *questions]) == 1
+        said = capsys.readouterr().err
+        assert f"has no {option} column: looked for 'nothing'" in said and f"with --{option}-column" in said, said
     assert main([*command, "--data", "rtime"]) == 1
     assert "name the folder of your copy with --data-root" in capsys.readouterr().err
 

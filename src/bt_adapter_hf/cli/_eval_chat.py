@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ._options import add_chat_model_options, path, progress, quiet_transformers, real_number, whole_number
-from ._training import open_table
+from ._training import open_columns
 
 
 MOVING_DIGITS = "moving-digits"
@@ -80,12 +80,8 @@ def open_questions(args: argparse.Namespace):
         return moving_digits_questions(Path(args.output_dir) / "clips", args.items)
     if args.data in QUESTION_SETS:
         return open_question_set(args.data, args.split, args.data_root, args.media_root)
-    columns = (args.question_column, args.answer_column, args.kind_column)
-    tables = [
-        open_table(argparse.Namespace(**{**vars(args), "text_column": column}), args.data, args.split)
-        for column in columns[: 3 if args.kind_column else 2]
-    ]
-    return table_questions(*tables)
+    options = ("question_column", "answer_column", "kind_column")
+    return table_questions(*open_columns(args, options[: 3 if args.kind_column else 2]))
 
 
 def aspects_of(args: argparse.Namespace) -> list[str]:

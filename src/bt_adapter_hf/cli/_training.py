@@ -43,6 +43,23 @@ def open_table(args: argparse.Namespace, source: str, split: str):
     )
 
 
+def open_columns(args: argparse.Namespace, options: Sequence[str]) -> list:
+    """The table that `--data` names, once for each column that one of these options names, in place of its texts.
+
+    Raises:
+        ValueError: as `load_table`, by the name of the option.
+    """
+    tables = []
+    for option in options:
+        column = argparse.Namespace(**{**vars(args), "text_column": getattr(args, option)})
+        try:
+            tables.append(open_table(column, args.data, args.split))
+        except ValueError as error:
+            said = str(error).replace("text_column", option).replace("text column", option.replace("_", " "))
+            raise ValueError(said) from error
+    return tables
+
+
 def chat_processor(args: argparse.Namespace, **fields: Any):
     """The processor of the chat model that `--model` names, and the middle of the names of its classes.
 

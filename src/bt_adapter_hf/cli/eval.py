@@ -14,7 +14,7 @@ from ._eval_chat import (
     run_chat,
 )
 from ._options import add_device_option, add_encoder_options, load_encoder, path, progress, real_number, whole_number
-from ._training import open_table
+from ._training import open_columns, open_table
 from ._training_options import add_item_timeout, add_on_damage, add_table_options
 
 
@@ -286,8 +286,5 @@ def _open_temporal(args: argparse.Namespace, folder: Path):
         return moving_digits_set(args.data.removeprefix(MOVING_DIGITS), folder / "clips", args.items)
     if args.data in TEMPORAL_SETS:
         return open_temporal_set(args.data, args.data_root, args.media_root)
-    columns = (args.text_column, args.wrong_column, args.aspect_column)
-    tables = []
-    for column in columns[: 3 if args.aspect_column else 2]:
-        tables.append(open_table(argparse.Namespace(**{**vars(args), "text_column": column}), args.data, args.split))
-    return table_set(*tables)
+    options = ("text_column", "wrong_column", "aspect_column")
+    return table_set(*open_columns(args, options[: 3 if args.aspect_column else 2]))

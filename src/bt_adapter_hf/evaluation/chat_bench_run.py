@@ -23,7 +23,7 @@ def parts_of(aspects: Sequence[str]) -> tuple[str, ...]:
     """
     unknown = sorted(set(aspects) - set(ASPECTS))
     if unknown or not aspects:
-        raise ValueError(f"aspects: got {list(aspects)}, expected a choice of {', '.join(ASPECTS)}.")
+        raise ValueError(f"aspects={','.join(aspects)}: expected a choice of {', '.join(ASPECTS)}.")
     return tuple(dict.fromkeys(ASPECTS[aspect][0] for aspect in aspects))
 
 
