@@ -118,7 +118,7 @@ def test_a_judge_that_says_nothing_is_given_up(tmp_path, caplog):
     """Prompts in a row without an answer end the run, named once each; a few among others do not."""
     with JudgeServer(lambda text, times: (200, b"{}", 0.4)).running() as server:
         judge = EndpointJudge("m", server.url, timeout=0.1, retries=0, threads=4)
-        with pytest.raises(JudgeRefusedError, match=r"none of 8 prompts in a row.*timeout=0.1 s, 1 times"):
+        with pytest.raises(JudgeRefusedError, match=r"none of 8 prompts in a row.*timeout=0.1 s, once"):
             verdicts(judge, [f"text {n}" for n in range(100)], tmp_path / "replies.jsonl")
         assert 8 <= len(server.asked) <= 12 and len(caplog.messages) == 1
     with JudgeServer(lambda text, times: "I like it.").running() as server:

@@ -123,7 +123,8 @@ class EndpointJudge:
 
         client, said = self._client, f"{type(error).__name__}: {error}"
         if isinstance(error, openai.APITimeoutError):
-            return JudgeError(f"{said} It was given timeout={client.timeout:g} s, {client.max_retries + 1} times")
+            times = f"{client.max_retries + 1} times" if client.max_retries else "once"
+            return JudgeError(f"{said} It was given timeout={client.timeout:g} s, {times}")
         if isinstance(error, openai.APIConnectionError):
             return JudgeError(f"{said} Nothing answers at base_url={client.base_url}")
         status = getattr(error, "status_code", None)
