@@ -58,17 +58,18 @@ from bt_adapter_hf.evaluation.controls import reverse_frames, shuffle_frames
 from bt_adapter_hf.evaluation.tgif_qa import score_tgif_qa
 from bt_adapter_hf.models.video_io import sample_frame_indices
 
-from ..shared import TEST_SEED, TRAIN_SEED, make, parse_arguments
+from ..shared import TRAIN_SEED, make, parse_arguments
 from .table import markdown, read_scores, write_scores, write_table
 
 
 TRAIN_GIFS, TEST_GIFS = 2000, 240
+TEST_SEED = 3000  # fresh: GIFs of seeds 1000 and 2000 were looked at while the recipe was made
 # Longer GIFs, whose counts 16 frames cannot tell apart: 4 times and 12 look the same in them, as do 6 and 10
 LONG_TIMES, LONG_TRAIN, LONG_TEST, LONG_FRAMES = (4, 6, 8, 10, 12), 1000, 240, 48
 NUM_FRAMES, SIDE, PATCH, WIDTH, LAYERS = 16, 32, 8, 64, 3
 TOWER = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
          "image_size": SIDE, "patch_size": PATCH}  # fmt: skip
-IMAGE_STEPS, IMAGE_BATCH, IMAGE_LR = 600, 400, 2e-3
+IMAGE_STEPS, IMAGE_BATCH, IMAGE_LR = 2000, 100, 2e-3
 TOWER_STEPS, TOWER_BATCH, TOWER_LR = 450, 32, 1e-3
 STATES_STEPS, STATES_BATCH = 600, 128
 SPEECH = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -78,9 +79,9 @@ STEPS, LONG_STEPS, BATCH, RATE = 100, 60, 32, 4e-3
 # encoder, connector, frames of a GIF, and the folder of GIFs that are asked about
 SYSTEMS = (
     ("xclip", "mlp", NUM_FRAMES, "gifs"),
-    ("bt", "mlp", NUM_FRAMES, "gifs"),
     ("xclip", "attention", NUM_FRAMES, "gifs"),
     ("xclip", "qformer", NUM_FRAMES, "gifs"),
+    ("bt", "mlp", NUM_FRAMES, "gifs"),
     ("xclip", "mlp", NUM_FRAMES, "long"),
     ("xclip", "mlp", LONG_FRAMES, "long"),
 )
@@ -137,9 +138,12 @@ def learn(name: str, steps: int, rate: float, modules: list[nn.Module], loss_of:
 
 
 def shifted(videos: torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Moved by up to three pixels; the background is dark, and no edge is seen."""
-    move = rng.integers(-3, 4, size=2)
-    return torch.roll(videos, move.tolist(), dims=(-2, -1)), torch.tensor([0.0, move[1], move[0]]) * 2
+    """Each moved by up to three pixels, and what that adds to side and centre; the background is dark, and no edge is
+    seen."""
+    moves = rng.integers(-3, 4, size=(len(videos), 2))
+    moved = [torch.roll(video, move.tolist(), dims=(-2, -1)) for video, move in zip(videos, moves, strict=True)]
+    added = np.stack([np.zeros(len(moves)), moves[:, 1], moves[:, 0]], axis=1) * 2
+    return torch.stack(moved), torch.tensor(added, dtype=torch.float32)
 
 
 def train_images(gifs: Path, folder: Path) -> None:
@@ -403,11 +407,8 @@ def evaluate(base: Path, tuned: Path, folder: Path, tasks: Sequence[str], num_fr
     return rows
 
 
-def main() -> None:
-    args = parse_arguments(__doc__)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    output = args.output
-    output.mkdir(parents=True, exist_ok=True)
+def steps_of(output: Path) -> list[tuple[str, Path, Callable[[], None]]]:
+    """Name, the file that is written last, and what makes it."""
     gifs, long = output / "gifs", output / "long"
 
     def write(folder: Path, counts: tuple[int, int], times: Sequence[int], tasks: Sequence[str]) -> None:
@@ -425,10 +426,9 @@ def main() -> None:
     images, speech = output / "images", output / "speech"
     steps.append(("images", images / "model.safetensors", lambda: train_images(gifs, images)))
     steps.append(("speech", speech / "tokenizer_config.json", lambda: train_speech(speech)))
-    for kind in ("xclip", "bt"):
-        folder = output / f"tower-{kind}"
-        steps.append((folder.name, folder / "heads.json", partial(train_tower, kind, images, gifs, folder)))
     for kind, connector, frames, source in SYSTEMS:
+        tower = output / f"tower-{kind}"
+        steps.append((tower.name, tower / "heads.json", partial(train_tower, kind, images, gifs, tower)))
         base = output / f"base-{kind}-{connector}"
         tuned = output / f"tuned-{kind}-{connector}-{source}-{frames}"
         budget, tasks = (STEPS, TASKS) if source == "gifs" else (LONG_STEPS, ("count",))
@@ -443,7 +443,15 @@ def main() -> None:
             (tuned / "scores.json").write_text(json.dumps([about | row for row in rows], indent=2) + "\n")
 
         steps.append((f"scores of {tuned.name}", tuned / "scores.json", score))
-    make(steps, output / "results.json")
+    return steps
+
+
+def main() -> None:
+    args = parse_arguments(__doc__)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    output = args.output
+    output.mkdir(parents=True, exist_ok=True)
+    make(steps_of(output), output / "results.json")
     found = [output / f"tuned-{kind}-{connector}-{source}-{frames}" for kind, connector, frames, source in SYSTEMS]
     write_scores([row for tuned in found for row in json.loads((tuned / "scores.json").read_text())])
     write_table()
