@@ -148,6 +148,7 @@ def test_a_processor_of_another_connector():
         tiny_gif_qa.model("attention")(**inputs)
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # peft asks for it
 def test_the_size_before_a_llama_of_3_billion():
     found = sizes("mlp")  # on the meta device
     assert found["parameters"] == pytest.approx(3.35e9, rel=0.01)  # 3.21 of Llama 3.2 3B, 0.13 of X-CLIP
