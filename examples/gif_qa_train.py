@@ -5,11 +5,12 @@
     python examples/gif_qa_train.py ... --media-root tgif-v1.0.tsv --max-disk 20GB   # GIFs fetched, and given up again
 
 The first time the model is put together from its pieces, in OUTPUT_DIR/base (--connector qformer or attention: from
-others). What is trained, LoRA and the connector, is in OUTPUT_DIR afterwards. `bt-adapter finetune --model
-OUTPUT_DIR/base` does the same with more options.
+others). What is trained, LoRA and the connector, is in OUTPUT_DIR afterwards. Options that are not below go to
+`bt-adapter finetune --model OUTPUT_DIR/base`, with --lora --load-in-4bit unless --lora is among them.
 """
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from bt_adapter_hf import BTAdapterGifQAForConditionalGeneration, BTAdapterGifQA
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tower", default="microsoft/xclip-base-patch16-16-frames")
     parser.add_argument(
         "--language-model",
@@ -30,11 +31,17 @@ def main():
     options, finetune = parser.parse_known_args()  # what it does not know is for `bt-adapter finetune`
 
     base = options.output_dir / "base"
-    if not (base / "processor_config.json").is_file():
-        parts = {"tower": options.tower, "language_model": options.language_model}
-        model = BTAdapterGifQAForConditionalGeneration.from_components(**parts, connector=options.connector)
+    parts = {"tower": options.tower, "language_model": options.language_model}
+    wanted, made_of = {**parts, "connector": options.connector}, base / "made_of.json"
+    if (base / "processor_config.json").is_file():
+        made = json.loads(made_of.read_text())
+        if made != wanted:
+            sys.exit(f"error: {base} is made of {made}; now it is {wanted}. Take another --output-dir.")
+    else:
+        model = BTAdapterGifQAForConditionalGeneration.from_components(**wanted)
         processor = BTAdapterGifQAProcessor.from_components(model.config, **parts)
         model.save_pretrained(base)
+        made_of.write_text(json.dumps(wanted))
         processor.save_pretrained(base)
     given = ["--lora", "--load-in-4bit", *finetune] if "--lora" not in finetune else finetune
     if any(options.output_dir.glob("checkpoint-*")):  # interrupted: it goes on

@@ -33,12 +33,20 @@ def main() -> None:
     parser.add_argument("--window", type=float)
     parser.add_argument("--stride", type=float)
     args = parser.parse_args()
-    windows = args.window and (args.window, args.stride or args.window / 2)
-    if len(args.videos) == 1 and args.videos[0].endswith(".txt"):
-        with open(args.videos[0], encoding="utf-8") as file:
-            paths = [os.path.abspath(line.strip()) for line in file if line.strip()]
-    else:
-        paths = find_videos(args.videos)
+    if args.stride is not None and args.window is None:
+        parser.error("--stride goes with --window")
+    windows = None
+    try:
+        if args.window is not None:
+            windows = (args.window, args.window / 2 if args.stride is None else args.stride)
+            Windows(*windows)
+        if len(args.videos) == 1 and args.videos[0].endswith(".txt"):
+            with open(args.videos[0], encoding="utf-8") as file:
+                paths = [os.path.abspath(line.strip()) for line in file if line.strip()]
+        else:
+            paths = find_videos(args.videos)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
 
     ray.init(ignore_reinit_error=True)
     context = ray.data.DataContext.get_current()

@@ -41,7 +41,7 @@ len(paths)
 # %% [markdown]
 # ## An index
 #
-# Features of all videos, in a folder. Run it again later: it adds what is new and takes out what is gone.
+# Features of all videos, in a folder. Run it again later: it adds what is new, and what is gone is marked in the hits.
 
 # %%
 encoder = VideoEncoder.from_pretrained(MODEL)

@@ -15,13 +15,17 @@ if [ $# -lt 3 ]; then
 fi
 table=$1 links=$2 output=$3
 shift 3
+case " $* " in
+*" --cache-states "*) augment=() ;; # what is made of a GIF once is the same in every epoch
+*) augment=(--augment) ;;
+esac
 
 bt-adapter check-data "$table" --media-root "$links" --sample 500 --max-broken 0.5 --list "$output.gone.jsonl" || true
 python examples/gif_qa_train.py --output-dir "$output" \
     --tower "${TOWER:-microsoft/xclip-base-patch16-16-frames}" \
     --language-model "${LANGUAGE_MODEL:-HuggingFaceTB/SmolLM2-1.7B-Instruct}" --connector "${CONNECTOR:-mlp}" \
     --train "$table" --media-root "$links" --chunk-rows 10000 --max-disk "${MAX_DISK:-40GB}" --max-broken 0.4 \
-    --lora --lora-r 16 --load-in-4bit --augment \
+    --lora --lora-r 16 --load-in-4bit "${augment[@]}" \
     --batch-size 8 --gradient-accumulation-steps 4 --epochs 1 --learning-rate 2e-4 --workers 8 --save-steps 100 \
     --activation-checkpointing --set lr_scheduler_type=cosine --set warmup_steps=0.03 \
     "$@"

@@ -150,6 +150,9 @@ def test_the_example_that_trains(saved, tmp_path, monkeypatch, capsys):
     ask = ["--question", "what ?", "--base", tmp_path / "run" / "base", "--tuned", tmp_path / "run"]
     assert example("gif_qa_answer", [saved / "0.gif", *ask], monkeypatch) == 0
     assert "0.gif: " in capsys.readouterr().out
+    argv[5] = "mlp"
+    message = str(example("gif_qa_train", argv, monkeypatch))
+    assert "'connector': 'qformer'" in message and "Take another --output-dir." in message
 
 
 @pytest.mark.parametrize("language", ["gpt2", "qwen2"])
