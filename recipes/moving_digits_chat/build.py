@@ -143,19 +143,23 @@ def build_processor() -> BTAdapterLlavaProcessor:
     )
 
 
+def language_config(tokens: PreTrainedTokenizerFast) -> LlamaConfig:
+    return LlamaConfig(
+        **LANGUAGE,
+        vocab_size=len(tokens),
+        pad_token_id=tokens.pad_token_id,
+        bos_token_id=tokens.bos_token_id,
+        eos_token_id=tokens.eos_token_id,
+    )
+
+
 def build_llava(processor: BTAdapterLlavaProcessor) -> LlavaForConditionalGeneration:
     """A native LLaVA: the CLIP of the package, a new projector and a new language model."""
     clip = AutoModel.from_pretrained(default_model_path()).vision_model.vision_model
     tokens = processor.tokenizer
     config = LlavaConfig(
         vision_config=clip.config,
-        text_config=LlamaConfig(
-            **LANGUAGE,
-            vocab_size=len(tokens),
-            pad_token_id=tokens.pad_token_id,
-            bos_token_id=tokens.bos_token_id,
-            eos_token_id=tokens.eos_token_id,
-        ),
+        text_config=language_config(tokens),
         image_token_index=processor.image_token_id,
         vision_feature_layer=-1,  # all of the branch takes part
         vision_feature_select_strategy="full",  # with the CLS: no loss of CLIP reaches the last patch tokens

@@ -29,12 +29,12 @@ from transformers import (
     InstructBlipForConditionalGeneration,
     InstructBlipQFormerConfig,
     InstructBlipVisionConfig,
-    LlamaConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     set_seed,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
 from bt_adapter_hf import (
     BTAdapterConfig,
@@ -54,7 +54,7 @@ from bt_adapter_hf.data.moving_digits_chat import conversation
 from bt_adapter_hf.models.chat_templates_bt_adapter import MINIGPT4_SYSTEM
 
 from ..moving_digits.build import IMAGE_SIZE, PATCH_SIZE, fit_clip, train_branch, write_clip_files
-from ..moving_digits_chat.build import LANGUAGE, STILLS, build_tokenizer, show_still, train
+from ..moving_digits_chat.build import STILLS, build_tokenizer, language_config, show_still, train
 from ..shared import TRAIN_SEED, make, parse_output
 from .build import CLIP_BATCH, CLIP_LR, Pictures, format_scores, score_plugged, show_trail, shuffled_index, test_videos
 
@@ -101,9 +101,7 @@ class EvaClip(BTAdapterModel):
         texts = self.get_text_features(input_ids, attention_mask=attention_mask).pooler_output
         images, texts = (torch.nn.functional.normalize(x, dim=-1) for x in (images, texts))
         logits = texts @ images.T * self.logit_scale.exp()
-        target = torch.arange(len(logits))
-        cross_entropy = torch.nn.functional.cross_entropy
-        return {"loss": (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2}
+        return {"loss": image_text_contrastive_loss(logits)}
 
 
 def train_clip(folder: Path) -> None:
@@ -163,7 +161,10 @@ def build_host(name: str, clip_folder: Path) -> tuple[PreTrainedModel, BTAdapter
     (model_class, config_class, qformer_class), _, processor_class = HOSTS[name]
     eva, seeing = BTAdapterModel.from_pretrained(clip_folder), BTAdapterProcessor.from_pretrained(clip_folder)
     tokens = build_tokenizer(*PROMPTS[name])
-    words = {"qformer_tokenizer": build_tokenizer()} if name == "instructblip" else {}
+    words, reading = {}, {}
+    if name == "instructblip":  # its Q-Former reads the question
+        words = {"qformer_tokenizer": build_tokenizer()}
+        reading = {"vocab_size": len(words["qformer_tokenizer"])}
     parts = (seeing.image_processor, seeing.video_processor, tokens)
     processor = processor_class(*parts, num_query_tokens=QUERIES, **words)
     vision = eva.vision_model.vision_model.config.to_dict()
@@ -171,14 +172,8 @@ def build_host(name: str, clip_folder: Path) -> tuple[PreTrainedModel, BTAdapter
         vision = Blip2VisionConfig(**{key: value for key, value in vision.items() if key != "model_type"})
     config = config_class(
         vision_config=vision,
-        qformer_config=qformer_class(**QFORMER, **({"vocab_size": len(words["qformer_tokenizer"])} if words else {})),
-        text_config=LlamaConfig(
-            **LANGUAGE,
-            vocab_size=len(tokens),
-            pad_token_id=tokens.pad_token_id,
-            bos_token_id=tokens.bos_token_id,
-            eos_token_id=tokens.eos_token_id,
-        ),
+        qformer_config=qformer_class(**QFORMER, **reading),
+        text_config=language_config(tokens),
         num_query_tokens=QUERIES,
         image_token_index=tokens.convert_tokens_to_ids(processor.image_token),
     )
