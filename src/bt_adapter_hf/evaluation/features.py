@@ -238,8 +238,7 @@ def _encode(
 ) -> tuple[list[str], dict[str, np.ndarray], dict[str, str]]:
     """Names that are new, their features (names, P) by condition, and reasons of failures by name.
 
-    One clip at a time, so that its features do not depend on its neighbours; its frames pass the frozen backbone once
-    for all conditions that only change their order.
+    One clip at a time, so that its features do not depend on its neighbours.
     """
     new: dict[str, Clip] = {}
     for clip in batch:
@@ -253,7 +252,7 @@ def _encode(
             failed[clip.name] = pixels
             continue
         generator = torch.Generator().manual_seed(seed_of(clip.name, seed))
-        features = _features_of(encoder.model, torch.from_numpy(pixels), controls, draws, generator)
+        features = order_features(encoder.model, torch.from_numpy(pixels)[None], controls, draws, generator)
         try:
             of_clip = {condition: unit_rows(feature, [clip.name]) for condition, feature in features}
         except FeatureError as error:
@@ -266,24 +265,27 @@ def _encode(
     return names, {condition: np.concatenate(values) for condition, values in rows.items()}, failed
 
 
-def _features_of(
-    model: BTAdapterModel, pixels: torch.Tensor, controls: Sequence[str], draws: int, generator: torch.Generator
+def order_features(
+    model: BTAdapterModel, videos: torch.Tensor, controls: Sequence[str], draws: int, generator: torch.Generator
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The clip (T, 3, H, W) under each condition, (1, P) each."""
-    frames = pixels.to(model.device, model.dtype)
-    place = torch.arange(len(frames))[None, :, None, None, None]  # as a video of numbers
+    """Videos (B, T, 3, H, W) as they are ("full") and under each of `CONTROLS`: conditions, and features (B, P).
+
+    Their frames pass the frozen backbone once for all conditions that only change the order.
+    """
+    frames = videos.flatten(0, 1).to(model.device, model.dtype)
+    places = torch.arange(len(frames)).view(*videos.shape[:2], 1, 1, 1)  # as videos of numbers
     states = FrameStates(model)
     states.add(frames)
 
     def encode_order(order: torch.Tensor, frame_mask: None = None) -> torch.Tensor:
-        return states.features(order.flatten()[None])
+        return states.features(order.flatten(1))
 
     def encode_images(order: torch.Tensor) -> torch.Tensor:
         return model.get_image_features(frames[order.flatten().to(frames.device)]).pooler_output
 
-    yield FULL, encode_order(place)
+    yield FULL, encode_order(places)
     yield from control_features(
-        encode_order, place, controls=controls, encode_images=encode_images, draws=draws, generator=generator
+        encode_order, places, controls=controls, encode_images=encode_images, draws=draws, generator=generator
     )
 
 

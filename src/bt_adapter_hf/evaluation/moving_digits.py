@@ -8,7 +8,8 @@ import torch
 from ..data.moving_digits import COLOURS, DIGITS, MOTIONS, all_captions, clip_caption, opposite
 from ..models.modeling_bt_adapter import BTAdapterModel
 from ..models.processing_bt_adapter import BTAdapterProcessor
-from .controls import CONTROLS, control_features
+from .controls import CONTROLS
+from .features import FULL, order_features
 from .retrieval import Features, cosine_similarity, retrieval_metrics
 
 
@@ -71,29 +72,17 @@ def evaluate_moving_digits(
         `{"bt_adapter": scores, "frame_average": scores, "one_frame": ..., "shuffled": ..., "reversed": ...}`.
     """
     model.eval()
-    device, dtype = model.device, model.dtype
-
-    def encode_videos(videos: torch.Tensor, frame_mask: torch.Tensor | None) -> torch.Tensor:
-        return model.get_video_features(videos, frame_mask=frame_mask).pooler_output.float().cpu()
-
-    def encode_images(images: torch.Tensor) -> torch.Tensor:
-        return model.get_image_features(images).pooler_output.float().cpu()
-
-    texts = processor(text=all_captions(), padding=True, return_tensors="pt").to(device)
+    texts = processor(text=all_captions(), padding=True, return_tensors="pt").to(model.device)
     text_features = model.get_text_features(**texts).pooler_output.float().cpu()
     generator = torch.Generator().manual_seed(seed)
     features: dict[str, list[torch.Tensor]] = {}
     for batch in clips:
-        videos = processor(videos=list(batch), return_tensors="pt")["pixel_values_videos"].to(device, dtype)
-        features.setdefault("bt_adapter", []).append(encode_videos(videos, None))
-        controls = control_features(
-            encode_videos, videos, controls=CONTROLS, encode_images=encode_images, draws=draws, generator=generator
-        )
-        for name, values in controls:
-            features.setdefault(name, []).append(values)
+        videos = processor(videos=list(batch), return_tensors="pt")["pixel_values_videos"]
+        for name, values in order_features(model, videos, CONTROLS, draws, generator):
+            features.setdefault(name, []).append(values.float().cpu())
     scores: dict[str, list[dict[str, float]]] = {}
     for name, values in features.items():
-        group = "shuffled" if name.startswith("shuffled_") else name
+        group = "bt_adapter" if name == FULL else "shuffled" if name.startswith("shuffled_") else name
         scores.setdefault(group, []).append(motion_scores(text_features, torch.cat(values), facts))
     averaged = {
         group: {score: float(np.mean([run[score] for run in runs])) for score in SCORES}
