@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -5,10 +7,12 @@ from PIL import Image
 from transformers import AutoVideoProcessor, CLIPImageProcessorPil
 from transformers.video_utils import VideoMetadata
 
+from bt_adapter_hf.models.video_backends import available_video_backends
 from bt_adapter_hf.models.video_errors import (
     EmptyVideoError,
     NoVideoStreamError,
     TruncatedVideoError,
+    VideoError,
     VideoInputError,
     VideoNotFoundError,
 )
@@ -310,3 +314,47 @@ def test_the_numbers_are_transformers_own():
     assert pixels.dtype == torch.uint8 and found.is_contiguous()
     rules = (True, processor.rescale_factor, True, tuple(processor.image_mean), tuple(processor.image_std))
     assert torch.equal(found, processor.rescale_and_normalize(pixels, *rules))
+
+
+@pytest.mark.parametrize("backend", ["pyav", "decord", "torchcodec"])
+@pytest.mark.parametrize("name", ["upright", "rotated", "animated"])
+def test_frames_shrink_as_they_are_decoded_to_the_same_numbers(tmp_path, name, backend):
+    if available_video_backends()[backend] is not None:
+        pytest.skip(f"no {backend}")
+    if name == "animated":
+        path = write_gif(tmp_path / "a.gif")
+    else:
+        pictures = [np.tile(numbered_picture(number), (2, 1, 1)) for number in range(30)]
+        quarter = (0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30) if name == "rotated" else None
+        path = write_clip(tmp_path / "a.mp4", pictures=pictures, matrix=quarter)
+    options = {"num_frames": 5, "video_backend": backend, "return_tensors": "pt"}
+    processor = BTAdapterVideoProcessor(size={"shortest_edge": 28}, crop_size={"height": 24, "width": 20})
+    frames, metadata = load_video(path, num_frames=5, backend=backend)
+    found = processor(path, return_metadata=True, **options)
+    assert torch.equal(found["pixel_values_videos"], processor(frames, **options)["pixel_values_videos"])
+    assert found["video_metadata"] == [metadata]  # the size of the video, and not of what is left of it
+    shrunk, _ = load_video(path, num_frames=5, backend=backend, shrink=processor.shrinker())
+    assert shrunk.shape == (5, 24, 20, 3) and shrunk.dtype == np.uint8
+    rest = processor(shrunk, do_resize=False, do_center_crop=False, **options)
+    assert torch.equal(found["pixel_values_videos"], rest["pixel_values_videos"])
+
+
+def test_few_frames_are_in_memory_at_full_size(tmp_path):
+    pictures = [np.full((720, 960, 3), 10 * number, np.uint8) for number in range(24)]
+    path = write_clip(tmp_path / "a.mp4", pictures=pictures)
+    processor = BTAdapterVideoProcessor(
+        num_frames=24, size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}
+    )
+    processor(path, return_tensors="pt")
+    tracemalloc.start()
+    processor(path, return_tensors="pt")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4 * 960 * 720 * 3  # of 24; numpy's arrays are counted, and FFmpeg's pictures are not
+
+
+def test_a_size_that_cannot_be_used_is_no_fault_of_the_video(small_processor, tmp_path):
+    for path in (write_clip(tmp_path / "a.mp4", 10), write_gif(tmp_path / "a.gif")):
+        with pytest.raises(ValueError, match="Size must contain") as caught:
+            small_processor(path, size={"longest_edge": 24})
+        assert not isinstance(caught.value, VideoError)

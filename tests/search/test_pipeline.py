@@ -37,6 +37,20 @@ def test_shares():
     assert stopwatch.shares() == {"decode": 0.75, "tower": 0.25}
 
 
+def test_a_stage_inside_another_is_not_counted_twice():
+    stopwatch = Stopwatch()
+    start = time.perf_counter()
+    with stopwatch("decode"):
+        time.sleep(0.01)
+        for _ in range(2):
+            with stopwatch("preprocess"), stopwatch("inside"):
+                time.sleep(0.05)
+    passed = time.perf_counter() - start
+    assert sum(stopwatch.seconds.values()) <= passed
+    assert stopwatch.seconds["inside"] >= 0.1
+    assert stopwatch.seconds["decode"] <= passed - 0.1 and stopwatch.seconds["preprocess"] <= passed - 0.11
+
+
 @pytest.mark.parametrize(("workers", "threads", "size"), [(None, 1, 1), (2, 2, 2), (1, 4, 4), (8, 1, 1)])
 def test_threads_of_python_and_torch_are_not_more_than_the_cores(
     tiny_checkpoint, clips, monkeypatch, workers, threads, size

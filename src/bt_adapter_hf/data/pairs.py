@@ -182,15 +182,17 @@ class PairDataset(torch.utils.data.Dataset):
         return self._load(record.video, generator).numpy(), text, texts
 
     def _load(self, video: str | bytes, generator: np.random.Generator) -> torch.Tensor:
+        whole = self.crop_scale is None
         frames, _ = load_video(
             video,
             num_frames=self.num_frames,
             sampling="jitter" if self.training else self.video_processor.sampling,
             generator=generator,
+            shrink=self.video_processor.shrinker() if whole else None,
             **decoding_options(self.video_processor),
         )
         frames = torch.from_numpy(frames).movedim(-1, 1)  # (T, H, W, 3) -> (T, 3, H, W)
-        if self.crop_scale is not None:
+        if not whole:
             top, left, height, width = random_crop_box(*frames.shape[-2:], self.crop_scale, generator)
             size = self.video_processor.crop_size
             frames = torch.nn.functional.interpolate(
@@ -199,7 +201,8 @@ class PairDataset(torch.utils.data.Dataset):
                 mode="bicubic",
                 antialias=True,
             )
-        batch = self.video_processor(videos=[frames], do_sample_frames=False, return_tensors="pt")
+        options = {"do_sample_frames": False, **({"do_resize": False, "do_center_crop": False} if whole else {})}
+        batch = self.video_processor(videos=[frames], return_tensors="pt", **options)
         return batch["pixel_values_videos"][0]
 
 

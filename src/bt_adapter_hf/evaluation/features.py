@@ -103,9 +103,11 @@ def encode_clips(
         if clip.row not in known.rows or names.get(clip.name) != clip.identity  # failures: once more
     )
 
+    rules, fitted = encoder.processor.video_processor, {"do_resize": False, "do_center_crop": False}
+
     def load(video: str | bytes, backwards: bool, span: tuple[float, float] | None) -> np.ndarray:
-        frames = read_clip(video, encoder.processor.video_processor, backwards, span)
-        return encoder.processor(videos=[frames], return_tensors="pt")["pixel_values_videos"][0].numpy()
+        frames = read_clip(video, rules, backwards, span, shrink=rules.shrinker())
+        return encoder.processor(videos=[frames], return_tensors="pt", **fitted)["pixel_values_videos"][0].numpy()
 
     with ClipDecoder(load, workers, item_timeout) as decoder:
         while batch := list(islice(todo, 4 * workers)):

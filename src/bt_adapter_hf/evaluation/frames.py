@@ -52,9 +52,10 @@ def read_clip(
     backwards: bool,
     span: tuple[float, float] | None,
     clips: int = 1,
+    shrink: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> np.ndarray:
     """Frames uint8 (T, H, W, 3) of a clip; see `read_frames`."""
-    frames = read_frames(video, video_processor, span, clips)
+    frames = read_frames(video, video_processor, span, clips, shrink)
     return np.ascontiguousarray(frames[::-1]) if backwards else frames
 
 
@@ -63,19 +64,21 @@ def read_frames(
     video_processor: "BTAdapterVideoProcessor",
     span: tuple[float, float] | None = None,
     clips: int = 1,
+    shrink: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> np.ndarray:
     """Frames uint8 (T, H, W, 3) that the video processor samples.
 
     Args:
         span: only this part, in seconds: more frames of the whole are decoded, and sampled again among those inside.
         clips: so many times the frames, for chat models that cut a video into clips.
+        shrink: see [`load_video`].
 
     Raises:
         VideoError: the video cannot be used; or it is a GIF that has become a still, as happens to data sets that
             were converted by tools for images; or nothing of it lies in the span.
     """
     wanted = video_processor.num_frames * clips
-    options = {"sampling": video_processor.sampling, **decoding_options(video_processor)}
+    options = {"sampling": video_processor.sampling, "shrink": shrink, **decoding_options(video_processor)}
     if span is None:
         frames, metadata = load_video(video, num_frames=wanted, **options)
         if metadata.total_num_frames == 1 and _is_gif(video):

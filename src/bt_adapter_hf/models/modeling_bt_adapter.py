@@ -152,8 +152,7 @@ class BTAdapterModel(BTAdapterPreTrainedModel):
                     f"{logits_per_text.shape[1]} videos."
                 )
             target = torch.arange(len(logits_per_text), device=logits_per_text.device)
-            loss = nn.functional.cross_entropy(logits_per_text, target)
-            loss = (loss + nn.functional.cross_entropy(logits_per_text.t(), target)) / 2
+            loss = sum(nn.functional.cross_entropy(x, target) for x in (logits_per_text, logits_per_text.t())) / 2
         return BTAdapterOutput(
             loss=loss,
             logits_per_video=logits_per_text.t(),

@@ -99,15 +99,14 @@ def _check(backend: str, source: Source, count: int, scan: Scan, first: np.ndarr
         raise _refused(backend, source, "it does not show the first frame as the file asks for")
 
 
-def load_decord(source: Source, choose: Callable[[int], np.ndarray]) -> tuple[np.ndarray, BTAdapterVideoMetadata]:
+def load_decord(source: Source, collect: Callable[[int], FrameCollector]) -> tuple[np.ndarray, BTAdapterVideoMetadata]:
     decord = importlib.import_module(_MODULES["decord"])
     scan, reference = _scan_for("decord", source)
-    indices = choose(scan.frames)
-    collector = FrameCollector(indices)
+    collector = collect(scan.frames)
     with _errors_of("decord", source):
         reader = decord.VideoReader(source.data if isinstance(source.data, str) else source.opened(), num_threads=1)
         # from the start, without seeking: `get_batch` returns wrong frames of HEVC files when it skips frames
-        for index in range(int(indices.max()) + 1):
+        for index in range(int(collector.indices.max()) + 1):
             frame = reader.next().asnumpy()
             if frame.shape[2] != 3:
                 raise _refused("decord", source, "it takes the padding of narrow frames for a fourth channel")
@@ -118,18 +117,19 @@ def load_decord(source: Source, choose: Callable[[int], np.ndarray]) -> tuple[np
     return collector.result(scan.frames, scan.times, scan.fps, "decord")
 
 
-def load_torchcodec(source: Source, choose: Callable[[int], np.ndarray]) -> tuple[np.ndarray, BTAdapterVideoMetadata]:
+def load_torchcodec(
+    source: Source, collect: Callable[[int], FrameCollector]
+) -> tuple[np.ndarray, BTAdapterVideoMetadata]:
     video_decoder = importlib.import_module(_MODULES["torchcodec"]).VideoDecoder
     scan, reference = _scan_for("torchcodec", source)
-    indices = choose(scan.frames)
-    collector = FrameCollector(indices)
+    collector = collect(scan.frames)
     with _errors_of("torchcodec", source):
         # "exact" reads all packets first; the default of some versions is off by frames at variable frame rates
         decoder = video_decoder(source.data, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
         _check(
             "torchcodec", source, decoder.metadata.num_frames, scan, decoder.get_frame_at(0).data.numpy(), reference
         )
-        for index in np.unique(indices).tolist():
+        for index in np.unique(collector.indices).tolist():
             collector.add(index, decoder.get_frame_at(index).data.numpy(), source.name)
     return collector.result(scan.frames, scan.times, scan.fps, "torchcodec")
 

@@ -1,6 +1,6 @@
 """The decoders behind [`load_video`]: pictures and animations through PIL, other files by PyAV, decord or torchcodec.
 
-All of them return exactly the frames that `choose(total)` names, or raise. PyAV is the reference: it reads from the
+All of them return exactly the frames that `collect(total)` wants, or raise. PyAV is the reference: it reads from the
 first packet to the last and so knows how many frames there are. The others are checked against it, because they are
 known to return wrong frames of some files without saying so.
 """
@@ -116,90 +116,28 @@ def flatten_image(image: Image.Image, background: tuple[int, int, int]) -> np.nd
     return np.asarray(Image.alpha_composite(canvas, image).convert("RGB"))
 
 
-# Pictures and animations through PIL
-
-
-def picture_kind(source: Source) -> str | None:
-    """The format of an image file that PIL shows right, moving or not; FFmpeg drops its alpha, times or frames."""
-    head = source.read_at(0, 12)
-    if head[4:8] == b"ftyp":
-        return {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIF", b"heix": "HEIF", b"mif1": "HEIF"}.get(head[8:])
-    starts = {b"GIF8": "GIF", b"\x89PNG": "PNG", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
-    return "WebP" if head[:4] == b"RIFF" and head[8:] == b"WEBP" else starts.get(head[:4])
-
-
-def load_picture_file(
-    source: Source, choose: Callable[[int], np.ndarray], on_damage: str, background: tuple[int, int, int]
-) -> tuple[np.ndarray, BTAdapterVideoMetadata]:
-    with source.opened() as file:
-        try:
-            image = Image.open(file)
-        except (UnidentifiedImageError, EOFError, IndexError) as error:
-            raise EmptyVideoError(
-                f"{source.name} is a {picture_kind(source)} without a complete frame, or of a kind that PIL has no "
-                "reader for."
-            ) from error
-        return load_animation(image, source.name, choose, on_damage, background)
-
-
-def load_animation(
-    image: Image.Image,
-    name: str,
-    choose: Callable[[int], np.ndarray],
-    on_damage: str,
-    background: tuple[int, int, int],
-    total: int | None = None,
-) -> tuple[np.ndarray, BTAdapterVideoMetadata]:
-    """Of an image that PIL has opened; `total`: frames that can be read, if that is known."""
-    place = image.tell()
-    skipped = 1 if image.info.get("default_image") else 0  # of an animated PNG: for viewers that know no animations
-    total = total or max(image.n_frames - skipped, 1)
-    ends, error = [0.0], None
-    collector = FrameCollector(choose(total))
-    try:
-        for index in range(total):
-            image.seek(index + skipped)  # PIL applies each frame on the ones before it, so every frame is visited
-            image.load()
-            if collector.wants(index):
-                collector.add(index, flatten_image(ImageOps.exif_transpose(image), background), name)
-            delay = float(image.info.get("duration") or 0) / 1000
-            # browsers and FFmpeg show a delay below 2/100 s as 1/10 s
-            ends.append(ends[-1] + (delay if delay >= 0.02 else 0.1))
-    except (OSError, EOFError, ValueError, SyntaxError) as caught:
-        if isinstance(caught, VideoError):
-            raise
-        error = caught
-    if error is not None:
-        readable = len(ends) - 1
-        damaged(name, f"PIL says '{sentence(error)[:-1]}', it is broken or ends inside a frame", readable, on_damage)
-        return load_animation(image, name, choose, on_damage, background, readable)
-    image.seek(place)
-    *times, duration = ends
-    return collector.result(total, times, total / duration, "pil", duration)
-
-
-# Files through PyAV
-
-
 class FrameCollector:
-    """The output array, allocated at the first wanted frame and filled in place: no second copy of the frames."""
+    """The output array, filled in place: no second copy of the frames, or of what `shrink` makes of each."""
 
-    def __init__(self, indices: np.ndarray):
-        self.indices = indices
+    def __init__(self, choose: Callable[[int], np.ndarray], shrink: Callable | None, total: int):
+        self.indices, self.shrink = choose(total), shrink
         self.frames: np.ndarray | None = None
+        self.shape: tuple[int, ...] = ()  # of the frames as they came
 
     def wants(self, index: int) -> bool:
         position = np.searchsorted(self.indices, index)
         return bool(position < len(self.indices) and self.indices[position] == index)
 
     def add(self, index: int, picture: np.ndarray, name: str) -> None:
-        if self.frames is None:
-            self.frames = np.empty((len(self.indices), *picture.shape), dtype=np.uint8)
-        elif self.frames.shape[1:] != picture.shape:
+        shape, self.shape = self.shape or picture.shape, picture.shape
+        if shape != picture.shape:
             raise VideoDecodeError(
-                f"{name} changes its frame size from {self.frames.shape[2]}x{self.frames.shape[1]} to "
+                f"{name} changes its frame size from {shape[1]}x{shape[0]} to "
                 f"{picture.shape[1]}x{picture.shape[0]} at frame {index}: re-encode it at one size."
             )
+        picture = picture if self.shrink is None else self.shrink(picture)
+        if self.frames is None:
+            self.frames = np.empty((len(self.indices), *picture.shape), dtype=np.uint8)
         self.frames[self.indices == index] = picture
 
     def result(
@@ -217,8 +155,8 @@ class FrameCollector:
         metadata = BTAdapterVideoMetadata(
             total_num_frames=total,
             fps=fps,
-            width=self.frames.shape[2],
-            height=self.frames.shape[1],
+            width=self.shape[1],
+            height=self.shape[0],
             duration=duration,
             video_backend=backend,
             frames_indices=self.indices.tolist(),
@@ -226,6 +164,71 @@ class FrameCollector:
             decoding=decoding,
         )
         return self.frames, metadata
+
+
+# Pictures and animations through PIL
+
+
+def picture_kind(source: Source) -> str | None:
+    """The format of an image file that PIL shows right, moving or not; FFmpeg drops its alpha, times or frames."""
+    head = source.read_at(0, 12)
+    if head[4:8] == b"ftyp":
+        return {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIF", b"heix": "HEIF", b"mif1": "HEIF"}.get(head[8:])
+    starts = {b"GIF8": "GIF", b"\x89PNG": "PNG", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
+    return "WebP" if head[:4] == b"RIFF" and head[8:] == b"WEBP" else starts.get(head[:4])
+
+
+def load_picture_file(
+    source: Source, collect: Callable[[int], FrameCollector], on_damage: str, background: tuple[int, int, int]
+) -> tuple[np.ndarray, BTAdapterVideoMetadata]:
+    with source.opened() as file:
+        try:
+            image = Image.open(file)
+        except (UnidentifiedImageError, EOFError, IndexError) as error:
+            raise EmptyVideoError(
+                f"{source.name} is a {picture_kind(source)} without a complete frame, or of a kind that PIL has no "
+                "reader for."
+            ) from error
+        return load_animation(image, source.name, collect, on_damage, background)
+
+
+def load_animation(
+    image: Image.Image,
+    name: str,
+    collect: Callable[[int], FrameCollector],
+    on_damage: str,
+    background: tuple[int, int, int],
+    total: int | None = None,
+) -> tuple[np.ndarray, BTAdapterVideoMetadata]:
+    """Of an image that PIL has opened; `total`: frames that can be read, if that is known."""
+    place = image.tell()
+    skipped = 1 if image.info.get("default_image") else 0  # of an animated PNG: for viewers that know no animations
+    total = total or max(image.n_frames - skipped, 1)
+    ends, error = [0.0], None
+    collector = collect(total)
+    try:
+        for index in range(total):
+            image.seek(index + skipped)  # PIL applies each frame on the ones before it, so every frame is visited
+            image.load()
+            if collector.wants(index):
+                collector.add(index, flatten_image(ImageOps.exif_transpose(image), background), name)
+            delay = float(image.info.get("duration") or 0) / 1000
+            # browsers and FFmpeg show a delay below 2/100 s as 1/10 s
+            ends.append(ends[-1] + (delay if delay >= 0.02 else 0.1))
+    except (OSError, EOFError, ValueError, SyntaxError) as caught:
+        if isinstance(caught, VideoError):
+            raise
+        error = caught
+    if error is not None:
+        readable = len(ends) - 1
+        damaged(name, f"PIL says '{sentence(error)[:-1]}', it is broken or ends inside a frame", readable, on_damage)
+        return load_animation(image, name, collect, on_damage, background, readable)
+    image.seek(place)
+    *times, duration = ends
+    return collector.result(total, times, total / duration, "pil", duration)
+
+
+# Files through PyAV
 
 
 @dataclass
@@ -395,21 +398,21 @@ def _missing_from_last_box(source: Source) -> int:
 
 
 def load_pyav(
-    source: Source, choose: Callable[[int], np.ndarray], on_damage: str, background: tuple[int, int, int]
+    source: Source, collect: Callable[[int], FrameCollector], on_damage: str, background: tuple[int, int, int]
 ) -> tuple[np.ndarray, BTAdapterVideoMetadata]:
     seeking = package_part("video_seeking") if on_damage != "check" else None
     with open_container(source) as (container, stream):
         seeker = seeking and seeking.Seeker(container, stream)
         scan = seeker.scan(source) if seeker else scan_packets(source, container, stream)
         if seeker and scan.frames and not scan.damage:
-            found = seeker.decode(choose(scan.frames), Painter(stream, source.name, background), source.name)
+            found = seeker.decode(collect(scan.frames), Painter(stream, source.name, background), source.name)
             if found is not None:
                 return found.result(scan.frames, scan.times, scan.fps, "pyav", decoding="seeking")
     if scan.frames == 0:
         if scan.damage:
             damaged(source.name, scan.damage, 0, on_damage)
         raise EmptyVideoError(f"{source.name} has a video stream without frames.")
-    decoded = _decode(source, choose(scan.frames), background)
+    decoded = _decode(source, collect(scan.frames), background)
     total = len(decoded.times)
     damage = scan.damage or decoded.error
     if damage:
@@ -419,15 +422,15 @@ def load_pyav(
     if total != scan.frames:
         # a cut file, or one whose packets are not one frame each (field pairs, invisible frames)
         logger.info("%s: %d packets, %d frames; sampling again.", source.name, scan.frames, total)
-        decoded = _decode(source, choose(total), background)
+        decoded = _decode(source, collect(total), background)
     times = decoded.times if scan.timed else _even_times(total, scan.fps)
     return decoded.collector.result(total, times, scan.fps, "pyav")
 
 
-def _decode(source: Source, indices: np.ndarray, background: tuple[int, int, int]) -> _Decoded:
+def _decode(source: Source, collector: FrameCollector, background: tuple[int, int, int]) -> _Decoded:
     """Decode from the first frame to the last, so that the count of frames and their order are certain."""
     av = import_pyav()
-    decoded = _Decoded(FrameCollector(indices))
+    decoded = _Decoded(collector)
     broken: list[int] = []
     first_time = None
     with open_container(source) as (container, stream):

@@ -26,6 +26,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from .video_decoding import (
     VIDEO_BACKENDS,
     BTAdapterVideoMetadata,
+    FrameCollector,
     Source,
     fetch,
     flatten_image,
@@ -105,6 +106,7 @@ def load_video(
     max_download_bytes: int = MAX_BYTES,
     timeout: float = MAX_SECONDS,
     keep_floats: bool = False,
+    shrink: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> tuple[np.ndarray, BTAdapterVideoMetadata]:
     """Load `num_frames` frames of a video.
 
@@ -124,6 +126,7 @@ def load_video(
         max_download_bytes: a URL with more than this raises instead of filling the disk.
         timeout: seconds that a download may take in all.
         keep_floats: floats of arrays and tensors come back as they are, float32 of any range, and not as uint8.
+        shrink: of files and animations: what is kept of each frame (H, W, 3), so that only one is whole in memory.
 
     Returns:
         uint8 RGB frames `(T, H, W, 3)` as displayed (rotated, with square pixels), and their metadata:
@@ -146,6 +149,7 @@ def load_video(
     def choose(total: int) -> np.ndarray:
         return sample_frame_indices(total, num_frames, sampling, generator)
 
+    collect = functools.partial(FrameCollector, choose, shrink)
     if isinstance(video, (np.ndarray, torch.Tensor)):
         return _load_array(video, choose, keep_floats)
     if isinstance(video, (list, tuple)):
@@ -153,7 +157,7 @@ def load_video(
     if isinstance(video, Image.Image):
         name = getattr(video, "filename", None) or "The image"
         with item_errors(name):
-            return load_animation(video, name, choose, on_damage, background)
+            return load_animation(video, name, collect, on_damage, background)
     if backend != "pyav":
         others = package_part("video_backends")
         if others is None:
@@ -162,10 +166,10 @@ def load_video(
     name = _name_of(video)
     with item_errors(name), _local_source(video, name, max_download_bytes, timeout) as source:
         if picture_kind(source):
-            return load_picture_file(source, choose, on_damage, background)
+            return load_picture_file(source, collect, on_damage, background)
         if backend == "pyav":
-            return load_pyav(source, choose, on_damage, background)
-        return decode(source, choose)
+            return load_pyav(source, collect, on_damage, background)
+        return decode(source, collect)
 
 
 # Options
@@ -295,12 +299,8 @@ def _checked(pixels: np.ndarray, what: str, keep_floats: bool) -> np.ndarray:
 
 
 def _array_metadata(total: int, indices: np.ndarray, frames: np.ndarray) -> BTAdapterVideoMetadata:
-    return BTAdapterVideoMetadata(
-        total_num_frames=total,
-        height=frames.shape[1],
-        width=frames.shape[2],
-        frames_indices=indices.tolist(),
-    )
+    H, W = frames.shape[1:3]
+    return BTAdapterVideoMetadata(total_num_frames=total, height=H, width=W, frames_indices=indices.tolist())
 
 
 def _load_array(

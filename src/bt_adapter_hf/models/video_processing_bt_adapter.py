@@ -1,7 +1,7 @@
 """Video processor of BT-Adapter: any video in, normalised frames `(B, T, 3, H, W)` out."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -114,9 +114,48 @@ class BTAdapterVideoProcessor(BaseVideoProcessor):
 
     def preprocess(self, videos: VideoSource | list, **kwargs: Unpack[BTAdapterVideoProcessorKwargs]) -> BatchFeature:
         """See the class for what `videos` may be and what comes back; `kwargs` override the saved fields."""
+        options = self._options(kwargs)
+        videos = flatten_videos(videos)
+        known_metadata = _batch_metadata(options["video_metadata"], len(videos))
+        generator = None if options["seed"] is None else np.random.default_rng(options["seed"])
+        shrink = self.shrinker(options) if options["device"] is None else None  # all at once there
+        pixels, metadata = [], []
+        for index, video in enumerate(videos):
+            decoded = _is_decoded(video)
+            sampled = not options["do_sample_frames"] or (decoded and len(video) == options["num_frames"])
+            try:
+                frames, details = load_video(
+                    video,
+                    num_frames=None if sampled else options["num_frames"],
+                    sampling=options["sampling"],
+                    backend=options["video_backend"],
+                    generator=generator,
+                    on_damage=options["on_damage"],
+                    background=options["background"],
+                    keep_floats=not options["do_rescale"],  # the caller has scaled them
+                    shrink=shrink,
+                )
+            except VideoError as error:
+                if len(videos) == 1:
+                    raise
+                raise type(error)(f"videos[{index}]: {error}") from error
+            if known_metadata is not None and decoded:
+                details = _merge_metadata(details, known_metadata[index])
+            # a view: resizing reads this layout as it is, and large frames are not copied
+            frames = torch.from_numpy(frames).permute(0, 3, 1, 2)
+            frames = self._fit(frames, options) if decoded or shrink is None else frames
+            pixels.append(self._normalize(frames, options))
+            metadata.append(details)
+        output = _collate(pixels, options["return_tensors"])
+        if options["return_metadata"]:
+            output["video_metadata"] = metadata
+        return output
+
+    def _options(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Those of a call, or the saved fields."""
         known = list(self.valid_kwargs.__annotations__)
-        validate_kwargs(captured_kwargs=kwargs.keys(), valid_processor_keys=known)
-        given = {name: value for name, value in kwargs.items() if name in known and value is not None}
+        validate_kwargs(captured_kwargs=given.keys(), valid_processor_keys=known)
+        given = {name: value for name, value in given.items() if name in known and value is not None}
         options = {name: given.get(name, getattr(self, name, None)) for name in known}
         checked = ("num_frames", "sampling", "video_backend", "on_damage", "fps")
         self._check_options(*(options[name] for name in checked))
@@ -126,58 +165,31 @@ class BTAdapterVideoProcessor(BaseVideoProcessor):
             raise ValueError(str(error)) from error
         options = self._standardize_kwargs(**options)
         self._validate_preprocess_kwargs(**options)
+        return options
 
-        videos = flatten_videos(videos)
-        known_metadata = _batch_metadata(options["video_metadata"], len(videos))
-        generator = None if options["seed"] is None else np.random.default_rng(options["seed"])
-        pixels, metadata = [], []
-        for index, video in enumerate(videos):
-            try:
-                frames, details = self._load(video, generator, options)
-            except VideoError as error:
-                if len(videos) == 1:
-                    raise
-                raise type(error)(f"videos[{index}]: {error}") from error
-            if known_metadata is not None and _is_decoded(video):
-                details = _merge_metadata(details, known_metadata[index])
-            # one video at a time, so that the frames of only one are in memory at full size
-            pixels.append(self._transform(frames, options))
-            metadata.append(details)
-        output = _collate(pixels, options["return_tensors"])
-        if options["return_metadata"]:
-            output["video_metadata"] = metadata
-        return output
+    def shrinker(self, options: dict[str, Any] | None = None) -> Callable[[np.ndarray], np.ndarray]:
+        """`shrink` of [`load_video`]: a uint8 frame resized and cropped, by options of a call or the saved fields."""
+        options = options or self._options({})
 
-    @staticmethod
-    def _load(
-        video: VideoSource, generator: np.random.Generator | None, options: dict[str, Any]
-    ) -> tuple[np.ndarray, BTAdapterVideoMetadata]:
-        num_frames = options["num_frames"]
-        already_sampled = _is_decoded(video) and len(video) == num_frames
-        return load_video(
-            video,
-            num_frames=None if already_sampled or not options["do_sample_frames"] else num_frames,
-            sampling=options["sampling"],
-            backend=options["video_backend"],
-            generator=generator,
-            on_damage=options["on_damage"],
-            background=options["background"],
-            keep_floats=not options["do_rescale"],  # the caller has scaled them
-        )
+        def shrink(frame: np.ndarray) -> np.ndarray:
+            frame = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)
+            return self._fit(frame, options).permute(1, 2, 0).numpy()
 
-    def _transform(self, frames: np.ndarray, options: dict[str, Any]) -> torch.Tensor:
-        """uint8 or, as a caller has scaled them, float `(T, H, W, 3)` to float `(T, 3, h, w)`."""
-        # a view: resizing reads this layout as it is, and large frames are not copied
-        video = torch.from_numpy(frames).permute(0, 3, 1, 2)
+        shrink(np.zeros((8, 8, 3), np.uint8))  # a size that cannot be used is no fault of a video
+        return shrink
+
+    def _fit(self, frames: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+        """uint8 or, as a caller has scaled them, float `(..., 3, H, W)`, resized and cropped."""
         if options["device"] is not None:
-            video = video.to(options["device"])
+            frames = frames.to(options["device"])
         if options["do_resize"]:
-            low, high = video.aminmax() if video.is_floating_point() else (-1, 0)
-            video = self.resize(video, size=options["size"], resample=options["resample"])
+            low, high = frames.aminmax() if frames.is_floating_point() else (-1, 0)
+            frames = self.resize(frames, size=options["size"], resample=options["resample"])
             if low >= 0:  # bicubic goes beyond what it is given; uint8 is cut off at 0 and 255
-                video = video.clamp(0, 1 if high <= 1 else 255)
-        if options["do_center_crop"]:
-            video = self.center_crop(video, options["crop_size"])
+                frames = frames.clamp(0, 1 if high <= 1 else 255)
+        return self.center_crop(frames, options["crop_size"]) if options["do_center_crop"] else frames
+
+    def _normalize(self, video: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
         rules = [options[f"do_{name}"] for name in ("rescale", "normalize")]
         if video.dtype != torch.uint8 or not all(rules):
             scaled = (rules[0], options["rescale_factor"], rules[1], options["image_mean"], options["image_std"])

@@ -109,11 +109,10 @@ class Seeker:
             self.stamps.append(pts)
             self.targets.append(target)
 
-    def decode(self, indices: np.ndarray, painter: Painter, name: str) -> FrameCollector | None:
+    def decode(self, collector: FrameCollector, painter: Painter, name: str) -> FrameCollector | None:
         """The wanted frames; None where decoding from the start is called for."""
         if self.problem is None:
-            self.problem = self._check(indices)
-        collector = FrameCollector(indices)
+            self.problem = self._check(collector.indices)
         if self.problem is None:
             av = import_pyav()
             context = self.stream.codec_context

@@ -206,6 +206,12 @@ class VideoEncoder:
     def prepare(self, path: str) -> "PreparedVideo":
         """Decoded and preprocessed, or why not."""
         video = self.processor.video_processor
+        fit = video.shrinker()
+
+        def shrink(frame: np.ndarray) -> np.ndarray:
+            with self.stopwatch("preprocess"):
+                return fit(frame)
+
         try:
             with self.stopwatch("decode"):
                 frames, metadata = load_video(
@@ -215,9 +221,11 @@ class VideoEncoder:
                     backend=video.video_backend,
                     on_damage=video.on_damage,
                     background=video.background,
+                    shrink=shrink,
                 )
             with self.stopwatch("preprocess"):
-                inputs = self.processor(videos=[frames], do_sample_frames=False, return_tensors="pt")
+                fitted = {"do_sample_frames": False, "do_resize": False, "do_center_crop": False}
+                inputs = self.processor(videos=[frames], return_tensors="pt", **fitted)
         except VideoError as error:
             return PreparedVideo(path, None, {}, error)
         return PreparedVideo(path, inputs["pixel_values_videos"][0], _describe(metadata), None)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
-from threading import Lock
+from threading import Lock, local
 from typing import TypeVar
 
 
@@ -31,20 +31,24 @@ def in_order(
 
 
 class Stopwatch:
-    """Seconds of each stage, summed over threads."""
+    """Seconds of each stage, summed over threads; a stage inside another one is not the other's."""
 
     def __init__(self):
         self.seconds: Counter[str] = Counter()
         self._lock = Lock()
+        self._inner = local()
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start, before = time.perf_counter(), getattr(self._inner, "seconds", 0.0)
+        self._inner.seconds = 0.0
         try:
             yield
         finally:
+            passed = time.perf_counter() - start
             with self._lock:
-                self.seconds[stage] += time.perf_counter() - start
+                self.seconds[stage] += passed - self._inner.seconds
+            self._inner.seconds = before + passed
 
     def shares(self) -> dict[str, float]:
         """Of the sum; the longest first."""
