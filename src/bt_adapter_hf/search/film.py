@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 
 import numpy as np
 
 from ..models.video_decoding import (
+    FrameCollector,
     Painter,
     damaged,
     decoded_frames,
@@ -46,7 +48,8 @@ class Film:
         with item_errors(path):
             self._source = file_source(path)
             if picture_kind(self._source):
-                self._pictures, metadata = load_picture_file(self._source, np.arange, on_damage, background)
+                collect = partial(FrameCollector, np.arange, None)
+                self._pictures, metadata = load_picture_file(self._source, collect, on_damage, background)
                 self.times, self.fps = np.array(metadata.timestamps), metadata.fps
                 self.duration = metadata.duration
                 return
@@ -81,7 +84,8 @@ class Film:
                 if self._pictures is not None:
                     yield self._pictures[part]
                     continue
-                found = self._seeker and self._seeker.decode(part, self._painter, self.path)
+                collector = FrameCollector(lambda total, part=part: part, None, len(self.times))
+                found = self._seeker and self._seeker.decode(collector, self._painter, self.path)
                 if found is None:
                     yield from self._read_on(np.concatenate(parts[number:]), at_once)
                     return
