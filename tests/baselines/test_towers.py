@@ -5,7 +5,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModel
 
-from bt_adapter_hf import get_bt_adapter_model
+from bt_adapter_hf import get_bt_adapter_model, save_bt_adapter
 from bt_adapter_hf.baselines.towers import BaselineForPreTraining, BaselineVisionModel, baseline_of
 from bt_adapter_hf.training.arguments import BTAdapterTrainingArguments
 from bt_adapter_hf.training.trainer import BTAdapterTrainer
@@ -111,6 +111,8 @@ def test_cached_states_and_unequal_lengths_give_what_pixels_give(start, kind):
         mask[1, 2:] = 0
         alone = tower(videos[1:2, :2])
         if kind in ("joint", "st_pooling"):  # as many tokens as frames: they cannot stand in one tensor
+            with pytest.raises(ValueError, match=r"videos of \[2, 4\] frames"):
+                tower(videos, frame_mask=mask)
             return
         torch.testing.assert_close(tower(videos, frame_mask=mask).pooler_output[1:2], alone.pooler_output)
 
@@ -164,6 +166,36 @@ def test_the_trainer_trains_rivals(start, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", FIELDS)
+def test_pictures_of_another_size(start, kind):
+    tower = rival(start, kind).eval().vision_model
+    output = tower(torch.randn(2, 4, 3, 24, 24), interpolate_pos_encoding=True)
+    assert output.pooler_output.shape == (2, 16)
+    assert output.last_hidden_state.shape[1] == {"joint": 1 + 4 * 9, "st_pooling": 4 + 9}.get(kind, 1 + 9)
+
+
+def test_a_rival_is_no_adapter(start, tmp_path):
+    """Its branch would be loaded as a BT-Adapter, which takes in the backbone, or not at all."""
+    model = rival(start, "branch")
+    with pytest.raises(ValueError, match="this tower is a BaselineVisionModel"):
+        save_bt_adapter(model, tmp_path / "adapter")
+    arguments = BTAdapterTrainingArguments(str(tmp_path / "run"), report_to="none", use_cpu=True, lr_multipliers={})
+    BTAdapterTrainer(model=model, args=arguments).save_model()
+    assert (tmp_path / "run" / "model.safetensors").is_file() and not (tmp_path / "run" / "adapter").exists()
+
+
+@torch.no_grad()
+def test_pooling_gives_a_chat_model_t_and_n_tokens():
+    host = get_bt_adapter_model(tiny_hosts.llava()).eval()
+    backbone, video = host.model.vision_tower.vision_model, tiny_hosts.video()
+    tower = BaselineVisionModel.from_backbone(backbone, temporal="st_pooling").eval()
+    host.model.vision_tower = tower
+    patches = tower.vision_model(video[0], output_hidden_states=True).hidden_states[-2][:, 1:]  # (T, N, D)
+    expected = host.model.multi_modal_projector(torch.cat([patches.mean(dim=1), patches.mean(dim=0)]))
+    torch.testing.assert_close(host.model.get_video_features(video).pooler_output[0], expected)
+
+
+@torch.no_grad()
 def test_a_rival_stands_in_a_chat_model():
     host = get_bt_adapter_model(tiny_hosts.llava()).eval()
     images = host.model.get_image_features(tiny_hosts.images()).pooler_output[0]
@@ -187,6 +219,11 @@ def test_settings_that_do_not_fit_are_named(start):
     ):
         with pytest.raises(StrictDataclassError, match=words):
             baseline_of(start, **{"temporal": kind, "adapter_layers": [1, 2], **FIELDS[kind], **fields})
+    for field in ("mbta_weight", "mbca_weight"):
+        with pytest.raises(ValueError, match="no branch to align"):
+            rival(start, "separate", **{field: 0.1})
+    with pytest.raises(ValueError, match="adapter_layer, temporl: no field"):
+        baseline_of(start, temporl="separate", adapter_layer=[1, 2])
     with pytest.raises(ValueError, match="mask_ratio=0"):
         model = rival(start, "separate", mask_ratio=0.5).train()
         model(torch.ones(2, 3, dtype=torch.long), clips(2))

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..models.compat_bt_adapter import resolve_revision
+from ..models.configuration_bt_adapter import BTAdapterVisionConfig
 from ..models.modeling_bt_adapter_vision import BTAdapterVisionModel
 from .files import BRANCH_FIELDS, SIZES, AdapterConfig
 from .fingerprint import backbone_fingerprint
@@ -21,6 +22,11 @@ def describe_adapter(
     if not isinstance(tower, BTAdapterVisionModel):
         raise ValueError(f"{type(model).__name__} has no BT-Adapter to save; attach one with get_bt_adapter_model.")
     config = tower.config
+    if config.model_type != BTAdapterVisionConfig.model_type:
+        raise ValueError(
+            f"An adapter file is of a BT-Adapter's branch; this tower is a {type(tower).__name__}, which would not be "
+            "the same again. Save the model, or the tower alone, with save_pretrained."
+        )
     name, commit = loaded_from(model)
     return AdapterConfig(
         base_model_name_or_path=base_model_name_or_path or name,

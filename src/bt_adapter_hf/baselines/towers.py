@@ -15,7 +15,9 @@ one that is better for the rival was taken:
 
     model = baseline_of(BTAdapterModel.from_pretrained(clip), temporal="separate", adapter_layers=[2, 3])
 
-is a `BaselineForPreTraining` for `BTAdapterTrainer`, around the same parts.
+is a `BaselineForPreTraining` for `BTAdapterTrainer`, around the same parts. `AutoModel` and `AutoConfig` know what it
+saves once this module has been imported. A LLaVA takes the tower in memory (`model.model.vision_tower = tower`), with
+`T*N` tokens for a video of `joint` and `T+N` of `st_pooling`; it is the tower that is saved then.
 
 Letters in shape comments: B videos, T frames, N patches, D width, K temporal layers, L layers.
 """
@@ -144,7 +146,7 @@ class BaselineVisionModel(BTAdapterVisionModel):
         if output_attentions:
             raise ValueError(f'temporal="{kind}" gives no attentions.')
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.backbone_is_frozen()):
-            state = self.vision_model.embeddings(frames)
+            state = self.vision_model.embeddings(frames, **kwargs)
             if kind == "joint":
                 return {self.config.num_hidden_layers: state}, None
             state = self.vision_model.pre_layrnorm(state)
@@ -170,9 +172,9 @@ class BaselineVisionModel(BTAdapterVisionModel):
         last = final.mean(dim=1)
         pooled = final[:, :, 0]
         if kind == "st_pooling":
-            patches = final[:, :, 1:]
-            last = torch.cat([patches.mean(dim=2), patches.mean(dim=1)], dim=1)  # (B, T+N, D)
-            pooled = last
+            last = pooled = _over_space_and_time(final)
+            # The CLS in front, which a chat model leaves out.
+            tokens = {n: torch.cat([x[:, :1], _over_space_and_time(states[n])], dim=1) for n, x in tokens.items()}
         output = {
             "last_hidden_state": last,
             "pooler_output": tower.post_layernorm(pooled).mean(dim=1),
@@ -181,6 +183,14 @@ class BaselineVisionModel(BTAdapterVisionModel):
         if output_branch_states:
             return BTAdapterVisionOutput(**output, backbone_state=final)
         return BaseModelOutputWithPooling(**output)
+
+    def _regroup(self, results, groups, lengths):
+        if self.config.temporal in ("joint", "st_pooling") and len(set(lengths)) > 1:
+            raise ValueError(
+                f'temporal="{self.config.temporal}" gives as many tokens as a video has frames for: videos of '
+                f"{sorted(set(lengths))} frames do not stand in one tensor. Run those of one length together."
+            )
+        return super()._regroup(results, groups, lengths)
 
     def _joint(self, embedded: torch.Tensor) -> dict[int, torch.Tensor]:
         """Embedded frames (B, T, 1+N, D) -> {index: (B, 1, 1+T*N, D)}: one CLS, and the patches frame by frame."""
@@ -204,6 +214,12 @@ class BaselineVisionModel(BTAdapterVisionModel):
         return states
 
 
+def _over_space_and_time(x: torch.Tensor) -> torch.Tensor:
+    """(B, T, 1+N, D) -> (B, T+N, D): the mean patch of each frame, and each patch's mean over the frames."""
+    patches = x[:, :, 1:]
+    return torch.cat([patches.mean(dim=2), patches.mean(dim=1)], dim=1)
+
+
 @strict
 class BaselineConfig(BTAdapterConfig):
     """Configuration of the dual encoder around a [`BaselineVisionModel`]."""
@@ -225,6 +241,12 @@ class BaselineForPreTraining(BTAdapterForPreTraining):
     config: BaselineConfig
     tower_class = BaselineVisionModel
 
+    def __init__(self, config: BaselineConfig):
+        temporal = config.vision_config.temporal
+        if temporal != "branch" and (config.mbta_weight > 0 or config.mbca_weight > 0):
+            raise ValueError(f'temporal="{temporal}" has no branch to align: set mbta_weight=0 and mbca_weight=0.')
+        super().__init__(config)
+
     def freeze_backbone(self):
         super().freeze_backbone()
         self.vision_model.freeze_backbone()
@@ -242,6 +264,9 @@ def baseline_of(model: BTAdapterModel, *, seed: int = 0, **fields: Any) -> Basel
     Raises:
         ValueError: for fields that do not fit each other.
     """
+    known = BaselineVisionConfig.__dataclass_fields__.keys() | BaselineConfig.__dataclass_fields__.keys()
+    if unknown := fields.keys() - known:
+        raise ValueError(f"{', '.join(sorted(unknown))}: no field of BaselineVisionConfig or BaselineConfig.")
     config, tower = model.config, model.config.vision_config
     of_tower = {name: fields.pop(name) for name in BaselineVisionConfig.__dataclass_fields__.keys() & fields.keys()}
     fields = {"mask_ratio": 0.0, "mbta_weight": 0.0, "mbca_weight": 0.0, **fields}

@@ -11,6 +11,7 @@ from transformers.trainer_utils import EvalPrediction
 
 from ..evaluation.controls import control_features, control_metrics
 from ..evaluation.retrieval import retrieval_metrics
+from ..models.configuration_bt_adapter import BTAdapterVisionConfig
 from ..models.modeling_bt_adapter_branch import hashed
 from ..models.modeling_bt_adapter_pretraining import BTAdapterForPreTrainingOutput
 from .arguments import BTAdapterTrainingArguments
@@ -138,12 +139,14 @@ class BTAdapterTrainer(ResumableTrainer):
 
     # What is written
 
-    def _adapter_modules(self) -> list[str]:
-        return []
+    def _adapter_modules(self) -> list[str] | None:
+        """None for a baseline: another branch than a BT-Adapter's, or none, is no adapter."""
+        return [] if self.model.config.vision_config.model_type == BTAdapterVisionConfig.model_type else None
 
     def _write_result(self, folder: Path, rehearsal: bool = False) -> None:
         super()._write_result(folder, rehearsal)
-        self._write_adapter(folder / ADAPTER_FOLDER)
+        if self._adapter_modules() is not None:
+            self._write_adapter(folder / ADAPTER_FOLDER)
 
     # Evaluation
 
