@@ -151,16 +151,31 @@ def test_mispaired_batches_are_refused():
 # ----------------------------------------------------------------------------------------------- several processes
 
 
+CONTRASTS = ({}, {"order_negatives": "reversed_and_shuffled"})
+
+
 def _gradients_of_rank(rank: int, world: int, port: int, results):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    inputs = {key: value.chunk(world)[rank] for key, value in batch().items()}
-    results[rank] = _gradients(torch.nn.parallel.DistributedDataParallel(_without_chance()), inputs)
+    inputs = {key: value.chunk(world)[rank] for key, value in _batch_with_opposites().items()}
+    wrapped = [torch.nn.parallel.DistributedDataParallel(_without_chance(**fields)) for fields in CONTRASTS]
+    results[rank] = [_gradients(one, inputs) for one in wrapped]
     dist.destroy_process_group()
 
 
-def _without_chance():
-    pretraining = model(mask_ratio=0.0, temperature=0.1)
+def _batch_with_opposites() -> dict:
+    """Only a contrast with other orders reads them, and the seeds are of shuffled frames alone."""
+    inputs = batch()
+    opposites = {
+        "opposite_input_ids": inputs["input_ids"].roll(1, dims=0),
+        "opposite_attention_mask": inputs["attention_mask"].roll(1, dims=0),
+        "has_opposite": torch.tensor([True, False, True, True]),
+    }
+    return {**inputs, **opposites, "row_seeds": torch.arange(4)}
+
+
+def _without_chance(**fields):
+    pretraining = model(mask_ratio=0.0, temperature=0.1, **fields)
     for module in pretraining.modules():
         if hasattr(module, "rate"):
             module.rate = 0.0
@@ -182,12 +197,14 @@ def test_two_processes_give_the_gradient_of_the_global_batch():
         results = manager.dict()
         mp.spawn(_gradients_of_rank, args=(2, port, results), nprocs=2)
         ranks = dict(results)
-    expected = _gradients(_without_chance(), batch())
-    for name, gradient in expected.items():
-        if name.endswith("k_proj.bias"):  # zero up to rounding
-            continue
-        for rank in range(2):
-            torch.testing.assert_close(ranks[rank][name], gradient, rtol=1e-4, atol=1e-6 * gradient.abs().max().item())
+    for number, fields in enumerate(CONTRASTS):
+        expected = _gradients(_without_chance(**fields), _batch_with_opposites())
+        for name, gradient in expected.items():
+            if name.endswith("k_proj.bias"):  # zero up to rounding
+                continue
+            for rank in range(2):
+                bound = {"rtol": 1e-4, "atol": 1e-6 * gradient.abs().max().item()}
+                torch.testing.assert_close(ranks[rank][number][name], gradient, **bound)
 
 
 def naive_order_contrast(video, text, reversed, shuffled, opposite, usable, moves, paired, temperature):
@@ -251,6 +268,26 @@ def test_symmetric_clips_are_not_pushed_away_from_their_reverse():
     pretraining.losses(rows).loss.backward()
     pretraining.eval()
     assert pretraining(**inputs, return_loss=False).reversed is None  # in training alone
+
+
+def test_a_copy_shuffled_into_the_reverse_is_no_wrong_clip_of_the_opposite_caption():
+    pretraining = model(order_negatives="reversed_and_shuffled").train()
+    for T in (2, 3):
+        inputs = {**batch(4, 4), "row_seeds": torch.arange(4) + 12}
+        inputs["pixel_values_videos"] = torch.arange(T).float().view(1, T, 1, 1, 1).expand(4, T, 3, 16, 16).clone()
+        rows = pretraining(**inputs, opposite_input_ids=inputs["input_ids"].roll(1, dims=0), return_loss=False)
+        orders = other_orders(inputs["row_seeds"], T)["shuffled"].tolist()
+        assert [T - 1 - t for t in range(T)] in orders
+        third = [order not in ([*range(T)], [*range(T)][::-1]) for order in orders]
+        assert rows.distinct[:, 1].tolist() == third and rows.distinct[:, 2].all()
+
+
+def test_clips_of_one_frame_have_no_order_to_read():
+    plain, inputs = model(mask_ratio=0.5).train(), {**batch(4, 1), "row_seeds": torch.arange(4)}
+    reading = model(mask_ratio=0.5, order_negatives="reversed_and_shuffled").train()
+    reading.load_state_dict(plain.state_dict())
+    opposite = inputs["input_ids"].roll(1, dims=0)
+    torch.testing.assert_close(reading(**inputs, opposite_input_ids=opposite).loss, plain(**inputs).loss)
 
 
 def test_states_of_the_backbone_stand_in_for_pixels():

@@ -104,6 +104,16 @@ def test_dropped_paths_are_those_of_the_features():
         assert_equal_gradients(gradients(model), expected, relative=0.1)
 
 
+def test_states_of_the_backbone_in_place_of_pixels():
+    model, batch = make_model(), {**make_batch(), "row_seeds": torch.arange(8)}
+    model(**batch).loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    states = model.vision_model.encode_frames(batch.pop("pixel_values_videos"), 3)
+    cached_gradient_step(model, {**batch, "backbone_states": states}, 3, backward=torch.Tensor.backward)
+    assert_equal_gradients(gradients(model), expected)
+
+
 def test_a_text_tower_that_learns_learns_the_same():
     model, batch = make_model(), make_batch()
     model.text_projection.requires_grad_(True)

@@ -188,7 +188,8 @@ class BTAdapterForPreTraining(BTAdapterModel):
             else:
                 differs, known = torch.zeros(2, B, dtype=torch.bool, device=seen.device)
             told_apart = order_is_seen(seen, orders["reversed"]) & ~(known & ~differs)
-            moves = order_is_seen(seen, orders["shuffled"])
+            # Few frames are often shuffled into the reverse, a clip that is right for the opposite caption.
+            moves = order_is_seen(seen, orders["shuffled"]) & (orders["shuffled"] != orders["reversed"]).any(dim=1)
             features.distinct = torch.stack([told_apart, moves, told_apart & known], dim=1).to(text.dtype)
             features.reversed = encode(orders["reversed"]).pooler_output
             if self.config.order_negatives == "reversed_and_shuffled":

@@ -8,6 +8,7 @@ the gradient of the whole batch, for the activations of a few clips and one forw
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,7 +37,7 @@ def cached_gradient_step(
 
     Args:
         model: the model to call, wrapped for several processes or compiled or bare, in training mode.
-        inputs: tensors with B rows each, as `BTAdapterForPreTraining.forward` takes them.
+        inputs: tensors with B rows each, or dicts of them, as `BTAdapterForPreTraining.forward` takes them.
         clips: clips at a time; the last ones may be fewer.
         backward: runs the backward pass of a scalar; it may scale it.
         no_sync: context in which a backward pass does not average gradients over the processes. All passes but the
@@ -54,13 +55,10 @@ def cached_gradient_step(
         raise ValueError(f"cached gradients need at least 1 clip at a time, not {clips}.")
     bare = model if bare is None else bare
     inputs = dict(inputs)
-    B, device = len(inputs["input_ids"]), inputs["pixel_values_videos"].device
+    B, device = len(inputs["input_ids"]), inputs["input_ids"].device
     if inputs.get("row_seeds") is None:  # of masks and dropped paths
         inputs["row_seeds"] = torch.randint(2**32, (B,), device=device)
-    parts = [
-        {name: x[start : start + clips] if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
-        for start in range(0, B, clips)
-    ]
+    parts = [_rows(inputs, slice(start, start + clips)) for start in range(0, B, clips)]
     states, rows = [], []
     with torch.no_grad():
         for part in parts:
@@ -83,6 +81,13 @@ def cached_gradient_step(
             # A scalar whose gradient with respect to the rows is theirs in the whole batch.
             backward(sum((again[name] * gradients[name][i]).sum() for name in wanted))
     return BTAdapterForPreTrainingOutput(**{name: value.detach() for name, value in output.items()})
+
+
+def _rows(x: Any, rows: slice) -> Any:
+    """Some rows of all tensors in `x`."""
+    if isinstance(x, dict):
+        return {name: _rows(value, rows) for name, value in x.items()}
+    return x[rows] if isinstance(x, torch.Tensor) else x
 
 
 def _random_state(device: torch.device) -> list[torch.Tensor]:
