@@ -62,7 +62,7 @@ def mean(found: dict[int, Row], column: str) -> float:
 def reached(found: dict[int, Row], percent: float) -> str:
     """Clips seen until the order on the way, averaged over seeds, is so high."""
     curves = [json.loads(row["curve"]) for row in found.values()]
-    for seen in sorted(map(int, curves[0])):
+    for seen in sorted(map(int, set.intersection(*map(set, curves)))):
         if np.mean([curve[str(seen)] for curve in curves]) >= percent:
             return f"{seen:,}"
     return "not reached"
@@ -75,7 +75,7 @@ def read_times(path: Path) -> dict[tuple[str, str], float]:
         return {(row["setting"], row["start"]): float(row["seconds"]) for row in csv.DictReader(file)}
 
 
-def table(name: str, rows: Rows, times: dict[tuple[str, str], float], seeds: int) -> str:
+def table(name: str, rows: Rows, times: dict[tuple[str, str], float], seeds: int, folder: str) -> str:
     against = "the first row" if name in AGAINST_FIRST else "the row above"
     titles = [
         "",
@@ -121,7 +121,7 @@ def table(name: str, rows: Rows, times: dict[tuple[str, str], float], seeds: int
     if missing:
         text += f"\nMissing, and not averaged over: {'; '.join(missing)}.\n"
     if len(done) > 1:
-        text += f"\n![{TITLES[name]}](what_matters/{name}.svg)\n"
+        text += f"\n![{TITLES[name]}]({folder}/{name}.svg)\n"
     return text
 
 
@@ -133,7 +133,8 @@ def verdicts(rows: Rows, times: dict[tuple[str, str], float], seeds: int) -> str
         if first[1] or second[1]:
             return "not known yet"
         cell = difference_cell(first[0], second[0], score)
-        return f"{'yes' if 'holds' in cell and cell[0] == '+' else 'not shown'}: {cell.removesuffix(' **holds**')}"
+        answer = "not shown" if "holds" not in cell else "yes" if cell[0] == "+" else "no"
+        return f"{answer}: {cell.removesuffix(' **holds**')}"
 
     steps = list(zip(TABLES["table6"][1:], TABLES["table6"][:-1], strict=True))
     lines = [
@@ -190,23 +191,30 @@ def plot(name: str, rows: Rows, seeds: int, folder: Path) -> None:
 
 
 def report(rows: Rows, times: Path, seeds: int, docs: Path = DOCS) -> str:
-    """Writes the tables between the marks of a page, and plots into the folder beside it; returns the tables."""
-    folder = docs.with_suffix("")
-    folder.mkdir(exist_ok=True)
-    took = read_times(times)
-    hours = sum(float(row["cpu_seconds"]) for row in rows.values()) / 3600
-    wanted = len({(setting, seed) for names in TABLES.values() for setting in names for seed in range(seeds)})
-    text = (
-        f"{len(rows)} of {wanted} runs, {STEPS} steps of {BATCH} clips each, {seeds} seeds; {hours:.2f} hours of one "
-        "core for the training and scoring of those there are. All scores in percent.\n\n"
-    )
-    text += verdicts(rows, took, seeds) + "\n" + "\n".join(table(name, rows, took, seeds) for name in TABLES)
-    for name in TABLES:
-        plot(name, rows, seeds, folder)
-    old = docs.read_text(encoding="utf-8")
+    """Writes the tables between the marks of a page, and plots into the folder beside it; returns the tables.
+
+    A page that is not there has nothing but the tables.
+    """
     begin, end = "<!-- tables: written by recipes/ablations/run.py --report -->\n", "<!-- end of tables -->"
+    old = docs.read_text(encoding="utf-8") if docs.is_file() else f"{begin}\n{end}\n"
     if begin not in old or end not in old:
         raise ValueError(f"{docs} has no marks {begin.strip()} and {end}, between which the tables stand.")
+    folder = docs.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    took = read_times(times)
+    wanted = {(setting, seed) for names in TABLES.values() for setting in names for seed in range(seeds)}
+    rows = {key: row for key, row in rows.items() if key in wanted}
+    hours = sum(float(row["cpu_seconds"]) for row in rows.values()) / 3600
+    text = (
+        f"{len(rows)} of {len(wanted)} runs, {STEPS} steps of {BATCH} clips each, {seeds} seed{'s' * (seeds > 1)}; "
+        f"{hours:.2f} hours of one core for the training and scoring of those there are. All scores in percent."
+        f"{'' if took else ' Times of a step are missing: `--only times` measures them.'}\n\n"
+    )
+    text += (
+        verdicts(rows, took, seeds) + "\n" + "\n".join(table(name, rows, took, seeds, folder.name) for name in TABLES)
+    )
+    for name in TABLES:
+        plot(name, rows, seeds, folder)
     marked = re.compile(re.escape(begin) + ".*?" + re.escape(end), flags=re.S)
     docs.write_text(marked.sub(lambda _: f"{begin}\n{text}\n{end}", old), encoding="utf-8")
     print(text)

@@ -5,16 +5,19 @@
     python recipes/ablations/run.py -o build/ablations --only table6 order   # some tables
     python recipes/ablations/run.py -o build/ablations --only times          # step times, alternating; a quiet machine
     python recipes/ablations/run.py -o build/ablations --report              # tables and plots of the rows there are
+    python recipes/ablations/run.py -o build/ablations --csv build/own.csv   # anew: the CSV of the clone has its rows
 
 A run takes one core. Stopped at any point, the same command goes on: finished runs are rows of the CSV
 (`recipes/ablations/results/runs.csv` unless --csv says otherwise), and one that was under way goes on from its last
-checkpoint.
+checkpoint. Tables and plots of the CSV of the clone go into docs/what_matters.md, those of another one into a page
+beside it (`build/own.md`).
 """
 
 import argparse
 import csv
 import json
 import logging
+import math
 import shutil
 import statistics
 import sys
@@ -24,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from transformers import TrainerCallback, set_seed
 
 
@@ -32,7 +36,9 @@ if __package__ in (None, ""):  # as a file: the recipes are a package of the clo
     __package__ = "recipes.ablations"
 
 from bt_adapter_hf import BTAdapterForPreTraining
+from bt_adapter_hf.adapters.writing import written_whole
 from bt_adapter_hf.baselines.towers import baseline_of
+from bt_adapter_hf.cli._options import whole_number
 from bt_adapter_hf.evaluation.retrieval import cosine_similarity, retrieval_metrics
 from bt_adapter_hf.models.modeling_bt_adapter_vision import BTAdapterVisionModel
 from bt_adapter_hf.training.arguments import BTAdapterTrainingArguments
@@ -41,7 +47,7 @@ from bt_adapter_hf.training.resumable import lr_multiplier
 from bt_adapter_hf.training.trainer import BTAdapterTrainer
 
 from ..shared import run_arguments
-from .report import report
+from .report import DOCS, report
 from .settings import (
     BATCH,
     CURVE_CLIPS,
@@ -64,6 +70,7 @@ COLUMNS = (
     "setting", "seed", "budget", "order", "object", "motion", "t2v_R1", "order_long", "trained", "parameters",
     "cpu_seconds", "curve", "order_hits", "object_hits",
 )  # fmt: skip
+NUMBERS = COLUMNS[3:11]
 BUDGET = f"{STEPS}x{BATCH}"
 
 
@@ -77,7 +84,8 @@ class Rows:
         """{(setting, seed): row}
 
         Raises:
-            ValueError: for a file with other columns, a row of another budget, or a run that is there twice.
+            ValueError: for a file with other columns, a row that is not whole or of another budget, or a run that is
+                there twice.
         """
         if not self.path.is_file():
             return {}
@@ -87,7 +95,12 @@ class Rows:
         if found != COLUMNS:
             raise ValueError(f"{self.path} has the columns {found}; expected {COLUMNS}. Give another file as --csv.")
         read: dict[tuple[str, int], dict[str, str]] = {}
-        for row in rows:
+        for number, row in enumerate(rows, 1):
+            if fault := self._fault(row, rows[0]):
+                raise ValueError(
+                    f"{self.path}, row {number} ({row['setting']}, seed {row['seed']}): {fault}. It was cut or "
+                    "edited: take it out, and the run is made again."
+                )
             key = (row["setting"], int(row["seed"]))
             if row["budget"] != BUDGET:
                 raise ValueError(
@@ -99,12 +112,39 @@ class Rows:
             read[key] = row
         return read
 
+    @staticmethod
+    def _fault(row: dict[Any, Any], first: dict[str, str]) -> str | None:
+        """What is wrong with a row by itself, or beside the first one; None where nothing is."""
+        if None in row or None in row.values():
+            return f"it has not the {len(COLUMNS)} cells of the header"
+        if row["setting"] not in SETTINGS or not row["seed"].isdecimal():
+            return "there is no such setting or seed"
+        for name in NUMBERS:
+            try:
+                finite = math.isfinite(float(row[name]))
+            except ValueError:
+                finite = False
+            if not finite:
+                return f"{name} is {row[name]!r}, and no number"
+        for name in ("order_hits", "object_hits"):
+            if not row[name] or set(row[name]) - {"0", "1"}:
+                return f"{name} are not zeros and ones"
+            if len(row[name]) != len(first[name]):
+                return f"it has {len(row[name])} {name}, and row 1 has {len(first[name])}"
+        try:
+            points = json.loads(row["curve"])
+        except json.JSONDecodeError:
+            points = None
+        return None if isinstance(points, dict) else f"curve is {row['curve']!r}, and no JSON object"
+
     def add(self, row: dict[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        new = not self.path.is_file()
+        old = self.path.read_bytes() if self.path.is_file() else b""
         with open(self.path, "a", newline="", encoding="utf-8") as file:
+            if old and not old.endswith(b"\n"):
+                file.write("\r\n")  # as an editor may have left it
             writer = csv.DictWriter(file, COLUMNS)
-            if new:
+            if not old:
                 writer.writeheader()
             writer.writerow(row)
 
@@ -236,7 +276,7 @@ class Curve(TrainerCallback):
             features = video_features(model, self.setting, self.world, self.world.test, count)
             hits = order_hits(cosine_similarity(features, self.world.text_features), self.world.asked[:count])
             self.points[str(state.global_step * BATCH)] = round(100 * statistics.mean(hits), 2)
-            self.file.write_text(json.dumps(self.points))
+            write_json(self.file, self.points)
             self.seconds += time.process_time() - start
 
 
@@ -251,7 +291,7 @@ def run_one(setting: Setting, seed: int, world: World, folder: Path, steps: int 
     told = folder / "setting.json"
     if told.is_file() and (found := json.loads(told.read_text())) != json.loads(json.dumps(plan)):
         raise ValueError(f"{folder} is the folder of another run, {found}; here it is {plan}. Take it away first.")
-    told.write_text(json.dumps(plan))
+    write_json(told, plan)
     start = time.process_time()
     before = json.loads(spent.read_text()) if (spent := folder / "seconds.json").is_file() else 0.0
     model = build(setting, world, seed)
@@ -300,7 +340,12 @@ class Spent(TrainerCallback):
         self.file, self.before, self.start = file, before, start
 
     def on_save(self, args, state, control, **kwargs):
-        self.file.write_text(json.dumps(self.before + time.process_time() - self.start))
+        write_json(self.file, self.before + time.process_time() - self.start)
+
+
+def write_json(file: Path, value: Any) -> None:
+    with written_whole(file) as path:  # a run may be killed at any point
+        path.write_text(json.dumps(value))
 
 
 def measure_times(world: World, file: Path, repeats: int = 5) -> None:
@@ -333,31 +378,57 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for clips, states and checkpoints")
     parser.add_argument("--only", nargs="+", choices=[*TABLES, "times"], default=[*TABLES, "times"])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=whole_number(), default=3)
     parser.add_argument("--csv", type=Path, default=RESULTS / "runs.csv", help="where the rows are")
     parser.add_argument("--report", action="store_true", help="train nothing; tables and plots of the rows there are")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(1)
-    rows = Rows(args.csv)
+    rows, times = Rows(args.csv), args.csv.with_name("times.csv")
+    done = rows.read()
     if not args.report:
-        world = World(args.output / "world")
         wanted = runs([name for name in args.only if name != "times"], args.seeds)
-        for number, (name, seed) in enumerate(wanted, 1):
-            if (name, seed) in rows.read():
-                continue
-            logger.info("%d of %d: %s, seed %d", number, len(wanted), name, seed)
-            folder = args.output / "runs" / f"{name}-{seed}"
-            row = run_one(SETTINGS[name], seed, world, folder)
-            rows.add(row)
-            shutil.rmtree(folder)
-            logger.info(
-                "order %.1f, object %.1f, R@1 %.1f, %.0f s", row["order"], row["object"], row["t2v_R1"],
-                row["cpu_seconds"],
-            )  # fmt: skip
-        if "times" in args.only and not (times := args.csv.with_name("times.csv")).is_file():
-            measure_times(world, times)
-    report(rows.read(), args.csv.with_name("times.csv"), args.seeds)
+        is_timed = "times" in args.only and not times.is_file()
+        if is_timed or set(wanted) - done.keys():
+            make_runs(args.output, wanted, is_timed, rows, times)
+        else:
+            logger.info("%s has all %d runs that are asked for: nothing to train.", args.csv, len(wanted))
+    docs = DOCS if args.csv.resolve() == (RESULTS / "runs.csv").resolve() else args.csv.with_suffix(".md")
+    report(rows.read(), times, args.seeds, docs)
+
+
+def make_runs(output: Path, wanted: list[tuple[str, int]], is_timed: bool, rows: Rows, times: Path) -> None:
+    """The runs that are not among the rows yet.
+
+    Raises:
+        ValueError: if another process makes runs in `output`.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(output / "run.lock", timeout=0):
+            world = World(output / "world")
+            for number, (name, seed) in enumerate(wanted, 1):
+                if (name, seed) in rows.read():
+                    continue
+                logger.info("%d of %d: %s, seed %d", number, len(wanted), name, seed)
+                folder = output / "runs" / f"{name}-{seed}"
+                row = run_one(SETTINGS[name], seed, world, folder)
+                if (name, seed) in rows.read():
+                    logger.warning("%s has it by now, from another process: this one is left out.", rows.path)
+                else:
+                    rows.add(row)
+                shutil.rmtree(folder)
+                logger.info(
+                    "order %.1f, object %.1f, R@1 %.1f, %.0f s", row["order"], row["object"], row["t2v_R1"],
+                    row["cpu_seconds"],
+                )  # fmt: skip
+            if is_timed:
+                measure_times(world, times)
+    except Timeout as error:
+        raise ValueError(
+            f"Another process makes runs in {output}: wait until it has ended, or take another folder for -o and "
+            "another file for --csv."
+        ) from error
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import set_seed
 
 from bt_adapter_hf import BTAdapterForPreTraining, BTAdapterProcessor
+from bt_adapter_hf.adapters.writing import written_whole
 from bt_adapter_hf.data.moving_digits import all_still_captions
 from bt_adapter_hf.data.moving_digits_harder import Story, clip, others, story
 
@@ -90,7 +91,8 @@ def make_clips(folder: Path, split: str, seed: int, count: int, num_frames: int)
                 arrays[n][rows] = state.numpy()
         for array in (pixels, *arrays.values()):
             array.flush()
-        done.write_text(json.dumps(plan))
+        with written_whole(done) as path:
+            path.write_text(json.dumps(plan))
     found = json.loads(done.read_text())
     if found != plan:
         raise ValueError(f"{folder} holds the clips {found}, here {plan} are wanted: take another output folder.")
@@ -173,7 +175,8 @@ class World:
         self.start = folder / "clip"
         if not (self.start / "processor_config.json").is_file():
             if not text_tower.is_file():
-                save_file(read_captions(self.train), text_tower)
+                with written_whole(text_tower) as path:
+                    save_file(read_captions(self.train), path)
             model = load_start(ASSETS)
             unknown = model.load_state_dict(load_file(text_tower), strict=False).unexpected_keys
             if unknown:
@@ -207,7 +210,8 @@ class World:
         for first in tqdm(range(0, len(self.texts), 500), desc="texts"):
             tokens = self.processor(text=self.texts[first : first + 500], padding=True, return_tensors="pt")
             parts.append(model.get_text_features(**tokens).pooler_output)
-        np.save(file, torch.cat(parts).numpy())
+        with written_whole(file) as path, open(path, "wb") as out:
+            np.save(out, torch.cat(parts).numpy())
         return torch.cat(parts)
 
     def _number(self, text: str) -> int:

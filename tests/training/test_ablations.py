@@ -4,9 +4,10 @@ import json
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from recipes.ablations import report as reporting
-from recipes.ablations.run import BUDGET, COLUMNS, Rows, order_hits, run_one
+from recipes.ablations.run import BUDGET, COLUMNS, Rows, main, order_hits, run_one
 from recipes.ablations.settings import AGAINST_FIRST, SETTINGS, TABLES, TITLES, runs
 
 
@@ -41,6 +42,74 @@ def test_rows_are_kept_and_those_of_another_budget_or_twice_are_refused(tmp_path
     (tmp_path / "else.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match=r"has the columns \('a', 'b'\)"):
         Rows(tmp_path / "else.csv").read()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"seed": ""}, r"row 2 \(vtc, seed \): there is no such setting or seed"),
+        ({"setting": "magic"}, "no such setting"),
+        ({"t2v_R1": ""}, "t2v_R1 is '', and no number"),
+        ({"cpu_seconds": "nan"}, "cpu_seconds is 'nan'"),
+        ({"order_hits": ""}, "order_hits are not zeros and ones"),
+        ({"object_hits": "1.01E+59"}, "object_hits are not"),
+        ({"object_hits": "0101"}, "it has 4 object_hits, and row 1 has 60"),
+        ({"curve": "[]"}, "no JSON object"),
+    ],
+)
+def test_a_row_that_was_edited_is_named(change, words, tmp_path):
+    rows = Rows(tmp_path / "runs.csv")
+    rows.add(row("vtc", 0, 0.7))
+    rows.add({**row("vtc", 1, 0.8), **change})
+    with pytest.raises(ValueError, match=words):
+        rows.read()
+
+
+def test_a_file_that_ends_within_a_line(tmp_path):
+    rows = Rows(tmp_path / "runs.csv")
+    rows.add(row("vtc", 0, 0.7))
+    whole = rows.path.read_bytes()
+    rows.path.write_bytes(whole.rstrip())  # as an editor may leave it
+    rows.add(row("vtc", 1, 0.8))
+    assert rows.read().keys() == {("vtc", 0), ("vtc", 1)}
+    rows.path.write_bytes(whole + whole.splitlines(keepends=True)[1][:40])
+    with pytest.raises(ValueError, match="row 2 .vtc, seed 0.: it has not the 14 cells"):
+        rows.read()
+    rows.path.write_bytes(whole + b"vtc,1,300x16,5" + whole.splitlines()[1])
+    with pytest.raises(ValueError, match="row 2 .vtc, seed 1.: it has not the 14 cells"):
+        rows.read()
+
+
+def test_runs_that_are_there_need_no_clips_and_others_have_the_folder_alone(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    rows = Rows(tmp_path / "own.csv")
+    for setting in TABLES["table6"]:
+        rows.add(row(setting, 0, 0.7))
+    rows.add(row("both", 1, 0.7))  # of a seed that is not asked for
+    command = ["-o", str(tmp_path / "out"), "--csv", str(rows.path), "--seeds", "1", "--only"]
+    main([*command, "table6"])
+    assert not (tmp_path / "out").exists()
+    page = (tmp_path / "own.md").read_text()
+    assert "4 of 24 runs" in page and "1 seed;" in page and "(own/table6.svg)" in page
+    assert "Times of a step are missing" in page and (tmp_path / "own" / "table6.svg").is_file()
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / "run.lock"), pytest.raises(ValueError, match="Another process makes runs in"):
+        main([*command, "order"])
+    rows.path.write_text(rows.path.read_text() + "half")
+    with pytest.raises(ValueError, match="row 6"):  # before anything is made
+        main([*command, "order"])
+    for wrong in (["table6", "--seeds", "0"], ["table5"]):
+        with pytest.raises(SystemExit):
+            main([*command, *wrong])
+    assert "'0' is not a whole number" in (error := capsys.readouterr().err) and "invalid choice: 'table5'" in error
+
+
+def test_a_difference_that_holds_the_other_way_is_a_no(tmp_path):
+    pytest.importorskip("matplotlib")
+    shares = {"frame_average": 0.5, "separate": 0.9, "lone_branch": 0.2}
+    rows = {(name, seed): row(name, seed, share) for name, share in shares.items() for seed in range(3)}
+    text = reporting.report(rows, tmp_path / "times.csv", 3, tmp_path / "page.md")
+    assert "order better than *separate-ST, CLIP frozen*? no: -" in text
 
 
 def test_a_folder_of_another_setting_is_named(tmp_path):
