@@ -18,6 +18,7 @@ from bt_adapter_hf.hub.machine import torch_threads
 from bt_adapter_hf.training import resumable
 from bt_adapter_hf.training.arguments import RELEASED_LR_MULTIPLIERS, BTAdapterTrainingArguments
 from bt_adapter_hf.training.checkpoint import last_checkpoint, load_trained, save_trained
+from bt_adapter_hf.training.observability import describe
 from bt_adapter_hf.training.resumable import lr_multiplier, parameter_groups
 from bt_adapter_hf.training.trainer import BTAdapterTrainer
 from tests import tiny_pairs
@@ -116,6 +117,17 @@ def test_only_the_branch_and_head_learn_and_each_loss_is_logged(clips, tmp_path)
     assert len(entries) == 6
     for loss, vtc, mbta, mbca in entries:
         assert loss == pytest.approx(vtc + 0.1 * mbta + 0.1 * mbca, rel=1e-5)
+
+
+def test_the_log_says_of_how_many_clips_the_opposite_is_known(clips, tmp_path):
+    model = tiny_pairs.model(order_negatives="reversed")
+    trainer = make_trainer(clips, tmp_path, model=model, validation=False, max_steps=4, logging_steps=4)
+    texts = [text for (text,) in trainer.train_dataset.table.texts()]
+    trainer.data_collator.opposites = {text: "another" for text in texts[:4]}
+    trainer.train()
+    assert logged(trainer, "known_opposites") == [(0.25,)]
+    (entry,) = (entry for entry in trainer.state.log_history if "known_opposites" in entry)
+    assert "  opposites known of 25%  " in describe(entry)
 
 
 def test_losses_are_averaged_over_the_window(clips, tmp_path):

@@ -186,6 +186,8 @@ def describe(logs: dict[str, float]) -> str:
     """One readable line of a log entry; empty for the figures of the whole run that `Trainer` logs at the end."""
     if "loss" in logs:
         parts = [f"epoch {logs['epoch']:.2f}", *_named(logs, [k for k in logs if k == "loss" or k.endswith("_loss")])]
+        if "known_opposites" in logs:
+            parts.append(f"opposites known of {logs['known_opposites']:.0%}")
         parts += _named(logs, [k for k in logs if k.startswith("lr_x")] or ["learning_rate"])
         if "clips_per_second" in logs:
             parts += [f"{logs['clips_per_second']:.4g} clips/s", f"waiting for data {logs['data_wait']:.0%}"]

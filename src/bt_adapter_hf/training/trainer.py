@@ -32,7 +32,8 @@ class BTAdapterTrainer(ResumableTrainer):
 
     What it does beyond `ResumableTrainer`:
 
-    - logs each loss (`vtc_loss`, `mbta_loss`, `mbca_loss`), averaged over the logging window and all processes;
+    - logs each loss (`vtc_loss`, `mbta_loss`, `mbca_loss`), averaged over the logging window and all processes, and of
+      how many clips the opposite caption was known (`known_opposites`, 0-1), where the batches say;
     - evaluates recall in both directions (`eval_t2v_R1`, ..., see `retrieval_metrics`) over the features of all
       processes, and again under the temporal controls (`eval_shuffled_t2v_R1`, `eval_reversed_t2v_R1`, ...).
       `eval_loss` is the loss of the unmasked model, over evaluation batches;
@@ -116,6 +117,8 @@ class BTAdapterTrainer(ResumableTrainer):
         rows = len(inputs["input_ids"])
         self.take_broken(inputs, rows, part)
         if part == "train":
+            if "has_opposite" in inputs:  # of a file of opposites that fits no caption the run would say nothing
+                self._note("known_opposites", inputs["has_opposite"])
             inputs["row_seeds"] = hashed(self.args.seed, self.positions(rows)).to(inputs["input_ids"].device)
             if self.args.frame_counts is not None:
                 videos = inputs["pixel_values_videos"]
@@ -126,8 +129,11 @@ class BTAdapterTrainer(ResumableTrainer):
     def _note_losses(self, outputs: BTAdapterForPreTrainingOutput) -> None:
         for name in LOSSES:
             if outputs.get(name) is not None:
-                self._loss_sums[name] = self._loss_sums.get(name, 0) + outputs[name].detach().float().mean()
+                self._note(name, outputs[name])
         self._loss_batches += 1
+
+    def _note(self, name: str, value: torch.Tensor) -> None:
+        self._loss_sums[name] = self._loss_sums.get(name, 0) + value.detach().float().mean()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._loss_batches:  # the end of a logging window, on every process
