@@ -250,6 +250,21 @@ def test_order_is_seen_in_movements_and_not_in_symmetric_or_still_clips():
     assert orders["shuffled"].unique(dim=0).shape == (6, 8)  # each its own
 
 
+def test_there_and_back_is_symmetric_at_random_times_too():
+    """As training draws them: one frame somewhere in each of eight equal parts."""
+    t = (torch.arange(8) + torch.rand(200, 8, generator=torch.Generator().manual_seed(0))) / 8
+    place = torch.linspace(0, 1, 16)
+    there, back = ((-100 * (place - way[..., None]).square()).exp() for way in (t, 1 - (2 * t - 1).abs()))
+    backwards = other_orders(torch.arange(200), 8)["reversed"]
+    assert order_is_seen(there, backwards, slack=1).all()
+    assert order_is_seen(back, backwards).sum() > 60 and order_is_seen(back, backwards, slack=1).sum() <= 12
+    # the model looks so where no caption says more
+    reading, words = model(order_negatives="reversed").train(), batch(200)
+    videos = back[:, :, None, None].expand(200, 8, 3, 16, 16)
+    rows = reading(**{**words, "pixel_values_videos": videos}, return_loss=False)
+    assert rows.distinct[:, 0].sum() <= 12
+
+
 def test_symmetric_clips_are_not_pushed_away_from_their_reverse():
     pretraining = model(mask_ratio=0.5, order_negatives="reversed_and_shuffled").train()
     inputs = batch(4, 4)

@@ -187,7 +187,8 @@ class BTAdapterForPreTraining(BTAdapterModel):
                 known = torch.ones_like(differs) if has_opposite is None else has_opposite.bool()
             else:
                 differs, known = torch.zeros(2, B, dtype=torch.bool, device=seen.device)
-            told_apart = order_is_seen(seen, orders["reversed"]) & ~(known & ~differs)
+            guessed = order_is_seen(seen, orders["reversed"], slack=min(1, seen.shape[1] // 8))
+            told_apart = torch.where(known, differs & order_is_seen(seen, orders["reversed"]), guessed)
             # Few frames are often shuffled into the reverse, a clip that is right for the opposite caption.
             moves = order_is_seen(seen, orders["shuffled"]) & (orders["shuffled"] != orders["reversed"]).any(dim=1)
             features.distinct = torch.stack([told_apart, moves, told_apart & known], dim=1).to(text.dtype)
@@ -374,16 +375,21 @@ def other_orders(row_seeds: torch.LongTensor, T: int) -> dict[str, torch.LongTen
     return {"reversed": backwards, "shuffled": draw(row_seeds, _SHUFFLE, T).argsort(dim=1, stable=True)}
 
 
-def order_is_seen(x: torch.Tensor, order: torch.LongTensor) -> torch.BoolTensor:
+def order_is_seen(x: torch.Tensor, order: torch.LongTensor, slack: int = 0) -> torch.BoolTensor:
     """Whether each video (B, T, ...) looks different in another order (B, T) of its frames: (B,).
 
     Two frames that have nothing to do with each other differ by twice the variance over time, on average. A movement
     there and back again differs from its reverse by far less, and then the two cannot be told apart; nor can any order
     of frames that hardly change at all.
+
+    With `slack` a frame may also look like one that so many places away: of frames that are drawn at random times,
+    those of the way back are not quite those of the way there.
     """
     x = x.detach().flatten(2).float()
     variance = (x - x.mean(dim=1, keepdim=True)).square().mean(dim=(1, 2))
-    difference = (x - _in_order(x, order)).square().mean(dim=(1, 2))
+    other, places = _in_order(x, order), torch.arange(x.shape[1], device=x.device)
+    beside = [(places + k).clamp(0, len(places) - 1) for k in range(-slack, slack + 1)]
+    difference = torch.stack([(x[:, near] - other).square().mean(dim=2) for near in beside]).amin(dim=0).mean(dim=1)
     return (difference > variance) & (variance > _STILL * x.square().mean(dim=(1, 2)))
 
 
