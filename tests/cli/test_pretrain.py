@@ -180,6 +180,16 @@ def test_too_many_adapter_layers(clip, clips, tmp_path, capsys):
     assert "between 1 and the backbone's 3" in capsys.readouterr().err
 
 
+def test_a_model_trained_with_order_negatives_goes_on_with_them(clip, clips, tmp_path):
+    opposites = tmp_path / "opposites.jsonl"
+    opposites.write_text(json.dumps({"text": "a", "opposite": "b"}) + "\n")
+    assert pretrain(clip, clips, tmp_path / "a", "--epochs", "1", "--order-negatives", "reversed") == 0
+    options = ["--opposites", str(opposites), "--epochs", "1"]
+    assert pretrain(str(tmp_path / "a"), clips, tmp_path / "b", *options) == 0
+    summary = json.loads((tmp_path / "b" / "run_summary.json").read_text())
+    assert summary["config"]["order_negatives"] == "reversed" and summary["data"]["opposites"] == 1
+
+
 def pack(clips, path: Path, rows_per_group: int) -> str:
     """The table in `clips` as a parquet file with the bytes of the clips."""
     import pyarrow as pa

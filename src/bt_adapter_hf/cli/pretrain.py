@@ -125,7 +125,9 @@ def register(subparsers) -> None:
     add_item_timeout(data)
     add_on_damage(data)
 
-    adapter = parser.add_argument_group("branch and losses")
+    adapter = parser.add_argument_group(
+        "branch and losses", "The defaults are for a CLIP; a model that has a branch goes on with what it has."
+    )
     layers = adapter.add_mutually_exclusive_group()
     layers.add_argument("--num-adapter-layers", type=whole_number(), metavar="K", help="branch layers (default: 4)")
     layers.add_argument(
@@ -176,20 +178,20 @@ def train(args: argparse.Namespace) -> int:
     from ..training.starting_point import check_kind
     from ..training.trainer import BTAdapterTrainer
 
-    opposites = None
-    if args.opposites is not None:
-        if args.order_negatives in (None, "none"):
-            raise ValueError("--opposites are read with --order-negatives reversed or reversed_and_shuffled only.")
-        try:
-            opposites = load_opposites(args.opposites)
-        except ValueError as error:
-            raise ValueError(f"--opposites: {error}") from error
     args.revision = resolve_revision(args.model, args.revision)  # one commit for model and processor
     check_kind(args.model, args.revision)  # before a table is opened, which may be far away
     tables = {"train": open_table(args, args.train, args.train_split)}
     if args.validation:
         tables["validation"] = open_table(args, args.validation, args.validation_split)
     model, processor = load_model(args)
+    opposites = None
+    if args.opposites is not None:
+        if model.config.order_negatives == "none":  # what a pretrained model was trained with goes on
+            raise ValueError("--opposites are read with --order-negatives reversed or reversed_and_shuffled only.")
+        try:
+            opposites = load_opposites(args.opposites)
+        except ValueError as error:
+            raise ValueError(f"--opposites: {error}") from error
     if args.on_damage is not None:
         processor.video_processor.on_damage = args.on_damage
     max_text_length = text_limit(args.max_text_length, processor.tokenizer, model.config)
