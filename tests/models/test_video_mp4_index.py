@@ -89,6 +89,20 @@ def test_files_whose_index_does_not_tell_everything(clip, tmp_path):
         assert index_and_packets(Source(source, "?"))[0] is None
 
 
+@pytest.mark.parametrize("more", [2, 4, 8])
+def test_bytes_behind_a_table(clip, tmp_path, more):
+    data, start = bytearray(clip.read_bytes()), 0
+    for name in (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"ctts"):
+        start = data.index(name, start)
+        size = int.from_bytes(data[start - 4 : start], "big")
+        data[start - 4 : start] = (size + more).to_bytes(4, "big")
+    data[start - 4 + size : start - 4 + size] = bytes(range(1, more + 1))
+    path = tmp_path / "a.mp4"
+    path.write_bytes(data)
+    assert agrees(Source(str(path), "a"))
+    assert same_as_linear(path) == {"seeking"}
+
+
 @pytest.mark.parametrize("what", ["no picture", "garbage", "no length"])
 def test_a_packet_that_makes_no_frame(clip, tmp_path, what):
     def change(number, packet):

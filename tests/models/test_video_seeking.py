@@ -1,6 +1,8 @@
 """Decoding from key frames gives the pixels and times of decoding from the start, or leaves the file to that."""
 
+import multiprocessing
 import time
+from contextlib import suppress
 from fractions import Fraction
 from itertools import cycle
 
@@ -175,6 +177,34 @@ def test_indexes_that_lie(closed, tmp_path, file, what):
         assert ways == {"linear"}
 
 
+@pytest.mark.parametrize("file", ["a.mp4", "a.mkv"])
+@pytest.mark.parametrize("what", ["broken link", "end of sequence", "no earlier ones"])
+def test_frames_of_hevc_that_are_not_shown(tmp_path, file, what):
+    options = {"x265-params": f"{X265}:bframes=4:open-gop={int(what != 'no earlier ones')}"}
+    source = write_clip(tmp_path / "whole.mp4", codec="libx265", pictures=pictures(), options=options)
+
+    def change(number, packet):
+        data, start = bytearray(bytes(packet)), 0
+        while start < len(data):
+            kind = data[start + 4] >> 1 & 63
+            if number and kind == 21 and what == "broken link":
+                data[start + 4] = 16 << 1
+            elif number and kind == 21 and what == "end of sequence":
+                data[:0] = b"\0\0\0\2\x48\1"
+                break
+            elif kind in (19, 20) and what == "no earlier ones":
+                data[start + 6] |= 0x40
+            start += 4 + int.from_bytes(data[start : start + 4], "big")
+        other = av.Packet(bytes(data))
+        other.pts, other.dts, other.time_base = packet.pts, packet.dts, packet.time_base
+        other.duration, other.is_keyframe = packet.duration, packet.is_keyframe
+        return other
+
+    path = remuxed(source, tmp_path / file, change)
+    assert load_video(path)[1].total_num_frames < 60
+    assert same_as_linear(path) == {"linear"}
+
+
 @pytest.mark.parametrize("at", [24, 30, 41])  # one is a key frame
 @pytest.mark.parametrize("back", [3.5, 9.5, 20.5])
 def test_times_that_jump_back(closed, tmp_path, at, back):
@@ -294,6 +324,54 @@ def test_damage_where_frames_are_wanted_is_reported_and_elsewhere_by_check(close
         else:  # then none of what was needed is broken
             intact = load_video(closed, num_frames=None)[0]
             assert metadata.decoding == "seeking" and np.array_equal(frames, intact[metadata.frames_indices])
+
+
+def test_what_a_decoder_makes_up_for_damage_is_that_of_decoding_from_the_start(tmp_path):
+    options = {"x265-params": f"{X265}:open-gop=0:bframes=4"}
+    path = write_clip(tmp_path / "hevc.mkv", codec="libx265", pictures=pictures(48), options=options)
+    clean, intact = path.read_bytes(), load_video(path, num_frames=None)[0]
+    with av.open(str(path)) as container:
+        places = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    generator, compared = np.random.default_rng(0), 0
+    for _ in range(40):
+        start, size = places[generator.integers(len(places))]
+        data = bytearray(clean)
+        data[start + int(generator.integers(size // 3, size))] ^= 1 << int(generator.integers(8))
+        try:
+            every = load_video(bytes(data), num_frames=None, on_damage="check")[0]
+            frames, metadata = load_video(bytes(data), num_frames=16)
+        except VideoDecodeError:
+            continue
+        if len(every) == metadata.total_num_frames:
+            expected, compared = every[metadata.frames_indices], compared + 1
+            assert all(
+                np.array_equal(frame, one) or np.array_equal(frame, intact[index])  # or the damage is in no wanted one
+                for frame, one, index in zip(frames, expected, metadata.frames_indices, strict=True)
+            )
+    assert compared > 20
+
+
+def test_threads_of_a_decoder_that_is_given_up_do_not_wait_for_python(tmp_path, monkeypatch):
+    options = {"x264-params": f"{X264}:bframes=3:slices=4"}
+    path = write_clip(tmp_path / "slices.mp4", pictures=pictures(48), options=options)
+    clean, generator = path.read_bytes(), np.random.default_rng(0)
+    monkeypatch.setattr(video_seeking, "decoding_threads", lambda: 4)
+
+    def load_damaged():
+        av.logging.set_level(av.logging.PANIC)  # from here on each thread asks Python whether to say something
+        for place in generator.integers(100, len(clean) * 9 // 10, 80):
+            size = int(generator.choice([3, 40, 300]))
+            data = clean[:place] + generator.bytes(size) + clean[place + size :]
+            for count in (1, 3, 6, 16):
+                with suppress(VideoDecodeError):
+                    load_video(data, num_frames=count)
+
+    process = multiprocessing.get_context("fork").Process(target=load_damaged)
+    process.start()
+    process.join(60)
+    process.kill()
+    process.join()
+    assert process.exitcode == 0
 
 
 def test_the_cost_follows_what_is_wanted(tmp_path, monkeypatch):

@@ -81,7 +81,10 @@ def _delays(source: Source, track: int, count: int) -> np.ndarray | None:
         table = _inside(samples, b"ctts")
         if table is None:
             return np.zeros(count, np.int64)
-        runs = np.frombuffer(table, ">i4")[2:].reshape(-1, 2)  # signed, as FFmpeg reads either version
+        runs = 8 * int.from_bytes(table[4:8], "big")  # bytes; others may follow
+        if len(table) < 8 + runs:
+            return None
+        runs = np.frombuffer(table[8 : 8 + runs], ">i4").reshape(-1, 2)  # signed, as FFmpeg reads either version
         if (runs[:, 0] < 0).any() or runs[:, 0].sum(dtype=np.int64) != count:
             return None
         return np.repeat(runs[:, 1].astype(np.int64), runs[:, 0])

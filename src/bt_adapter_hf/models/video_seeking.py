@@ -118,12 +118,15 @@ class Seeker:
             context = self.stream.codec_context
             if not context.is_open:  # by an earlier part of the same film
                 context.thread_type, context.thread_count = "FRAME", decoding_threads()
+                # what it would make up for what is damaged depends on what came before, and on its threads
+                context.options = {"err_detect": "explode"}
             try:
                 self.problem = self._decode(painter, collector, name)
             except (av.error.FFmpegError, OSError) as error:
                 self.problem = f"seeking ends with {error}"
             finally:
-                self.stream.codec_context.skip_frame = "DEFAULT"
+                context.skip_frame = "DEFAULT"
+                context.flush_buffers()  # threads still at work could wait for Python, and Python for their end
         if self.problem is not None:
             logger.debug("%s is decoded from its start: %s.", name, self.problem)
             return None
@@ -228,13 +231,13 @@ class _Nals(_Packets):
     def __init__(self, extradata: bytes):
         self.length_size = (extradata[self.length_at] & 3) + 1 if extradata[:1] == b"\1" else 0
 
-    def kinds(self, data: memoryview) -> set[int]:
-        found, position, width, end = set(), 0, self.length_size, len(data)
+    def units(self, data: memoryview) -> Iterator[int]:
+        """Where they start."""
+        position, width, end = 0, self.length_size, len(data)
         while width and position < end:
             start = position + width
-            found.add(self.kind(data[start]))
+            yield start
             position = start + int.from_bytes(data[position:start], "big")
-        return found
 
     def shown(self, heads: np.ndarray) -> np.ndarray:
         """uint8 (packets, HEAD) -> bool (packets,): a picture was found; it may be further on in the others."""
@@ -251,7 +254,7 @@ class _Nals(_Packets):
         return found
 
     def __call__(self, data: memoryview, key: bool) -> tuple[bool, bool]:
-        kinds = self.kinds(data)
+        kinds = {self.kind(data[start]) for start in self.units(data)}
         entry = key and bool(kinds & self.starts)
         self.parameters += entry and self.settings in kinds
         return bool(kinds & self.pictures), entry
@@ -271,6 +274,15 @@ class _Hevc(_Nals):
     @staticmethod
     def kind(head: int) -> int:
         return head >> 1 & 63
+
+    def __call__(self, data: memoryview, key: bool) -> tuple[bool, bool]:
+        shown, entry = super().__call__(data, key)
+        return shown and not any(self.drops(data, start) for start in self.units(data)), entry
+
+    def drops(self, data: memoryview, start: int) -> bool:
+        """Whether frames of other packets are not shown: around a cut, or because a key frame says so."""
+        kind = self.kind(data[start])
+        return kind in (16, 17, 18, 36, 37) or (kind in self.starts and bool(data[start + 2] & 0x40))
 
 
 class _Vp8(_Packets):
