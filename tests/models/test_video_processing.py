@@ -358,3 +358,10 @@ def test_a_size_that_cannot_be_used_is_no_fault_of_the_video(small_processor, tm
         with pytest.raises(ValueError, match="Size must contain") as caught:
             small_processor(path, size={"longest_edge": 24})
         assert not isinstance(caught.value, VideoError)
+
+
+def test_frames_that_cannot_be_written_to_are_shrunk_without_a_warning(recwarn):
+    frame = np.zeros((40, 60, 3), np.uint8)
+    frame.setflags(write=False)  # as numpy shows a picture of PIL
+    BTAdapterVideoProcessor().shrinker()(frame)
+    assert not [warning for warning in recwarn if "writable" in str(warning.message)]

@@ -172,8 +172,8 @@ class BTAdapterVideoProcessor(BaseVideoProcessor):
         options = options or self._options({})
 
         def shrink(frame: np.ndarray) -> np.ndarray:
-            frame = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)
-            return self._fit(frame, options).permute(1, 2, 0).numpy()
+            frame = torch.from_numpy(np.require(frame, requirements="CW")).permute(2, 0, 1)
+            return self._fit(frame, options).permute(1, 2, 0).cpu().numpy()
 
         shrink(np.zeros((8, 8, 3), np.uint8))  # a size that cannot be used is no fault of a video
         return shrink
