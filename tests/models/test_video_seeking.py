@@ -218,6 +218,22 @@ def test_times_that_jump_back(closed, tmp_path, at, back):
     same_as_linear(path, tries=12)
 
 
+@pytest.mark.parametrize(("first", "count"), [(0, 10), (24, 24), (24, 36), (7, 30)])
+def test_edit_lists_that_show_a_part(closed, tmp_path, first, count):
+    data = bytearray(closed.read_bytes())
+    clock, start = data.index(b"mdhd") + 16, data.index(b"elst") + 12
+    frame = int.from_bytes(data[clock : clock + 4], "big") // 10
+    begin = int.from_bytes(data[start + 4 : start + 8], "big") + first * frame
+    data[start : start + 8] = (100 * count).to_bytes(4, "big") + begin.to_bytes(4, "big")  # ms, and of the clock
+    path = tmp_path / "part.mp4"
+    path.write_bytes(data)
+    frames, metadata = load_video(path, num_frames=None)
+    assert metadata.total_num_frames == count
+    whole = load_video(closed, num_frames=None)[0]
+    assert np.array_equal(frames, whole[first : first + count])
+    same_as_linear(path)
+
+
 @pytest.mark.parametrize("file", ["a.avi", "a.mp4"])
 @pytest.mark.parametrize("factor", [0.5, 3])
 def test_frame_counts_that_lie(closed, tmp_path, file, factor):

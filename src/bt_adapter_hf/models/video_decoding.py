@@ -340,7 +340,7 @@ def scan_packets(source: Source, container: Any, stream: Any, visit: Callable[[A
     formats = container.format.name
     reached = max((float(end * container.streams[index].time_base) for index, end in ends.items()), default=0.0)
     if error is None:
-        error = _missing_part(source, formats, stream.frames, packets, container, reached)
+        error = _missing_part(source, formats, stream, packets, reached)
     fps = frame_rate(stream)
     timed = formats != "avi" and None not in shown  # AVI stores none; what FFmpeg makes up is uneven
     times = packet_times(shown, float(stream.time_base)) if timed else _even_times(len(shown), fps)
@@ -361,23 +361,23 @@ def _even_times(count: int, fps: float | None) -> list[float]:
     return [index / fps if fps else 0.0 for index in range(count)]
 
 
-def _missing_part(
-    source: Source, formats: str, declared: int, packets: int, container: Any, reached: float
-) -> str | None:
+def _missing_part(source: Source, formats: str, stream: Any, packets: int, reached: float) -> str | None:
     """FFmpeg reads many cut files to their end without an error, so compare with what the container declares."""
-    if "mp4" in formats and packets < declared:
-        return f"{packets} of {declared} declared frames are in the file"
-    if "mp4" in formats and declared == 0:  # fragmented: the index is spread over the file
+    if "mp4" in formats and packets < stream.frames:
+        part = package_part("video_mp4_index")
+        if part is None or packets < len(stream.index_entries) or not part.has_all(source, stream):
+            return f"{packets} of {stream.frames} declared frames are in the file"
+    if "mp4" in formats and stream.frames == 0:  # fragmented: the index is spread over the file
         missing = _missing_from_last_box(source)
         if missing > 0:
             return f"{missing} bytes are missing at the end"
-    if formats == "avi" and packets < declared:
+    if formats == "avi" and packets < stream.frames:
         # writers get this count wrong in intact files too, so ask for a second sign: the RIFF size
         missing = 8 + int.from_bytes(source.read_at(4, 4), "little") - source.size()
         if missing > 0:
-            return f"{packets} of {declared} declared frames are in the file, {missing} bytes are missing"
-    if "matroska" in formats and container.duration is not None:
-        end = container.duration / 1e6  # where the last frame ends, or how long after the first one
+            return f"{packets} of {stream.frames} declared frames are in the file, {missing} bytes are missing"
+    if "matroska" in formats and stream.container.duration is not None:
+        end = stream.container.duration / 1e6  # where the last frame ends, or how long after the first one
         if reached < end - max(0.5, 0.05 * end):
             return f"it ends at {reached:.2f} s of {end:.2f} s"
     return None

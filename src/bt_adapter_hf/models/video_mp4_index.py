@@ -65,30 +65,38 @@ def heads(source: Source, index: Index) -> np.ndarray:
     return found
 
 
+def has_all(source: Source, stream: Any) -> bool:
+    """Whether the tables have all packets that are declared; it is an edit list then that leaves some out."""
+    table = _inside(_tables(source, stream.id), b"stsz")
+    return table is not None and int.from_bytes(table[8:12], "big") == stream.frames
+
+
 def _delays(source: Source, track: int, count: int) -> np.ndarray | None:
     """How long after its decoding each packet is shown."""
-    tables = next((body for kind, body in _boxes_of_file(source) if kind == b"moov"), None)
-    for kind, trak in _boxes(tables or b""):
-        if kind != b"trak":
-            continue
-        header = _inside(trak, b"tkhd")
-        if not header or int.from_bytes(header[20:24] if header[0] else header[12:16], "big") != track:
-            continue
-        samples = _inside(trak, b"mdia", b"minf", b"stbl")
-        described = samples and _inside(samples, b"stsd")
-        if not described or described[4:8] != b"\0\0\0\1":  # settings that change on the way
-            return None
-        table = _inside(samples, b"ctts")
-        if table is None:
-            return np.zeros(count, np.int64)
-        runs = 8 * int.from_bytes(table[4:8], "big")  # bytes; others may follow
-        if len(table) < 8 + runs:
-            return None
-        runs = np.frombuffer(table[8 : 8 + runs], ">i4").reshape(-1, 2)  # signed, as FFmpeg reads either version
-        if (runs[:, 0] < 0).any() or runs[:, 0].sum(dtype=np.int64) != count:
-            return None
-        return np.repeat(runs[:, 1].astype(np.int64), runs[:, 0])
-    return None
+    tables = _tables(source, track)
+    described = _inside(tables, b"stsd")
+    if not described or described[4:8] != b"\0\0\0\1":  # settings that change on the way
+        return None
+    table = _inside(tables, b"ctts")
+    if table is None:
+        return np.zeros(count, np.int64)
+    runs = 8 * int.from_bytes(table[4:8], "big")  # bytes; others may follow
+    if len(table) < 8 + runs:
+        return None
+    runs = np.frombuffer(table[8 : 8 + runs], ">i4").reshape(-1, 2)  # signed, as FFmpeg reads either version
+    if (runs[:, 0] < 0).any() or runs[:, 0].sum(dtype=np.int64) != count:
+        return None
+    return np.repeat(runs[:, 1].astype(np.int64), runs[:, 0])
+
+
+def _tables(source: Source, track: int) -> bytes:
+    """What the file says of the packets of a track; nothing where it is not found."""
+    movie = next((body for kind, body in _boxes_of_file(source) if kind == b"moov"), b"")
+    for kind, trak in _boxes(movie):
+        header = _inside(trak, b"tkhd") if kind == b"trak" else None
+        if header and int.from_bytes(header[20:24] if header[0] else header[12:16], "big") == track:
+            return _inside(trak, b"mdia", b"minf", b"stbl") or b""
+    return b""
 
 
 def _inside(data: bytes, *path: bytes) -> bytes | None:
