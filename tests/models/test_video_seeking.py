@@ -13,7 +13,7 @@ import pytest
 from bt_adapter_hf.data.decoding_process import DecodingProcess
 from bt_adapter_hf.models import video_io, video_seeking
 from bt_adapter_hf.models.video_backends import available_video_backends
-from bt_adapter_hf.models.video_errors import VideoDecodeError, VideoError, VideoTimeoutError
+from bt_adapter_hf.models.video_errors import VideoBackendError, VideoDecodeError, VideoError, VideoTimeoutError
 from bt_adapter_hf.models.video_io import load_video
 from tests.clip_tools import numbered_picture, write_clip
 from tests.models.test_video_io import CLIPS
@@ -203,6 +203,18 @@ def test_frames_of_hevc_that_are_not_shown(tmp_path, file, what):
     path = remuxed(source, tmp_path / file, change)
     assert load_video(path)[1].total_num_frames < 60
     assert same_as_linear(path) == {"linear"}
+
+
+@pytest.mark.parametrize("backend", ["decord", "torchcodec"])
+def test_other_backends_refuse_packets_that_show_nothing(closed, tmp_path, backend):
+    if available_video_backends()[backend] is not None:
+        pytest.skip(f"{backend} is not installed")
+    path = remuxed(closed, tmp_path / "a.mkv", lambda number, packet: packet if number else None)
+    total = load_video(path)[1].total_num_frames
+    with av.open(str(path)) as container:
+        assert sum(1 for packet in container.demux(video=0) if packet.size) > total
+    with pytest.raises(VideoBackendError, match="takes each packet for a frame"):
+        load_video(path, backend=backend)
 
 
 @pytest.mark.parametrize("at", [24, 30, 41])  # one is a key frame

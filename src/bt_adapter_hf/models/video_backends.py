@@ -24,6 +24,7 @@ from .video_decoding import (
     scan_packets,
 )
 from .video_errors import EmptyVideoError, VideoBackendError, VideoDecodeError, VideoError, item_errors, sentence
+from .video_seeking import NOT_ONE_FRAME, Seeker
 
 
 _MODULES = {"pyav": "av", "decord": "decord", "torchcodec": "torchcodec.decoders"}
@@ -63,11 +64,14 @@ def loader(backend: str) -> Callable[..., tuple[np.ndarray, BTAdapterVideoMetada
 def _scan_for(backend: str, source: Source) -> tuple[Scan, np.ndarray]:
     """Refuse what the backend is known to get wrong; what PyAV finds, and its first frame, are the reference."""
     with open_container(source) as (container, stream):
-        scan = scan_packets(source, container, stream)
+        seeker = Seeker(container, stream)
+        scan = scan_packets(source, container, stream, seeker.visit)
     if scan.damage:
         damaged(source.name, scan.damage, scan.frames, "raise")
     if scan.frames == 0:
         raise EmptyVideoError(f"{source.name} has a video stream without frames.")
+    if seeker.problem == NOT_ONE_FRAME or (seeker.problem is None and seeker.entries[:1] != [0]):
+        raise _refused(backend, source, "it takes each packet for a frame, which not every packet of the file may be")
     if backend == "torchcodec" and scan.format == "avi":
         raise _refused(backend, source, "it returns frames that are one or two off in AVI files")
     if backend == "decord" and scan.hidden:

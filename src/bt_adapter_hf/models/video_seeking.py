@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 _CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 _PROGRESSIVE = 1  # of FFmpeg's field orders
+NOT_ONE_FRAME = "a packet does not make one frame"
 
 
 def decoding_threads() -> int:
@@ -73,7 +74,7 @@ class Seeker:
             for number in np.flatnonzero(index.keys | ~self.look.shown(heads(source, index))).tolist():
                 file.seek(index.places[number])
                 if not self._take(memoryview(file.read(index.sizes[number])), bool(index.keys[number]), number):
-                    self.problem = "a packet does not make one frame"
+                    self.problem = NOT_ONE_FRAME
                     return None
         first = next(self.container.demux(self.stream))
         if first.pts is None or first.dts != index.dts[0]:
@@ -105,7 +106,7 @@ class Seeker:
             self.problem = "the codec's settings change on the way"
         else:
             if not self._take(memoryview(packet), packet.is_keyframe, len(self.stamps)):
-                self.problem = "a packet does not make one frame"
+                self.problem = NOT_ONE_FRAME
             self.stamps.append(pts)
             self.targets.append(target)
 
