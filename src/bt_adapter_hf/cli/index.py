@@ -83,6 +83,7 @@ def _index(args: argparse.Namespace) -> int:
     from ..hub.machine import processes_now
     from ..search.files import find_videos
     from ..search.moments import Windows
+    from ..search.pipeline import STAGES
     from ..search.ranks import encode_together
     from ..search.table import check_writable, has_table, open_table
     from ..search.writer import IndexWriter, encode_by
@@ -116,7 +117,7 @@ def _index(args: argparse.Namespace) -> int:
     optimized = _optimize(args.output) if args.optimize and done else None
     if args.json:
         counts = {"added": update.added, "present": update.present, "gone": update.gone, "pruned": update.pruned}
-        seconds = {stage: round(value, 3) for stage, value in encoder.stopwatch.seconds.items()}
+        seconds = {stage: round(encoder.stopwatch.seconds[stage], 3) for stage in STAGES}
         summary = {"index": args.output, **counts, "skipped": skipped, **moments, "seconds": seconds}
         if optimized is not None:
             summary["optimized"] = _as_json(optimized)

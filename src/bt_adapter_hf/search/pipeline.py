@@ -30,6 +30,9 @@ def in_order(
             future.cancel()
 
 
+STAGES = ("decode", "preprocess", "transfer", "tower", "write")  # of indexing
+
+
 class Stopwatch:
     """Seconds of each stage, summed over threads; a stage inside another one is not the other's."""
 
