@@ -16,6 +16,9 @@ RATES = {**LR_MULTIPLIERS, "vision_model.bt_adapter.layers.*.attn": 10.0}
 RATES |= {f"vision_model.bt_adapter.layers.*.{part}": 10.0 for part in ("norm", "proj")}
 
 ONLY_VTC = {"mbta_weight": 0.0, "mbca_weight": 0.0}
+# Within this budget nothing reads order by captions alone (the first row of "order"), so that nothing could be told
+# apart: all other settings contrast each clip with its reversed copy, too.
+READS_ORDER = {"order_negatives": "reversed"}
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,13 @@ class Setting:
         return self.project or self.fields.get("temporal") != "frame_average"
 
 
+def _ours(name: str, words: str, **fields) -> Setting:
+    return Setting(name, words, {**READS_ORDER, **fields})
+
+
 def _rival(name: str, words: str, temporal: str, pixels: bool = False, project: bool = False, **fields) -> Setting:
-    fields = {"temporal": temporal, "adapter_layers": [2, 3], "max_frames": 8, "temperature": 0.05, **fields}
-    return Setting(name, words, fields, project, pixels)
+    common = {"temporal": temporal, "adapter_layers": [2, 3], "max_frames": 8, "temperature": 0.05}
+    return Setting(name, words, {**READS_ORDER, **common, **fields}, project, pixels)
 
 
 _ALL = (
@@ -53,24 +60,24 @@ _ALL = (
         "lone_branch", "branch without interaction", "branch", time_embedding_init_std=0.5, drop_path_rate=0.0,
         mask_ratio=0.5, fusion="sum", output_gate_scale=1.0,
     ),
-    Setting("vtc", "branch with interaction, VTC alone", ONLY_VTC),
+    _ours("vtc", "branch with interaction, VTC alone", **ONLY_VTC),
     Setting("both", "the recipe: VTC + MBTA + MBCA, mask 0.5, K = 2"),
-    Setting("reversed", "the recipe + reversed clips, opposite captions", {"order_negatives": "reversed"}),
-    Setting("shuffled", "the recipe + those and shuffled clips", {"order_negatives": "reversed_and_shuffled"}),
-    Setting("mbta", "VTC + MBTA", {"mbca_weight": 0.0}),
-    Setting("mbca", "VTC + MBCA", {"mbta_weight": 0.0}),
-    *(Setting(f"mask{rate}", f"mask 0.{rate // 10}" if rate else "mask 0", {"mask_ratio": rate / 100})
+    _ours("reversed", "the recipe + reversed clips, opposite captions"),
+    _ours("shuffled", "the recipe + those and shuffled clips", order_negatives="reversed_and_shuffled"),
+    _ours("mbta", "VTC + MBTA", mbca_weight=0.0),
+    _ours("mbca", "VTC + MBCA", mbta_weight=0.0),
+    *(_ours(f"mask{rate}", f"mask 0.{rate // 10}" if rate else "mask 0", mask_ratio=rate / 100)
       for rate in (0, 30, 70, 80, 90)),
-    Setting("released_mask", "mask order as released", {"mask_order": "released"}),
-    Setting("released_window", "temporal window as released", {"temporal_window": "released"}),
-    Setting("released_gates", "gate scales as released", {"fusion_gate_scale": 100.0, "output_gate_scale": 1e4}),
+    _ours("released_mask", "mask order as released", mask_order="released"),
+    _ours("released_window", "temporal window as released", temporal_window="released"),
+    _ours("released_gates", "gate scales as released", fusion_gate_scale=100.0, output_gate_scale=1e4),
     _rival("projected", "frame-averaged CLIP, projection learns", "frame_average", project=True),
     _rival("st_pooling", "spatial-temporal pooling, projection learns", "st_pooling", project=True),
     _rival("joint", "joint-ST, CLIP learns", "joint", pixels=True, frozen=False, time_embedding_init_std=0.1),
     _rival(
         "free_separate", "separate-ST, CLIP learns", "separate", pixels=True, frozen=False, time_embedding_init_std=0.5
     ),
-    *(Setting(f"layers{K}", f"K = {K}", {"adapter_layers": list(range(4 - K, 4))}) for K in (1, 3, 4)),
+    *(_ours(f"layers{K}", f"K = {K}", adapter_layers=list(range(4 - K, 4))) for K in (1, 3, 4)),
 )  # fmt: skip
 SETTINGS = {setting.name: setting for setting in _ALL}
 
@@ -78,11 +85,11 @@ SETTINGS = {setting.name: setting for setting in _ALL}
 TABLES = {
     "table6": ("frame_average", "separate", "lone_branch", "vtc"),
     "order": ("both", "reversed", "shuffled"),
-    "table7": ("vtc", "mbta", "mbca", "both"),
-    "fig4": ("mask0", "mask30", "both", "mask70", "mask80", "mask90"),
-    "released": ("both", "released_mask", "released_window", "released_gates"),
+    "table7": ("vtc", "mbta", "mbca", "reversed"),
+    "fig4": ("mask0", "mask30", "reversed", "mask70", "mask80", "mask90"),
+    "released": ("reversed", "released_mask", "released_window", "released_gates"),
     "table1": ("projected", "st_pooling", "joint", "free_separate", "separate", "vtc"),
-    "fig3": ("layers1", "both", "layers3", "layers4"),
+    "fig3": ("layers1", "reversed", "layers3", "layers4"),
 }
 AGAINST_FIRST = ("order", "table7", "fig4", "released")
 TITLES = {

@@ -58,7 +58,7 @@ class Clips:
 
 
 def load_start(folder: Path, **fields: Any) -> BTAdapterForPreTraining:
-    """A dual encoder with a fresh branch beside the CLIP in `folder`; the caller has set the seed."""
+    """The dual encoder in `folder`; a branch that it lacks is fresh, and the caller has set the seed."""
     fields = {**PRETRAINING, **fields}
     return BTAdapterForPreTraining.from_pretrained(folder, dtype="float32", **fields)
 
@@ -161,6 +161,18 @@ def read_captions(clips: Clips) -> dict[str, torch.Tensor]:
     return {name: x.contiguous() for name, x in model.state_dict().items() if name.startswith("text_")}
 
 
+def write_start(folder: Path, text_tower: Path) -> None:
+    """The shipped CLIP, which has read the captions, without the branch beside it, which has learned already."""
+    model = load_start(ASSETS)
+    unknown = model.load_state_dict(load_file(text_tower), strict=False).unexpected_keys
+    if unknown:
+        raise ValueError(f"{text_tower} holds weights that are none of a text tower: {unknown}.")
+    learned = (".bt_adapter.", "mbta_head.")
+    kept = {name: x for name, x in model.state_dict().items() if not any(part in name for part in learned)}
+    model.save_pretrained(folder, state_dict=kept)
+    BTAdapterProcessor.from_pretrained(ASSETS).save_pretrained(folder)
+
+
 class World:
     """Clips, texts and the starting CLIP, made in `folder` on first use.
 
@@ -172,17 +184,12 @@ class World:
         self.test = make_clips(folder / "test", "test", TEST_SEED, test, NUM_FRAMES)
         long = min(LONG_CLIPS, test)
         self.long = make_clips(folder / "long", "test", TEST_SEED, long, LONG_FRAMES)
-        self.start = folder / "clip"
+        self.start = folder / "start"
         if not (self.start / "processor_config.json").is_file():
             if not text_tower.is_file():
                 with written_whole(text_tower) as path:
                     save_file(read_captions(self.train), path)
-            model = load_start(ASSETS)
-            unknown = model.load_state_dict(load_file(text_tower), strict=False).unexpected_keys
-            if unknown:
-                raise ValueError(f"{text_tower} holds weights that are none of a text tower: {unknown}.")
-            model.save_pretrained(self.start)
-            BTAdapterProcessor.from_pretrained(ASSETS).save_pretrained(self.start)
+            write_start(self.start, text_tower)
         self.processor = BTAdapterProcessor.from_pretrained(self.start)
         # Of each test clip: its caption, its opposite, other motions, other looks.
         self.texts: list[str] = []

@@ -119,6 +119,29 @@ TEMPLATE = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_
 # ----------------------------------------------------------------------------------------------------- what all share
 
 
+def test_an_answer_is_learned_where_it_is_asked_for(host):
+    """What a model is prompted with is what stood before the answer in tuning, token by token."""
+    processor, _ = host
+    seen = {"type": "image", "image": picture()}
+    before = ask(seen, text(), answer="red") + ask(text("where ?"))
+    for messages in (ask(seen, text()), before):
+        whole = [*messages, {"role": "assistant", "content": "the red square"}]
+        said = processor.apply_chat_template(messages, add_generation_prompt=True)
+        rest = processor.apply_chat_template(whole).removeprefix(said)
+        assert rest.startswith(" the red square")  # a line break would be a token that no prompt has
+        prompt = processor.apply_chat_template([messages], **TEMPLATE)["input_ids"][0].tolist()
+        learned = processor.apply_chat_template(
+            [whole],
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            return_assistant_tokens_mask=True,
+        )
+        ids, is_answer = learned["input_ids"][0].tolist(), torch.as_tensor(learned["assistant_masks"])[0].tolist()
+        assert ids[: len(prompt)] == prompt
+        assert all(is_answer[len(prompt) :]) and not is_answer[len(prompt) - 1]
+
+
 def test_conversations_of_images_and_videos(host, clip):
     processor, tokens = host
     seen = {"type": "image", "image": picture()}

@@ -1,13 +1,15 @@
 """The comparisons of recipes/ablations: what is run, in which order, and that nothing is averaged over in silence."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from filelock import FileLock
 
 from recipes.ablations import report as reporting
-from recipes.ablations.run import BUDGET, COLUMNS, Rows, main, order_hits, run_one
+from recipes.ablations.run import BUDGET, COLUMNS, Rows, build, main, order_hits, run_one
 from recipes.ablations.settings import AGAINST_FIRST, SETTINGS, TABLES, TITLES, runs
 
 
@@ -151,6 +153,32 @@ def test_a_missing_seed_is_named_and_the_rest_has_paired_differences(tmp_path):
     assert "better than *frame-averaged CLIP*? yes: +" in text and "step time? not known yet" in text
     assert (tmp_path / "docs" / "table6.svg").is_file() and not (tmp_path / "docs" / "fig3.svg").exists()
     assert docs.read_text().startswith("before\n") and text in docs.read_text() and "stale" not in docs.read_text()
+
+
+def test_every_setting_starts_from_the_same_clip_and_a_fresh_branch(tmp_path):
+    """The shipped model, which the CLIP is taken from, has a branch that reads order already."""
+    from recipes.ablations import world
+
+    world.write_start(tmp_path / "start", world.TEXT_TOWER)
+    start = SimpleNamespace(start=tmp_path / "start")
+    shipped = world.load_start(world.ASSETS).vision_model.bt_adapter.output_gate
+    assert shipped.abs().sum() > 1
+    backbone = None
+    for name, setting in SETTINGS.items():
+        tower = build(setting, start, 0).vision_model
+        weights = tower.vision_model.state_dict()
+        backbone = backbone or weights
+        assert weights.keys() == backbone.keys() and all(torch.equal(weights[key], backbone[key]) for key in backbone)
+        new = dict(tower.bt_adapter.named_parameters())
+        zeros = [x for key, x in new.items() if key.endswith("_gate") or ".temporal.proj." in key]
+        assert not any(x.any() for x in zeros), name
+        if name in ("reversed", "separate"):  # a seed is of the new weights, too
+            again, other = (
+                dict(build(setting, start, seed).vision_model.bt_adapter.named_parameters()) for seed in (0, 1)
+            )
+            assert zeros or name != "reversed"
+            assert all(torch.equal(new[key], again[key]) for key in new)
+            assert any(not torch.equal(new[key], other[key]) for key in new)
 
 
 @pytest.mark.slow

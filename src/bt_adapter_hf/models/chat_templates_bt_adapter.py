@@ -18,16 +18,16 @@ _PARTS = """
 {%- endmacro -%}
 """
 
-# InstructBLIP has no turns: what is seen comes first, then the words. Answers end with the end-of-sequence token, as
-# in its own tuning.
+# InstructBLIP has no turns: what is seen comes first, then the words. An answer follows its question as the next word
+# does, for that is where it is asked for, and ends with the end-of-sequence token, as in its own tuning.
 INSTRUCTBLIP_CHAT_TEMPLATE = (
     _PARTS
     + """
 {%- for message in messages %}{{ visuals(message, '', '') }}{% endfor -%}
 {%- for message in messages -%}
-  {%- if message['role'] == 'assistant' %}{% generation %}{{ words(message) + eos_token }}{% endgeneration -%}
-  {%- else %}{{ words(message) }}{% endif -%}
-  {%- if not loop.last %}{{ '\n' }}{% endif -%}
+  {%- if message['role'] == 'assistant' -%}
+    {{ ' ' }}{% generation %}{{ words(message) + eos_token }}{% endgeneration -%}
+  {%- else %}{% if not loop.first %}{{ '\n' }}{% endif %}{{ words(message) }}{% endif -%}
 {%- endfor -%}
 """
 )
