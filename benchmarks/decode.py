@@ -168,7 +168,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, nargs="+", default=[1 / 6, 5, 60])
     parser.add_argument("--frames", type=int, nargs="+", default=[8, 64])
-    parser.add_argument("--codec", nargs="+", default=["libx264"], help="libx264, libx265, libvpx-vp9, mpeg4 (in AVI)")
+    codecs = ["libx264", "libx265", "libvpx-vp9", "mpeg4"]
+    parser.add_argument("--codec", nargs="+", default=["libx264"], choices=codecs, help="mpeg4 is in AVI")
     parser.add_argument("--group", type=int, nargs="+", default=[250], help="frames from one key frame to the next")
     parser.add_argument("--size", type=int, nargs=2, default=(1280, 720))
     parser.add_argument("--repeat", type=int, default=3)

@@ -5,6 +5,7 @@ of this world, as a CLIP's has read of motion: each beside a single frame of its
 which way, and beside a paraphrase, which holds captions apart that differ in a word or in the order of words.
 """
 
+import hashlib
 import json
 import time
 from dataclasses import dataclass
@@ -184,11 +185,12 @@ class World:
         self.test = make_clips(folder / "test", "test", TEST_SEED, test, NUM_FRAMES)
         long = min(LONG_CLIPS, test)
         self.long = make_clips(folder / "long", "test", TEST_SEED, long, LONG_FRAMES)
-        self.start = folder / "start"
+        if not text_tower.is_file():
+            with written_whole(text_tower) as path:
+                save_file(read_captions(self.train), path)
+        mark = hashlib.sha256(text_tower.read_bytes()).hexdigest()[:8]  # another text tower starts another model
+        self.start = folder / f"start-{mark}"
         if not (self.start / "processor_config.json").is_file():
-            if not text_tower.is_file():
-                with written_whole(text_tower) as path:
-                    save_file(read_captions(self.train), path)
             write_start(self.start, text_tower)
         self.processor = BTAdapterProcessor.from_pretrained(self.start)
         # Of each test clip: its caption, its opposite, other motions, other looks.
@@ -206,7 +208,7 @@ class World:
             )
 
         # The text tower is frozen in all settings.
-        self.text_features = self._embed(folder / "text_features.npy")
+        self.text_features = self._embed(folder / f"text_features-{mark}.npy")
 
     @torch.inference_mode()
     def _embed(self, file: Path) -> torch.Tensor:
