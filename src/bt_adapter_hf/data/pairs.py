@@ -12,6 +12,7 @@ from torch.utils.data import default_collate
 
 from ..models.video_errors import VideoError
 from ..models.video_io import load_video
+from ..models.video_processing_bt_adapter import FITTED
 from .broken import BrokenItem, broken_item, none_usable
 from .chunk_store import ChunkStore
 from .decoding_process import DecodingProcess
@@ -201,8 +202,8 @@ class PairDataset(torch.utils.data.Dataset):
                 mode="bicubic",
                 antialias=True,
             )
-        options = {"do_sample_frames": False, **({"do_resize": False, "do_center_crop": False} if whole else {})}
-        batch = self.video_processor(videos=[frames], return_tensors="pt", **options)
+        options = FITTED if whole else {}
+        batch = self.video_processor(videos=[frames], do_sample_frames=False, return_tensors="pt", **options)
         return batch["pixel_values_videos"][0]
 
 

@@ -23,6 +23,7 @@ from safetensors.numpy import save_file
 from ..adapters.writing import written_whole
 from ..hub.machine import processes_now
 from ..models.modeling_bt_adapter import BTAdapterModel
+from ..models.video_processing_bt_adapter import FITTED
 from ..search.encoding import FeatureError, VideoEncoder, unit_rows
 from ..search.frame_states import FrameStates
 from .controls import CONTROLS, check_controls, control_features
@@ -103,11 +104,11 @@ def encode_clips(
         if clip.row not in known.rows or names.get(clip.name) != clip.identity  # failures: once more
     )
 
-    rules, fitted = encoder.processor.video_processor, {"do_resize": False, "do_center_crop": False}
+    rules = encoder.processor.video_processor
 
     def load(video: str | bytes, backwards: bool, span: tuple[float, float] | None) -> np.ndarray:
         frames = read_clip(video, rules, backwards, span, shrink=rules.shrinker())
-        return encoder.processor(videos=[frames], return_tensors="pt", **fitted)["pixel_values_videos"][0].numpy()
+        return encoder.processor(videos=[frames], return_tensors="pt", **FITTED)["pixel_values_videos"][0].numpy()
 
     with ClipDecoder(load, workers, item_timeout) as decoder:
         while batch := list(islice(todo, 4 * workers)):

@@ -21,6 +21,7 @@ from .video_io import DAMAGE_POLICIES, SAMPLING_RULES, VIDEO_BACKENDS, BTAdapter
 
 
 _MAYBE_ANIMATED = (".png", ".webp", ".tif", ".tiff")
+FITTED = {"do_resize": False, "do_center_crop": False}  # options for frames that `shrinker` has been at
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".bmp", ".ppm", *_MAYBE_ANIMATED)
 
 

@@ -21,6 +21,7 @@ from ..models.modeling_bt_adapter import BTAdapterModel
 from ..models.processing_bt_adapter import BTAdapterProcessor
 from ..models.video_errors import VideoError
 from ..models.video_io import load_video
+from ..models.video_processing_bt_adapter import FITTED
 from .pipeline import Stopwatch, in_order
 from .table import describe_model
 
@@ -224,8 +225,7 @@ class VideoEncoder:
                     shrink=shrink,
                 )
             with self.stopwatch("preprocess"):
-                fitted = {"do_sample_frames": False, "do_resize": False, "do_center_crop": False}
-                inputs = self.processor(videos=[frames], return_tensors="pt", **fitted)
+                inputs = self.processor(videos=[frames], do_sample_frames=False, return_tensors="pt", **FITTED)
         except VideoError as error:
             return PreparedVideo(path, None, {}, error)
         return PreparedVideo(path, inputs["pixel_values_videos"][0], _describe(metadata), None)
