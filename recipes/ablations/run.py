@@ -71,7 +71,6 @@ COLUMNS = (
     "cpu_seconds", "curve", "order_hits", "object_hits",
 )  # fmt: skip
 NUMBERS = COLUMNS[3:11]
-BUDGET = f"{STEPS}x{BATCH}"
 
 
 class Rows:
@@ -102,10 +101,10 @@ class Rows:
                     "edited: take it out, and the run is made again."
                 )
             key = (row["setting"], int(row["seed"]))
-            if row["budget"] != BUDGET:
+            if row["budget"] != (budget := SETTINGS[row["setting"]].budget):
                 raise ValueError(
                     f"{self.path}: {row['setting']}, seed {row['seed']} was run under the budget {row['budget']}, and "
-                    f"the others are under {BUDGET} (steps x batch): give another file as --csv, or take the row out."
+                    f"here it is {budget} (steps x batch): give another file as --csv, or take the row out."
                 )
             if key in read:
                 raise ValueError(f"{self.path} has {row['setting']}, seed {row['seed']} twice: take one out.")
@@ -280,13 +279,13 @@ class Curve(TrainerCallback):
             self.seconds += time.process_time() - start
 
 
-def run_one(setting: Setting, seed: int, world: World, folder: Path, steps: int = STEPS) -> dict[str, Any]:
+def run_one(setting: Setting, seed: int, world: World, folder: Path) -> dict[str, Any]:
     """Trains a setting, or goes on with it, and scores it.
 
     Raises:
         ValueError: where the folder is of another setting, seed or budget.
     """
-    plan = {"setting": setting.name, "seed": seed, "steps": steps, "batch": BATCH, "fields": setting.fields}
+    plan = {"setting": setting.name, "seed": seed, "steps": setting.steps, "batch": BATCH, "fields": setting.fields}
     folder.mkdir(parents=True, exist_ok=True)
     told = folder / "setting.json"
     if told.is_file() and (found := json.loads(told.read_text())) != json.loads(json.dumps(plan)):
@@ -300,7 +299,7 @@ def run_one(setting: Setting, seed: int, world: World, folder: Path, steps: int 
         arguments = run_arguments(
             BTAdapterTrainingArguments,
             folder,
-            max_steps=steps,
+            max_steps=setting.steps,
             per_device_train_batch_size=BATCH,
             learning_rate=LEARNING_RATE,
             lr_multipliers=rates(model),
@@ -324,7 +323,7 @@ def run_one(setting: Setting, seed: int, world: World, folder: Path, steps: int 
     return {
         "setting": setting.name,
         "seed": seed,
-        "budget": BUDGET,
+        "budget": setting.budget,
         **all_scores(model, setting, world),
         "trained": trained if setting.learns else 0,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -353,6 +352,8 @@ def measure_times(world: World, file: Path, repeats: int = 5) -> None:
     rows = list(range(BATCH))
     steps: dict[tuple[str, str], Any] = {}
     for setting in SETTINGS.values():
+        if setting.steps != STEPS:
+            continue  # its steps are those of another setting
         model = build(setting, world, 0).train()
         for start in ("pixels", "states"):
             if setting.learns and (start == "pixels" or not setting.pixels):

@@ -1,6 +1,7 @@
 """The comparisons of recipes/ablations: what is run, in which order, and that nothing is averaged over in silence."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,14 +10,18 @@ import torch
 from filelock import FileLock
 
 from recipes.ablations import report as reporting
-from recipes.ablations.run import BUDGET, COLUMNS, Rows, build, main, order_hits, run_one
+from recipes.ablations.run import COLUMNS, Rows, build, main, order_hits, run_one
 from recipes.ablations.settings import AGAINST_FIRST, SETTINGS, TABLES, TITLES, runs
 
 
-def row(setting: str, seed: int, share: float, budget: str = BUDGET) -> dict[str, str]:
+def row(setting: str, seed: int, share: float, budget: str | None = None) -> dict[str, str]:
     hits = np.random.default_rng([seed, round(100 * share)]).random(60) < share
     bits = "".join(str(int(hit)) for hit in hits)
-    values = dict.fromkeys(COLUMNS, "50.0") | {"setting": setting, "seed": str(seed), "budget": budget}
+    values = dict.fromkeys(COLUMNS, "50.0") | {
+        "setting": setting,
+        "seed": str(seed),
+        "budget": budget or SETTINGS[setting].budget,
+    }
     return values | {"order_hits": bits, "object_hits": bits, "curve": json.dumps({"1200": 100 * share})}
 
 
@@ -92,7 +97,7 @@ def test_runs_that_are_there_need_no_clips_and_others_have_the_folder_alone(tmp_
     main([*command, "table6"])
     assert not (tmp_path / "out").exists()
     page = (tmp_path / "own.md").read_text()
-    assert "4 of 24 runs" in page and "1 seed;" in page and "(own/table6.svg)" in page
+    assert "4 of 26 runs" in page and "1 seed;" in page and "(own/table6.svg)" in page
     assert "Times of a step are missing" in page and (tmp_path / "own" / "table6.svg").is_file()
     (tmp_path / "out").mkdir()
     with FileLock(tmp_path / "out" / "run.lock"), pytest.raises(ValueError, match="Another process makes runs in"):
@@ -112,6 +117,32 @@ def test_a_difference_that_holds_the_other_way_is_a_no(tmp_path):
     rows = {(name, seed): row(name, seed, share) for name, share in shares.items() for seed in range(3)}
     text = reporting.report(rows, tmp_path / "times.csv", 3, tmp_path / "page.md")
     assert "order better than *separate-ST, CLIP frozen*? no: -" in text
+
+
+@pytest.mark.parametrize(
+    ("with_copies", "without", "answer"),
+    [
+        ({"4800": 60, "9600": 91}, {"9600": 50, "19200": 91}, "yes: 9,600"),
+        (
+            {"4800": 60, "9600": 91},
+            {"9600": 50, "14400": 91},
+            "no: 9,600; without: 14,400",
+        ),
+        ({"9600": 91}, {"19200": 50}, "yes: 9,600; without: not reached"),
+        (
+            {"9600": 60, "14400": 91},
+            {"19200": 50},
+            "no: 14,400; without: not reached",
+        ),
+        ({"19200": 60}, {"19200": 50}, "no: not reached"),
+    ],
+)
+def test_half_of_the_clips(with_copies, without, answer):
+    curves = {"both_longer": without, "reversed_longer": with_copies}
+    rows = {(name, 0): {**row(name, 0, 0.5), "curve": json.dumps(curve)} for name, curve in curves.items()}
+    yes, _, clips = answer.partition(": ")
+    text = reporting.verdicts(rows, {}, 1)
+    assert f"by reversed copies? {yes}: of 19,200 clips, 90 % with them: {clips}" in text
 
 
 def test_a_folder_of_another_setting_is_named(tmp_path):
@@ -189,7 +220,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_scores(tmp_path, monkeypatch
     monkeypatch.setattr(world, "READ_STEPS", 2)
     monkeypatch.setattr(running, "CURVE_STEPS", 2)
     small = world.World(tmp_path / "world", train=80, test=10, text_tower=tmp_path / "text.safetensors")
-    expected = run_one(SETTINGS["reversed"], 0, small, tmp_path / "whole", steps=4)
+    setting = replace(SETTINGS["reversed"], steps=4)
+    expected = run_one(setting, 0, small, tmp_path / "whole")
 
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
@@ -205,8 +237,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_scores(tmp_path, monkeypatch
 
         patched.setattr(running.BTAdapterTrainer, "training_step", step)
         with pytest.raises(KeyboardInterrupt):
-            run_one(SETTINGS["reversed"], 0, small, tmp_path / "stopped", steps=4)
-    again = run_one(SETTINGS["reversed"], 0, small, tmp_path / "stopped", steps=4)
+            run_one(setting, 0, small, tmp_path / "stopped")
+    again = run_one(setting, 0, small, tmp_path / "stopped")
     differs = {"cpu_seconds"}
     assert {k: v for k, v in again.items() if k not in differs} == {
         k: v for k, v in expected.items() if k not in differs
