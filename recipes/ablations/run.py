@@ -4,7 +4,7 @@
     python recipes/ablations/run.py -o build/ablations                       # everything, three seeds
     python recipes/ablations/run.py -o build/ablations --only table6 order   # some tables
     python recipes/ablations/run.py -o build/ablations --only times          # step times, alternating; a quiet machine
-    python recipes/ablations/run.py -o build/ablations --report              # tables and plots of the rows there are
+    python recipes/ablations/run.py --report                                 # tables and plots of the rows there are
     python recipes/ablations/run.py -o build/ablations --csv build/own.csv   # anew: the CSV of the clone has its rows
 
 A run takes one core. Stopped at any point, the same command goes on: finished runs are rows of the CSV
@@ -377,12 +377,14 @@ def measure_times(world: World, file: Path, repeats: int = 5) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder for clips, states and checkpoints")
+    parser.add_argument("-o", "--output", type=Path, help="folder for clips, states and checkpoints")
     parser.add_argument("--only", nargs="+", choices=[*TABLES, "times"], default=[*TABLES, "times"])
     parser.add_argument("--seeds", type=whole_number(), default=3)
     parser.add_argument("--csv", type=Path, default=RESULTS / "runs.csv", help="where the rows are")
     parser.add_argument("--report", action="store_true", help="train nothing; tables and plots of the rows there are")
     args = parser.parse_args(argv)
+    if args.output is None and not args.report:
+        parser.error("-o says where clips, states and checkpoints go; only --report does without.")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(1)
     rows, times = Rows(args.csv), args.csv.with_name("times.csv")

@@ -119,6 +119,8 @@ def test_resume_and_continue_from_a_finished_model(clip, clips, tmp_path, capsys
         (["--crop-scale", "0.5", "0.2"], "0 < smallest"),
         (["--opposites", "empty.csv"], "--opposites are read with --order-negatives reversed"),
         (["--order-negatives", "reversed", "--opposites", "absent.jsonl"], "--opposites: absent.jsonl cannot be read"),
+        (["--order-negatives", "reversed", "--vtc-weight", "0"], "which --vtc-weight 0 leaves out"),
+        (["--order-negatives", "reversed", "--num-frames", "1"], "the data set gives 1 per clip"),
         (["--validation", "absent.csv"], "Cannot read the table absent.csv"),
         (["--train", "empty.csv"], "The table empty.csv has no rows"),
         (["--epochs", "0.1"], "nothing would be trained"),

@@ -105,6 +105,9 @@ def test_runs_that_are_there_need_no_clips_and_others_have_the_folder_alone(tmp_
     rows.path.write_text(rows.path.read_text() + "half")
     with pytest.raises(ValueError, match="row 6"):  # before anything is made
         main([*command, "order"])
+    with pytest.raises(SystemExit):
+        main(["--csv", str(rows.path)])
+    assert "only --report does without" in capsys.readouterr().err
     for wrong in (["table6", "--seeds", "0"], ["table5"]):
         with pytest.raises(SystemExit):
             main([*command, *wrong])

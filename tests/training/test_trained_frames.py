@@ -143,6 +143,15 @@ def test_training_on_varied_lengths(clips, tmp_path):
     run.train()
     assert set(seen) == {2, 3, 6}
     assert model.config.vision_config.num_trained_frames == 6
+    videos = torch.randn(2, 6, 3, 16, 16)
+    states = {n: videos.new_zeros(2, 6, 5, 16) + torch.arange(6.0)[:, None, None] for n in (1, 2)}
+    words = {"input_ids": torch.ones(2, 4, dtype=torch.long), "broken": []}
+    for step in range(4):  # states of the backbone lose the same frames
+        run.state.global_step = step
+        short = run._model_inputs({**words, "backbone_states": dict(states)}, "train")["backbone_states"]
+        of_videos = run._model_inputs({**words, "pixel_values_videos": videos}, "train")["pixel_values_videos"]
+        frames = [int(frame) for frame in short[1][0, :, 0, 0]]
+        assert torch.equal(of_videos, videos[:, frames]) and torch.equal(short[1], short[2])
     with pytest.raises(ValueError, match="asks for more frames than the 6 per clip"):
         trainer(clips, tmp_path, model, num_frames=6, frame_counts=[2, 8])
     with pytest.raises(ValueError, match="must be numbers of at least 1"):

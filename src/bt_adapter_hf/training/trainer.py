@@ -70,9 +70,25 @@ class BTAdapterTrainer(ResumableTrainer):
                 f"frame_counts={counts} asks for more frames than the {self.train_dataset.num_frames} per clip that "
                 "the data set gives: set its num_frames to the largest."
             )
+        if config.order_negatives != "none":
+            self._check_order_negatives()
         self._loss_sums: dict[str, torch.Tensor] = {}
         self._loss_batches = 0
         self._shuffling = torch.Generator()
+
+    def _check_order_negatives(self) -> None:
+        """Copies in other orders are part of the video-text contrast, of several frames."""
+        told = f"order_negatives={self.model.config.order_negatives!r}"
+        if self.model.config.vtc_weight == 0:
+            raise ValueError(
+                f"{told} is a part of the video-text contrast, which vtc_weight=0 leaves out: it would have no effect. "
+                "Set vtc_weight above 0, or order_negatives='none'."
+            )
+        if self.train_dataset is not None and (T := self.train_dataset.num_frames) < 2:
+            raise ValueError(
+                f"{told} contrasts the orders of frames, and the data set gives {T} per clip: it would have no "
+                "effect. Set num_frames to 2 or more, or order_negatives='none'."
+            )
 
     # Losses
 
@@ -121,9 +137,13 @@ class BTAdapterTrainer(ResumableTrainer):
                 self._note("known_opposites", inputs["has_opposite"])
             inputs["row_seeds"] = hashed(self.args.seed, self.positions(rows)).to(inputs["input_ids"].device)
             if self.args.frame_counts is not None:
-                videos = inputs["pixel_values_videos"]
-                videos = vary_frames(videos, self.args.frame_counts, self.args.seed, self.state.global_step)
-                inputs["pixel_values_videos"] = videos
+                chosen = partial(
+                    vary_frames, choices=self.args.frame_counts, seed=self.args.seed, step=self.state.global_step
+                )
+                if "backbone_states" in inputs:
+                    inputs["backbone_states"] = {n: chosen(x) for n, x in inputs["backbone_states"].items()}
+                else:
+                    inputs["pixel_values_videos"] = chosen(inputs["pixel_values_videos"])
         return inputs
 
     def _note_losses(self, outputs: BTAdapterForPreTrainingOutput) -> None:
