@@ -9,13 +9,14 @@ least. A missing run is named and the row has no mean.
 import csv
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from bt_adapter_hf.evaluation.statistics import compare, mean_interval
 
-from .settings import AGAINST_FIRST, BATCH, LONGER_STEPS, SETTINGS, STEPS, TABLES, TITLES
+from .settings import AGAINST_FIRST, BATCH, LONGER_STEPS, STEPS, TABLES, TITLES, words
 
 
 DOCS = Path(__file__).parents[2] / "docs" / "what_matters.md"  # the plots are in the folder docs/what_matters
@@ -97,20 +98,20 @@ def table(name: str, rows: Rows, times: dict[tuple[str, str], float], seeds: int
     missing, done = [], {}
     for setting in TABLES[name]:
         found, lacking = of_setting(rows, setting, seeds)
-        words = SETTINGS[setting].words
+        called = words(name, setting)
         if lacking:
             missing.append(f"{setting} (seed {', '.join(map(str, lacking))})")
             single = [
                 ", ".join(f"seed {seed}: {100 * hits(row, score).mean():.1f}" for seed, row in found.items())
                 for score in ("order", "object")
             ]
-            cells = [words, single[0] or "not run", "", single[1], *[""] * (len(titles) - 4)]
+            cells = [called, single[0] or "not run", "", single[1], *[""] * (len(titles) - 4)]
             lines.append("| " + " | ".join(cells) + " |")
             continue
         done[setting] = found
         place = TABLES[name].index(setting)
         other = TABLES[name][0 if name in AGAINST_FIRST else place - 1] if place else None
-        cells = [words]
+        cells = [called]
         for score in ("order", "object"):
             cells += [score_cell(found, score)]
             cells += [difference_cell(found, done[other], score) if other in done else ""]
@@ -142,7 +143,7 @@ def verdicts(rows: Rows, times: dict[tuple[str, str], float], seeds: int) -> str
 
     steps = list(zip(TABLES["table6"][1:], TABLES["table6"][:-1], strict=True))
     lines = [
-        f"- Table 6: does *{SETTINGS[upper].words}* read order better than *{SETTINGS[lower].words}*? "
+        f"- Table 6: does *{words('table6', upper)}* read order better than *{words('table6', lower)}*? "
         f"{held((upper, lower), 'order')}"
         for upper, lower in steps
     ]
@@ -190,7 +191,7 @@ def plot(name: str, rows: Rows, seeds: int, folder: Path) -> None:
             single = [100 * hits(row, score).mean() for row in found.values()]
             axes.plot(single, [height + shift] * len(single), "|", color=colour)
     axes.axvline(50, color="grey", linestyle=":", linewidth=1)
-    axes.set_yticks(range(len(done)), [SETTINGS[setting].words for setting in done])
+    axes.set_yticks(range(len(done)), [words(name, setting) for setting in done])
     axes.invert_yaxis()
     axes.set_xlabel("%: mean and interval over clips; ticks are seeds; dotted: chance of order")
     axes.legend(frameon=False)
@@ -199,8 +200,11 @@ def plot(name: str, rows: Rows, seeds: int, folder: Path) -> None:
     pyplot.close(figure)
 
 
-def report(rows: Rows, times: Path, seeds: int, docs: Path = DOCS) -> str:
+def report(rows: Rows, times: Path, seeds: int, docs: Path = DOCS, shown: Sequence[str] = ()) -> str:
     """Writes the tables between the marks of a page, and plots into the folder beside it; returns the tables.
+
+    Args:
+        shown: tables that are printed.
 
     A page that is not there has nothing but the tables.
     """
@@ -220,12 +224,11 @@ def report(rows: Rows, times: Path, seeds: int, docs: Path = DOCS) -> str:
         f"{hours:.2f} hours of one core for the training and scoring of those there are. All scores in percent."
         f"{'' if took else ' Times of a step are missing: `--only times` measures them.'}\n\n"
     )
-    text += (
-        verdicts(rows, took, seeds) + "\n" + "\n".join(table(name, rows, took, seeds, folder.name) for name in TABLES)
-    )
+    tables = {name: table(name, rows, took, seeds, folder.name) for name in TABLES}
+    text += verdicts(rows, took, seeds) + "\n" + "\n".join(tables.values())
     for name in TABLES:
         plot(name, rows, seeds, folder)
     marked = re.compile(re.escape(begin) + ".*?" + re.escape(end), flags=re.S)
     docs.write_text(marked.sub(lambda _: f"{begin}\n{text}\n{end}", old), encoding="utf-8")
-    print(text)
+    print("\n".join([*(tables[name] for name in shown), f"All tables: {docs}"]))
     return text

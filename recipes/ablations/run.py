@@ -397,7 +397,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             logger.info("%s has all %d runs that are asked for: nothing to train.", args.csv, len(wanted))
     docs = DOCS if args.csv.resolve() == (RESULTS / "runs.csv").resolve() else args.csv.with_suffix(".md")
-    report(rows.read(), times, args.seeds, docs)
+    report(rows.read(), times, args.seeds, docs, [name for name in args.only if name != "times"])
 
 
 def make_runs(output: Path, wanted: list[tuple[str, int]], is_timed: bool, rows: Rows, times: Path) -> None:

@@ -11,7 +11,7 @@ from filelock import FileLock
 
 from recipes.ablations import report as reporting
 from recipes.ablations.run import COLUMNS, Rows, build, main, order_hits, run_one
-from recipes.ablations.settings import AGAINST_FIRST, SETTINGS, TABLES, TITLES, runs
+from recipes.ablations.settings import AGAINST_FIRST, CALLED, SETTINGS, TABLES, TITLES, runs
 
 
 def row(setting: str, seed: int, share: float, budget: str | None = None) -> dict[str, str]:
@@ -28,6 +28,7 @@ def row(setting: str, seed: int, share: float, budget: str | None = None) -> dic
 def test_every_setting_is_in_a_table_and_is_run_once():
     assert {name for names in TABLES.values() for name in names} == SETTINGS.keys()
     assert TITLES.keys() == TABLES.keys() and set(AGAINST_FIRST) < TABLES.keys()
+    assert all(called.keys() <= set(TABLES[table]) for table, called in CALLED.items())
     planned = runs([*TABLES], 3)
     assert len(planned) == len(set(planned)) == 3 * len(SETTINGS)
     assert planned[:5] == [*((name, 0) for name in TABLES["table6"]), ("frame_average", 1)]
@@ -96,6 +97,8 @@ def test_runs_that_are_there_need_no_clips_and_others_have_the_folder_alone(tmp_
     command = ["-o", str(tmp_path / "out"), "--csv", str(rows.path), "--seeds", "1", "--only"]
     main([*command, "table6"])
     assert not (tmp_path / "out").exists()
+    printed = capsys.readouterr().out
+    assert printed.count("###") == 1 and "### Table 6" in printed and f"All tables: {tmp_path / 'own.md'}" in printed
     page = (tmp_path / "own.md").read_text()
     assert "4 of 26 runs" in page and "1 seed;" in page and "(own/table6.svg)" in page
     assert "Times of a step are missing" in page and (tmp_path / "own" / "table6.svg").is_file()

@@ -103,6 +103,7 @@ def gather(args: argparse.Namespace, folder: Path):
         model=args.chat_model, revision=None, bt_adapter=args.bt_adapter, files=[""], num_frames=None, num_clips=None,
         dtype="auto", device=args.device,
     )  # fmt: skip
+    print("Loading the models and making the index; the address follows.", file=sys.stderr, flush=True)
     processor, load_chat = find_model(asked)
     encoder = VideoEncoder.from_pretrained(args.model, device=args.device)
     examples, film, texts = [], None, []

@@ -29,7 +29,7 @@ MOMENT_SYSTEMS = {
 def register(subparsers) -> None:
     parser = subparsers.add_parser(
         "quickstart",
-        help="see it work: write clips, index, search, label and score them (offline, under two minutes)",
+        help="see it work: write clips, index, search, label and score them (offline, about a minute on two cores)",
         description="Writes short clips of moving handwritten digits as mp4 and GIF files, none of which the model "
         "has seen, indexes them with the model inside the package, searches them by text, names their motions, and "
         "compares its scores with those of frame-averaged CLIP and of clips with their frames shuffled or reversed; "

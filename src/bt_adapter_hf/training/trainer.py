@@ -81,7 +81,7 @@ class BTAdapterTrainer(ResumableTrainer):
         told = f"order_negatives={self.model.config.order_negatives!r}"
         if self.model.config.vtc_weight == 0:
             raise ValueError(
-                f"{told} is a part of the video-text contrast, which vtc_weight=0 leaves out: it would have no effect. "
+                f"{told} is a part of the video-text contrast, which vtc_weight=0 leaves out, and has no effect. "
                 "Set vtc_weight above 0, or order_negatives='none'."
             )
         if self.train_dataset is not None and (T := self.train_dataset.num_frames) < 2:
