@@ -1,6 +1,6 @@
 """Ask an InstructBLIP with a BT-Adapter about a video, or an image: 32 tokens, whatever the number of frames.
 
-    pip install .  (in the clone of bt_adapter_hf)
+    pip install -c constraints.txt .  (in the clone of bt_adapter_hf)
     python examples/chat_instructblip.py clip.mp4 --question "What is the dog doing?" \\
         --model Salesforce/instructblip-vicuna-7b --bt-adapter my-adapter --dtype bfloat16
 """

@@ -1,6 +1,6 @@
 """Ask a LLaVA with a BT-Adapter about videos and images.
 
-    pip install .  (in the clone of bt_adapter_hf)
+    pip install -c constraints.txt .  (in the clone of bt_adapter_hf)
     python examples/chat_llava.py clip1.mp4 clip2.gif --question "How does it move?"
     python examples/chat_llava.py clip.mp4 photo.jpg --question "What is the dog doing?" \\
         --model llava-hf/llava-1.5-7b-hf --bt-adapter my-adapter --dtype bfloat16

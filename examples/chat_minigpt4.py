@@ -3,7 +3,7 @@
 There is no MiniGPT-4 in Hugging Face form on the Hub; the first command puts one together from its public parts and
 saves it, an ordinary checkpoint that the second command loads (and `bt-adapter chat` as well):
 
-    pip install .  (in the clone of bt_adapter_hf)
+    pip install -c constraints.txt .  (in the clone of bt_adapter_hf)
     python examples/chat_minigpt4.py clip.mp4 --question "What is the dog doing?" --model minigpt4-vicuna-7b \\
         --vision-qformer Salesforce/blip2-flan-t5-xxl --language-model vicuna-7b-v0 \\
         --projection pretrained_minigpt4_7b.pth --bt-adapter my-adapter

@@ -1,6 +1,6 @@
 """Tune a LLaVA with a BT-Adapter on VideoChatGPT-100K, or on your own conversations; LoRA and 4 bits if wanted.
 
-    pip install '.[train]'  (in the clone of bt_adapter_hf)
+    pip install -c constraints.txt '.[train]'  (in the clone of bt_adapter_hf)
     python examples/finetune_llava.py --model llava-hf/llava-1.5-7b-hf --bt-adapter my-adapter \\
         --train hf://datasets/MBZUAI/VideoInstruct-100K/VideoInstruct100K.json --media-root activitynet.zip \\
         --output-dir tuned --workers 8

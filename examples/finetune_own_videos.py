@@ -1,6 +1,6 @@
 """Teach a chat model from your own videos: a folder of clips and a file of conversations about them.
 
-    pip install '.[train]'  (in the clone of bt_adapter_hf)
+    pip install -c constraints.txt '.[train]'  (in the clone of bt_adapter_hf)
     python examples/finetune_own_videos.py videos/train.jsonl --output-dir tuned
 
 `train.jsonl` has one conversation per line, of any number of turns; paths start from its folder:

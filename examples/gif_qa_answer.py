@@ -1,6 +1,6 @@
 """Ask a trained model of GIF question answering about GIFs.
 
-    pip install '.[train]'  (in the clone of bt_adapter_hf)
+    pip install -c constraints.txt '.[train]'  (in the clone of bt_adapter_hf)
     python examples/gif_qa_answer.py cat.gif dog.gif --question "What does it do?" --base gif-qa/base --tuned gif-qa
 
 The GIFs are answered in one batch. `bt-adapter chat GIF --model gif-qa/base --bt-adapter gif-qa` keeps a conversation.

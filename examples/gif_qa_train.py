@@ -1,6 +1,6 @@
 """Train GIF question answering: a frozen X-CLIP, a connector, and a language model in 4 bits with LoRA.
 
-    pip install '.[train,quantization]'  (in the clone of bt_adapter_hf)
+    pip install -c constraints.txt '.[train,quantization]'  (in the clone of bt_adapter_hf)
     python examples/gif_qa_train.py --train tgif-qa/Train_frameqa_question.csv --media-root gifs --output-dir gif-qa
     python examples/gif_qa_train.py ... --media-root tgif-v1.0.tsv --max-disk 20GB   # GIFs fetched, and given up again
 

@@ -1,6 +1,6 @@
 """Pretrain a BT-Adapter branch on your own videos, in Python.
 
-    pip install '.[train]'  (in the clone of bt_adapter_hf)
+    pip install -c constraints.txt '.[train]'  (in the clone of bt_adapter_hf)
     python examples/pretrain.py --model openai/clip-vit-large-patch14 --train videos/train --validation videos/val \\
         --output-dir my-adapter
 

@@ -1,6 +1,6 @@
 """How well do these sentences describe these videos? Text and video features of a BT-Adapter dual encoder.
 
-    pip install .  (in the clone of bt_adapter_hf)
+    pip install -c constraints.txt .  (in the clone of bt_adapter_hf)
     python examples/text_video_similarity.py clip1.mp4 clip2.gif \\
         --texts "a red seven moves from the left to the right" "a red seven moves from the right to the left"
 

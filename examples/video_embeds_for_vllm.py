@@ -1,6 +1,6 @@
 """Videos for a server that has no BT-Adapter: stock vLLM with the native LLaVA, by precomputed image embeddings.
 
-    pip install .  (in the clone of bt_adapter_hf)
+    pip install -c constraints.txt .  (in the clone of bt_adapter_hf)
     python examples/video_embeds_for_vllm.py a.mp4 b.gif --output embeds.safetensors \\
         --model llava-hf/llava-1.5-7b-hf --bt-adapter my-adapter
 

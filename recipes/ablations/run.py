@@ -1,6 +1,6 @@
 """The paper's comparisons in the small: every setting under the same budget, one CSV row per run, then the tables.
 
-    pip install -e '.[train,eval,quickstart]' matplotlib
+    pip install -c constraints.txt -e '.[train,eval,quickstart]'
     python recipes/ablations/run.py -o build/ablations                       # everything, three seeds
     python recipes/ablations/run.py -o build/ablations --only table6 order   # some tables
     python recipes/ablations/run.py -o build/ablations --only times          # step times, alternating; a quiet machine

@@ -1,6 +1,6 @@
 """Rebuild the moving-digits model that ships inside bt_adapter_hf, from nothing but scikit-learn's digits.
 
-    pip install -e '.[train,quickstart]'
+    pip install -c constraints.txt -e '.[train,quickstart]'
     python -m recipes.moving_digits.build -o build/moving-digits          # about 13 minutes on 2 cores
     python -m recipes.moving_digits.build -o build/moving-digits --ship   # and copy the model into the package
 

@@ -1,7 +1,7 @@
 """Rebuild the small chat model that ships inside bt_adapter_hf: a LLaVA that has read words and seen stills only, then
 the adapter of moving digits in it, then instruction tuning on clips.
 
-    pip install -e '.[train,quickstart]'
+    pip install -c constraints.txt -e '.[train,quickstart]'
     python -m recipes.moving_digits_chat.build -o build/chat         # up to 26 minutes on 2 cores
     python -m recipes.moving_digits_chat.build -o build/chat --ship  # and copy the model into the package
 

@@ -1,7 +1,7 @@
 """GIF question answering in the small, all from scratch on a CPU: towers, a language model, then questions about GIFs
 with the tower frozen, the language model in 4 bits and LoRA on it.
 
-    pip install -e '.[train,quickstart,quantization]'
+    pip install -c constraints.txt -e '.[train,quickstart,quantization]'
     python -m recipes.moving_digits_gif_qa.build -o build/gif_qa
 
 Every step leaves its files in the output folder and is skipped when they are there.

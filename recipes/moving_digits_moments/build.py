@@ -1,6 +1,6 @@
 """The model inside the package, tuned to find moments in films: its branch, on windows of moving-digit films.
 
-    pip install -e '.[train,quickstart]'
+    pip install -c constraints.txt -e '.[train,quickstart]'
     python -m recipes.moving_digits_moments.build -o build/moments      # one core
 
 A run that is stopped goes on: finished steps are skipped, and the tuning begins at its last checkpoint.

@@ -1,6 +1,6 @@
 """Does a chat model follow videos when an adapter is only plugged in, as in Table 4 of the paper, in the small?
 
-    pip install -e '.[train,quickstart]'
+    pip install -c constraints.txt -e '.[train,quickstart]'
     python -m recipes.zero_shot_chat.build -o build/zero-shot     # about 35 minutes of one core, all in all
 
 The chat model of `moving_digits_chat` knows the words of motion, has seen none, and does not answer when the adapter
