@@ -9,9 +9,10 @@ import time
 
 import pytest
 from safetensors.torch import load_file
-from transformers import LlamaConfig
+from transformers import AutoModelForImageTextToText, LlamaConfig
 
-from bt_adapter_hf import BTAdapterLlavaForConditionalGeneration, BTAdapterLlavaProcessor
+from bt_adapter_hf import BTAdapterLlavaForConditionalGeneration, BTAdapterLlavaProcessor, load_bt_adapter
+from bt_adapter_hf.adapters.host_modules import find_tower
 from bt_adapter_hf.cli.finetune import load_model
 from bt_adapter_hf.cli.main import main
 from tests import tiny_instructions
@@ -69,6 +70,12 @@ def test_lora_and_the_adapter_alone_are_plugged_into_the_base(llava, table, tmp_
         assert f"--model {llava.native} --bt-adapter {out}" in capsys.readouterr().out
         assert not (out / "model.safetensors").exists()
         assert isinstance(answer(capsys, clip, *base, "--bt-adapter", out), str)
+    # how many frames were trained is known once training begins, after peft's config is made
+    tuned = load_bt_adapter(AutoModelForImageTextToText.from_pretrained(llava.native), tmp_path / "lora")
+    assert find_tower(tuned).config.num_trained_frames == 4
+    tuned.merge_and_unload().save_pretrained(tmp_path / "merged")
+    merged = BTAdapterLlavaForConditionalGeneration.from_pretrained(tmp_path / "merged")
+    assert merged.config.vision_config.num_trained_frames == 4
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (2, 32)
     assert json.loads((tmp_path / "lora" / "run_summary.json").read_text())["config"]["lora"]["r"] == 2

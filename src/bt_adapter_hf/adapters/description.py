@@ -1,6 +1,7 @@
 """What an adapter says of a model: its branch, its backbone and where the base model came from."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,10 +39,15 @@ def describe_adapter(
             **{size: getattr(config, size) for size in SIZES},
         },
         adapter_layers=list(config.adapter_layers),
-        branch={key: getattr(config, key) for key in sorted(BRANCH_FIELDS)},
+        branch=branch_of(config),
         fingerprint=backbone_fingerprint(tower.vision_model, config.adapter_layers[-1]),
         model_type=model.config.model_type,
     )
+
+
+def branch_of(config: BTAdapterVisionConfig) -> dict[str, Any]:
+    """The fields of a tower's config that say what its branch is, besides the layers that feed it."""
+    return {key: getattr(config, key) for key in sorted(BRANCH_FIELDS)}
 
 
 def adapter_state(

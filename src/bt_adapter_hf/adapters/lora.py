@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..import_utils import require_package
 from ..models.modeling_bt_adapter_chat import BTAdapterChatMixin
 from .attachment import empty_model
-from .description import adapter_state, describe_adapter
+from .description import adapter_state, branch_of, describe_adapter
 from .files import PEFT_WEIGHTS_NAME, AdapterConfig, AdapterError, write_adapter
-from .host_modules import has_branch, projector_path
+from .host_modules import find_tower, has_branch, projector_path
 
 
 require_package("peft", "train")
@@ -34,6 +34,7 @@ class BTAdapterLoraConfig(LoraConfig):
 
     # No fields: peft writes its own file without them.
     branch_description: AdapterConfig | None = None
+    tower_config: PreTrainedConfig  # the model's own: training changes it (`num_trained_frames`)
     before: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]  # branch and projector before tuning
 
     def remember(self, model: PreTrainedModel) -> None:
@@ -43,11 +44,13 @@ class BTAdapterLoraConfig(LoraConfig):
         description = describe_adapter(model)
         description.extra_modules = [projector_path(model)]
         self.branch_description = description
+        self.tower_config = find_tower(model).config
         self.before = adapter_state(model, description.extra_modules)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)
         if self.branch_description is not None:
+            self.branch_description.branch = branch_of(self.tower_config)
             write_adapter(Path(save_directory), self.branch_description, *self.before)
 
 
