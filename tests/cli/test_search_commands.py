@@ -10,15 +10,19 @@ import sys
 from pathlib import Path
 
 import lancedb
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import CLIPModel, CLIPProcessor
 
-from bt_adapter_hf import BTAdapterModel
+from bt_adapter_hf import BTAdapterForPreTraining, BTAdapterModel, save_bt_adapter
+from bt_adapter_hf.adapters.fingerprint import plain, weights_digest
 from bt_adapter_hf.cli.main import main
 from bt_adapter_hf.search.encoding import VideoEncoder
 from bt_adapter_hf.search.index import VideoIndex
 from bt_adapter_hf.search.table import to_arrow
+from tests import tiny_pairs
 
 
 @pytest.fixture
@@ -329,6 +333,19 @@ def test_ways_to_ask(index, clips, tmp_path, capsys):
     )
 
 
+def test_an_example_is_sampled_as_the_index_was(tiny_checkpoint, clips, tmp_path, capsys):
+    index = str(tmp_path / "more.index")
+    main(["index", str(clips), "-o", index, "--model", str(tiny_checkpoint), "--num-frames", "6"])
+    capsys.readouterr()
+    encoder, red = VideoEncoder.from_pretrained(tiny_checkpoint, device="cpu"), str(clips / "red.mp4")
+    (own,) = encoder.encode_videos([red])
+    (hits,) = VideoIndex.load(index).search(own.feature[None], k=1)
+    assert hits[0].score < 1 - 1e-5  # with the frames of the processor
+    assert main(["search", index, "--like", red, "-k", "1", "--json"]) == 0
+    (hit,) = json.loads(capsys.readouterr().out)
+    assert hit["path"].endswith("red.mp4") and hit["score"] == pytest.approx(1, abs=1e-6)
+
+
 def test_search_errors(index, tiny_checkpoint, tmp_path, capsys):
     assert "holds no index" in error_of(["search", tmp_path, "a dog"], capsys)
     assert "ends in .png" in error_of(["search", index, "a dog", "--sheet", tmp_path / "x.gif"], capsys)
@@ -355,6 +372,45 @@ def test_the_model_of_an_index_may_have_moved(index, tiny_checkpoint, tmp_path, 
     lancedb.connect(index).create_table("videos", data, mode="overwrite")
     assert "old place" in error_of(["search", index, "a dog"], capsys)
     assert main(["search", str(index), "a dog", "--model", str(tiny_checkpoint)]) == 0
+
+
+def test_the_model_of_an_index_by_what_it_computes(tiny_checkpoint, clips, tmp_path, capsys):
+    """Not by what only its training has read, which an adapter of it does not bring with it."""
+    torch.manual_seed(3)
+    clip = tmp_path / "clip"
+    CLIPModel(tiny_pairs.clip_config()).save_pretrained(clip)
+    CLIPProcessor(tiny_pairs.processor().image_processor, tiny_pairs.tokenizer()).save_pretrained(clip)
+    trained = {"mask_ratio": 0.5, "vtc_weight": 2.0, "mbta_loss": "mse", "order_negatives": "reversed"}
+    BTAdapterForPreTraining.from_pretrained(
+        clip, adapter_layers=[1, 2], gate_on="branch", drop_path_rate=0.3, mask_order="released", **trained
+    ).save_pretrained(tmp_path / "run")
+    tiny_pairs.processor().save_pretrained(tmp_path / "run")
+    run = BTAdapterModel.from_pretrained(tmp_path / "run")
+    save_bt_adapter(run, tmp_path / "adapter", base_model_name_or_path=str(clip))
+    index = ["index", clips, "--dtype", "float32", "--num-frames", "4"]
+    main(list(map(str, [*index, "-o", tmp_path / "a", "--model", tmp_path / "run"])))
+    features = VideoIndex.load(tmp_path / "a").features
+    assert main(["search", str(tmp_path / "a"), "a dog", "--model", str(tmp_path / "adapter")]) == 0
+    main(list(map(str, [*index, "-o", tmp_path / "a", "--model", tmp_path / "adapter"])))  # nothing is made again
+    main(list(map(str, [*index, "-o", tmp_path / "b", "--model", tmp_path / "adapter"])))
+    np.testing.assert_array_equal(VideoIndex.load(tmp_path / "b").features, features)
+    assert main(["index", "merge", str(tmp_path / "a"), str(tmp_path / "b"), "-o", str(tmp_path / "c")]) == 0
+
+    # An index of an earlier version knows the whole config only: the very same model goes on with it.
+    loaded = VideoIndex.load(tmp_path / "a")
+    info = {name: value for name, value in loaded.info.items() if name != "features_fingerprint"}
+    config = json.dumps(plain(run.config.to_diff_dict()), sort_keys=True).encode()
+    assert info["fingerprint"] == weights_digest(sorted(run.state_dict().items()), as_stored=True, start=config)
+    lancedb.connect(tmp_path / "a").create_table(
+        "videos", to_arrow(info, loaded.rows, loaded.features), mode="overwrite"
+    )
+    assert main(["search", str(tmp_path / "a"), "a dog"]) == 0
+    main(list(map(str, [*index, "-o", tmp_path / "d", "--model", tmp_path / "run"])))
+    assert main(["index", "merge", str(tmp_path / "a"), str(tmp_path / "d"), "-o", str(tmp_path / "e")]) == 0
+    capsys.readouterr()
+    assert "other weights or settings" in error_of(
+        ["search", tmp_path / "a", "a dog", "--model", tmp_path / "adapter"], capsys
+    )
 
 
 def test_classify(tiny_checkpoint, clips, tmp_path, capsys):

@@ -61,7 +61,7 @@ def test_build_and_load(encoder, clips, tmp_path):
 
     info = index.info
     assert info["model"] == encoder.source
-    assert info["fingerprint"] == encoder.fingerprint()
+    assert info["features_fingerprint"] == encoder.fingerprint()
     assert info["settings"]["num_frames"] == 4
     assert info["settings"]["sampling"] == "uniform"
     assert info["dtype"] == "float32"

@@ -2,11 +2,13 @@
 
 import hashlib
 import importlib
+import json
 import re
 import sys
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -208,6 +210,35 @@ def weights_digest(weights: Iterable[tuple[str, torch.Tensor]], as_stored: bool 
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(values.float().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+# Fields of a saved config or processor that do not change what it computes.
+VOLATILE = frozenset(
+    "_attn_implementation _commit_hash _name_or_path architectures attn_implementation auto_map dtype "
+    "processor_class return_metadata torch_dtype transformers_version video_processor_type".split()
+)
+# Fields that training alone reads, or initialisation, and one that bounds the memory: a model
+# computes the same features and answers whatever they say.
+TRAINING_FIELDS = frozenset(
+    "drop_path_rate frames_per_chunk gather_gradient initializer_factor initializer_range logit_scale_init_value "
+    "mask_order mask_ratio mbca_weight mbta_loss mbta_pairing mbta_weight order_negatives temperature "
+    "time_embedding_init_std vtc_weight".split()
+)
+
+
+def plain(fields: Any, without: Collection[str] = VOLATILE) -> Any:
+    """Fields of a config or processor as JSON has them, at any depth without those that are named."""
+    if isinstance(fields, Mapping):
+        return {name: plain(value, without) for name, value in fields.items() if name not in without}
+    if isinstance(fields, (list, tuple)):
+        return [plain(value, without) for value in fields]
+    return fields if isinstance(fields, (str, int, float, bool, type(None))) else str(fields)
+
+
+def model_fingerprint(model: PreTrainedModel, without: Collection[str] = VOLATILE | TRAINING_FIELDS) -> str:
+    """sha256 over the config, as far as it decides what is computed, and up to 64 values of every weight in memory."""
+    config = json.dumps(plain(model.config.to_diff_dict(), without), sort_keys=True)
+    return weights_digest(sorted(model.state_dict().items()), as_stored=True, start=config.encode())
 
 
 # ------------------------------------------------------------------------------------------- files of earlier versions

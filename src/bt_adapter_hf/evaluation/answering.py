@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from .. import __version__
-from ..adapters.fingerprint import weights_digest
+from ..adapters.fingerprint import model_fingerprint
 from ..adapters.host_modules import find_tower, has_branch
 from ..models.processing_bt_adapter_gif_qa import BTAdapterGifQAProcessor
 from .controls import check_controls, shuffle_frames
@@ -49,12 +49,9 @@ class Answerer:
 
     def describe(self) -> dict[str, Any]:
         """What decides the answers."""
-        config = json.dumps(self.model.config.to_diff_dict(), sort_keys=True, default=str)
         return {
             "model": f"{self.name} ({str(self.model.dtype).removeprefix('torch.')})",
-            "model_fingerprint": weights_digest(
-                sorted(self.model.state_dict().items()), as_stored=True, start=config.encode()
-            ),
+            "model_fingerprint": model_fingerprint(self.model),
             "video_processor": json.loads(self.processor.video_processor.to_json_string()),
             "num_clips": self.processor.num_clips,
             "chat_template": self.processor.chat_template,

@@ -1,18 +1,18 @@
 """Many video files and texts to features: what indexing and zero-shot labelling share."""
 
-import json
+import copy
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from ..adapters.fingerprint import weights_digest
+from ..adapters.fingerprint import VOLATILE, model_fingerprint, plain
 from ..adapters.writing import no_character, printable
 from ..assets import default_model_path
 from ..hub.dual_encoder import load_dual_encoder
@@ -24,13 +24,6 @@ from ..models.video_io import load_video
 from ..models.video_processing_bt_adapter import FITTED
 from .pipeline import Stopwatch, in_order
 from .table import describe_model
-
-
-# Fields of a saved config or processor that do not change what it computes.
-_VOLATILE = frozenset(
-    "_attn_implementation _commit_hash _name_or_path architectures attn_implementation auto_map dtype "
-    "processor_class return_metadata torch_dtype transformers_version video_processor_type".split()
-)
 
 
 @dataclass
@@ -100,12 +93,29 @@ class VideoEncoder:
     @property
     def settings(self) -> dict[str, Any]:
         """What decides which feature a video gets, apart from the weights: how it is sampled and preprocessed."""
-        return _stable(self.processor.video_processor.to_dict())
+        return plain(self.processor.video_processor.to_dict())
+
+    def with_settings(self, settings: Mapping[str, Any]) -> "VideoEncoder":
+        """The same model, sampling and preprocessing videos by the `settings` of another encoder.
+
+        A video that is to be looked for in an index is encoded so with `index.info["settings"]`.
+        """
+        video = self.processor.video_processor
+        processor = copy.copy(self.processor)
+        processor.video_processor = type(video).from_dict({**video.to_dict(), **settings})
+        return replace(self, processor=processor)
 
     def fingerprint(self) -> str:
-        """SHA-256 over the config and up to 64 values of every weight, as they are in memory (so dtype counts)."""
-        config = json.dumps(_stable(self.model.config.to_diff_dict()), sort_keys=True)
-        return weights_digest(sorted(self.model.state_dict().items()), as_stored=True, start=config.encode())
+        """Of the weights as they are in memory (so dtype counts), and of what the config says of their use."""
+        return model_fingerprint(self.model)
+
+    def fingerprints(self) -> dict[str, str]:
+        """For an index: `features_fingerprint`, and `fingerprint`, which all fields of the config enter, also those
+        that training alone reads: earlier versions know that one only."""
+        return {
+            "fingerprint": model_fingerprint(self.model, VOLATILE),
+            "features_fingerprint": self.fingerprint(),
+        }
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str], batch_size: int = 64, max_length: int | None = None) -> np.ndarray:
@@ -323,11 +333,3 @@ def _describe(metadata: Any) -> dict[str, Any]:
         value = value.item() if isinstance(value, np.generic) else value
         facts[name] = None if isinstance(value, float) and not math.isfinite(value) else value
     return facts
-
-
-def _stable(fields: Any) -> Any:
-    if isinstance(fields, dict):
-        return {name: _stable(value) for name, value in fields.items() if name not in _VOLATILE}
-    if isinstance(fields, (list, tuple)):
-        return [_stable(value) for value in fields]
-    return fields if isinstance(fields, (str, int, float, bool, type(None))) else str(fields)

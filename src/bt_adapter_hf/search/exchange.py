@@ -10,7 +10,7 @@ import numpy as np
 
 from ..adapters.writing import written_whole
 from ..import_utils import require_package
-from .index import IndexMismatchError, VideoIndex, check_same
+from .index import IndexMismatchError, VideoIndex, check_same, same_model
 from .table import (
     FORMAT,
     check_writable,
@@ -133,11 +133,11 @@ def _reason(error: Exception) -> str:
 
 
 def _check_fits(source: str | os.PathLike, found: dict[str, Any], other: str | os.PathLike, info: dict) -> None:
-    if found["fingerprint"] != info["fingerprint"]:
+    if not same_model(found, info):
         now, before = (describe_model(made["model"], made["revision"], made["dtype"]) for made in (found, info))
         raise IndexMismatchError(
-            f"'{source}' was made with another model than '{other}' ({now}; {before}), or with other weights of "
-            "it: their vectors do not compare."
+            f"'{source}' was made with another model than '{other}' ({now}; {before}), or with other weights or "
+            "settings of it: their vectors do not compare."
         )
     check_same(other, info, found)
 

@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -219,14 +219,20 @@ def _cells(rows: int) -> int:
 
 
 def check_model(folder: str | os.PathLike, info: dict[str, Any], encoder: "VideoEncoder") -> None:
-    """Raise `IndexMismatchError` unless `encoder` has the weights that made an index."""
-    if info["fingerprint"] == encoder.fingerprint():
+    """Raise `IndexMismatchError` unless `encoder` has the weights, and uses them, as what made an index."""
+    if same_model(info, encoder.fingerprints()):
         return
     made_with = describe_model(info["model"], info["revision"], info["dtype"])
     raise IndexMismatchError(
-        f"the index '{folder}' was made with {made_with}; the model now used, {encoder.name}, has other weights, so "
-        "the features do not compare. Use the same model, or make a new index."
+        f"the index '{folder}' was made with {made_with}; the model now used, {encoder.name}, has other weights "
+        "or settings, so the features do not compare. Use the same model, or make a new index."
     )
+
+
+def same_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """By the newest form of the fingerprint that both have."""
+    names = ("features_fingerprint", "fingerprint")
+    return next(one[name] == other[name] for name in names if name in one and name in other)
 
 
 def check_same(folder: str | os.PathLike, old: dict[str, Any], new: dict[str, Any]) -> None:

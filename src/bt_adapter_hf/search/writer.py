@@ -345,7 +345,7 @@ def new_info(encoder: VideoEncoder, windows: Windows | None) -> dict[str, Any]:
         "format": FORMAT,
         "model": encoder.source,
         "revision": encoder.revision,
-        "fingerprint": encoder.fingerprint(),
+        **encoder.fingerprints(),
         "dtype": str(encoder.model.dtype).removeprefix("torch."),
         "dim": encoder.model.config.projection_dim,
         "settings": encoder.settings,
