@@ -1,5 +1,6 @@
 """The page as a program sees it: gradio's client against a server in this process, with the models of the package."""
 
+import dataclasses
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -10,10 +11,13 @@ import pytest
 
 from bt_adapter_hf.cli.demo import gather
 from bt_adapter_hf.cli.main import main
+from bt_adapter_hf.search.index import VideoIndex
+from bt_adapter_hf.search.writer import IndexWriter
 from tests.demo.conftest import arguments
 
 
 gradio_client = pytest.importorskip("gradio_client")
+_query = pytest.importorskip("bt_adapter_hf.demo.tabs")._query
 RIGHT, LEFT = "a red zero moves from the left to the right", "a red zero moves from the right to the left"
 
 
@@ -188,3 +192,13 @@ def test_an_index_is_searched_as_it_is(served, tmp_path):
     assert len(other.index.rows) == len(served[0].index.rows) and not (tmp_path / "index").exists()
     labels = other.encoder.encode_texts([RIGHT])
     assert other.index.search(labels, 1)[0][0].row["path"] == example(served, RIGHT)
+
+
+def test_a_clip_is_sampled_as_the_index_was(served, tmp_path):
+    page, clip = served[0], example(served, RIGHT)
+    with IndexWriter(tmp_path / "three", page.encoder.with_settings({"num_frames": 3})) as writer:
+        writer.update([clip])
+    other = dataclasses.replace(page, index=VideoIndex.load(tmp_path / "three"))
+    (own,) = page.encoder.encode_videos([clip])
+    assert other.index.search(own.feature[None], 1)[0][0].score < 1 - 1e-5  # with the frames of the processor
+    assert other.index.search(_query(other, clip)[None], 1)[0][0].score == pytest.approx(1, abs=1e-6)

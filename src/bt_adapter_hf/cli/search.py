@@ -88,7 +88,8 @@ def run(args: argparse.Namespace) -> int:
     )
     index.check_model(encoder)
     if args.like:
-        (video,) = encoder.encode_videos([args.like])
+        # sampled and prepared as the index's videos were
+        (video,) = encoder.with_settings(index.info["settings"]).encode_videos([args.like])
         if video.error is not None:
             raise video.error
         queries = video.feature[None]

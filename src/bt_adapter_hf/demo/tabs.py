@@ -225,7 +225,7 @@ TABS = {"Search": search, "Label": label, "Chat": chat, "Adapter in/out": adapte
 def _query(page: Material, path: str) -> np.ndarray:
     """The unit feature (P,) of a clip or a picture."""
     if Path(path).suffix.lower() not in STILLS:
-        (video,) = page.encoder.encode_videos([path])
+        (video,) = page.encoder.with_settings(page.index.info["settings"]).encode_videos([path])
         if video.error is not None:
             raise video.error
         return video.feature
