@@ -1,7 +1,9 @@
 """`chat` as a user runs it: the shipped model for what it says, tiny random hosts for the rest."""
 
+import argparse
 import io
 import json
+import shutil
 import socket
 import struct
 import zlib
@@ -18,8 +20,10 @@ from bt_adapter_hf import (
     lora_config,
     save_bt_adapter,
 )
+from bt_adapter_hf.cli._training import chat_processor
+from bt_adapter_hf.cli.chat import find_model
 from bt_adapter_hf.cli.main import main
-from tests import clip_tools
+from tests import clip_tools, tiny_pairs
 from tests.chat import saved_hosts
 from tests.chat.tiny_hosts import PATCHES, QUERIES
 
@@ -167,6 +171,35 @@ def test_an_adapter_brings_its_model(hosts, files, tmp_path, capsys):
     assert "names no model" in error_of([files[0], "--model", adapter, *argv], capsys)
     (tmp_path / "empty").mkdir()
     assert "neither a model" in error_of([files[0], "--model", tmp_path / "empty", *argv], capsys)
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_the_processor_that_was_tuned_with_an_adapter_is_taken(name, hosts, tmp_path):
+    """By chat and evaluation, and by a training that goes on; of an adapter without one the number of frames is."""
+
+    def found(adapter, **given):
+        args = {"model": str(native), "bt_adapter": str(adapter), "revision": None, "on_damage": None, **given}
+        asked = {"num_frames": None, "num_clips": None, "files": ["a.mp4"], **args}
+        frames = {key: value for key, value in given.items() if key == "num_frames"}
+        both = find_model(argparse.Namespace(**asked))[0], chat_processor(argparse.Namespace(**args), **frames)[0]
+        assert len({(p.video_processor.num_frames, p.chat_template) for p in both}) == 1
+        return both[0]
+
+    native, adapter = hosts[name]
+    default = found(adapter)
+    assert default.video_processor.num_frames == 64  # the adapter says nothing of frames
+    folder = shutil.copytree(adapter, tmp_path / "adapter")
+    config = json.loads((folder / "bt_adapter_config.json").read_text())
+    config["branch"]["num_trained_frames"] = 5
+    (folder / "bt_adapter_config.json").write_text(json.dumps(config))
+    assert found(folder).video_processor.num_frames == 5
+    tiny_pairs.processor().save_pretrained(folder)  # of a dual encoder
+    assert found(folder).video_processor.num_frames == 5
+    default.video_processor.num_frames, default.chat_template = 6, default.chat_template + "{# tuned #}"
+    default.save_pretrained(folder)
+    assert found(folder).video_processor.num_frames == 6
+    assert found(folder).chat_template == default.chat_template
+    assert found(folder, num_frames=3).video_processor.num_frames == 3
 
 
 def test_every_file_that_cannot_be_used_is_named_and_counted(hosts, files, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Loading from the Hub: adapters with their base, pinned, offline, and through faults."""
 
+import argparse
 import json
 import shutil
 
@@ -10,6 +11,7 @@ from transformers import CLIPModel
 
 from bt_adapter_hf import (
     BTAdapterLlavaForConditionalGeneration,
+    BTAdapterLlavaProcessor,
     BTAdapterModel,
     BTAdapterVisionModel,
     load_bt_adapter,
@@ -17,6 +19,7 @@ from bt_adapter_hf import (
     save_bt_adapter,
 )
 from bt_adapter_hf.adapters.files import AdapterError
+from bt_adapter_hf.cli.chat import find_model
 from bt_adapter_hf.hub.push import push_to_hub
 from tests import tiny_pairs
 from tests.chat import saved_hosts, tiny_hosts
@@ -101,6 +104,16 @@ def test_an_adapter_alone_brings_its_base(hub, llava, tmp_path):
     again, info = BTAdapterLlavaForConditionalGeneration.from_pretrained("org/adapter", output_loading_info=True)
     same(llava, again)
     assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+def test_an_adapter_brings_its_processor(hub, llava, llava_files, tmp_path):
+    processor = BTAdapterLlavaProcessor.from_pretrained(llava_files[0], num_frames=6)
+    processor.save_pretrained(tmp_path / "processor")
+    hub.put_files("org/adapter", {path.name: path.read_bytes() for path in (tmp_path / "processor").iterdir()})
+    options = {"revision": None, "num_frames": None, "num_clips": None, "files": ["a.mp4"]}
+    for names in ({"model": "org/llava", "bt_adapter": "org/adapter"}, {"model": "org/adapter", "bt_adapter": None}):
+        found, _ = find_model(argparse.Namespace(**options, **names))
+        assert found.video_processor.num_frames == 6
 
 
 def test_dual_encoder_and_tower_of_an_adapter(hub, of_clip, caplog):

@@ -63,6 +63,8 @@ def open_columns(args: argparse.Namespace, options: Sequence[str]) -> list:
 def chat_processor(args: argparse.Namespace, **fields: Any):
     """The processor of the chat model that `--model` names, and the middle of the names of its classes.
 
+    An adapter that `--bt-adapter` names may bring the processor that was tuned with it.
+
     Args:
         fields: of the video processor, such as `num_frames`.
 
@@ -71,13 +73,16 @@ def chat_processor(args: argparse.Namespace, **fields: Any):
     """
     import bt_adapter_hf
 
+    from ..hub.chat_processor import load_chat_processor
+    from ..hub.source import resolve_adapter
     from .chat import HOSTS
 
-    model_type = chat_type(args)
+    model_type, adapter = chat_type(args), getattr(args, "bt_adapter", None)
+    folder = None if adapter is None else resolve_adapter(adapter)
     cls = getattr(bt_adapter_hf, f"BTAdapter{HOSTS[model_type]}Processor")
     if args.on_damage is not None:
         fields["on_damage"] = args.on_damage
-    return cls.from_pretrained(args.model, revision=args.revision, **fields), HOSTS[model_type]
+    return load_chat_processor(cls, args.model, args.revision, folder, **fields), HOSTS[model_type]
 
 
 def chat_type(args: argparse.Namespace) -> str:

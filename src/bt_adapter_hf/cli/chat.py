@@ -107,6 +107,7 @@ def find_model(args: argparse.Namespace):
     import bt_adapter_hf
 
     from ..adapters.files import is_peft_folder
+    from ..hub.chat_processor import load_chat_processor
     from ..hub.kinds import wrong_kind
     from ..hub.source import resolve_adapter
 
@@ -123,9 +124,9 @@ def find_model(args: argparse.Namespace):
     if is_native and adapter is None and not all(map(_is_image, args.files)):
         raise ValueError(f"'{name}' has no adapter, and there are videos: name one with --bt-adapter.")
     fields = {"num_frames": args.num_frames, "num_clips": args.num_clips}
-    processor = getattr(bt_adapter_hf, f"BTAdapter{HOSTS[model_type]}Processor").from_pretrained(
-        name, revision=revision, **{key: value for key, value in fields.items() if value is not None}
-    )
+    fields = {key: value for key, value in fields.items() if value is not None}
+    processor_class = getattr(bt_adapter_hf, f"BTAdapter{HOSTS[model_type]}Processor")
+    processor = load_chat_processor(processor_class, name, revision, folder, **fields)
 
     def load():
         from transformers import AutoModelForImageTextToText

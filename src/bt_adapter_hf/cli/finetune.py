@@ -89,7 +89,10 @@ def register(subparsers) -> None:
         "--dataset-revision", metavar="NAME", help="branch, tag or commit of the tables, if they are on the Hub"
     )
     data.add_argument(
-        "--num-frames", type=whole_number(), metavar="T", help="frames per video (default: as the processor says)"
+        "--num-frames",
+        type=whole_number(),
+        metavar="T",
+        help="frames per video (default: as the adapter's processor says, its training, or the model's processor)",
     )
     add_data_limits(data)
     add_item_timeout(data)

@@ -32,7 +32,12 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-ADAPTER_FILES = (CONFIG_NAME, WEIGHTS_NAME, PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME)
+PROCESSOR_FILES = (
+    *("processor_config.json", "preprocessor_config.json", "chat_template.jinja", "additional_chat_templates/*"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
+    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "qformer_tokenizer/*"),
+)
+ADAPTER_FILES = (CONFIG_NAME, WEIGHTS_NAME, PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, *PROCESSOR_FILES)
 MODEL_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json")
 _HUB_ARGUMENTS = ("token", "cache_dir", "local_files_only")
 _OTHER_WEIGHTS = ("variant", "subfolder", "state_dict", "gguf_file")  # options that ask for others than the usual file
