@@ -1,6 +1,7 @@
 """`bt-adapter convert`, on files."""
 
 import json
+import shlex
 import shutil
 
 import pytest
@@ -42,6 +43,43 @@ def test_to_model_and_back(files, tmp_path, capsys):
     weights = Golden("pretrain_losses").weights
     assert all(back[key].equal(weights[key]) for key in back)
     assert weights.keys() - back.keys() == {key for key in weights if key.startswith("extra_proj")}
+
+
+def test_settings_that_a_released_file_does_not_hold(files, tmp_path, capsys, caplog):
+    """They are told on the way there, and come back by the options told, or from the model as the base."""
+    run, file = tmp_path / "run", str(tmp_path / "file.pth")
+    torch.manual_seed(0)
+    settings = {"gate_on": "branch", "output_gate_scale": 3.5, "num_trained_frames": 4, "mask_order": "released"}
+    model = BTAdapterModel.from_pretrained(files / "clip", adapter_layers=[0, 2], **settings).eval()
+    for parameter in model.vision_model.bt_adapter.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    model.save_pretrained(run)
+    pixels = torch.randn(2, 3, 3, *2 * [model.config.vision_config.image_size])
+
+    def difference(*options: str) -> float:
+        assert main(["convert", file, str(tmp_path / "back"), "--overwrite", *options]) == 0
+        back = BTAdapterModel.from_pretrained(tmp_path / "back").eval()
+        with torch.no_grad():
+            features = [each.get_video_features(pixels).pooler_output for each in (model, back)]
+        return (features[0] - features[1]).abs().max().item()
+
+    assert main(["convert", str(run), file, "--to", "original"]) == 0
+    (told,) = [record.getMessage() for record in caplog.records if "no settings" in record.getMessage()]
+    assert "gate_on='branch' here, 'backbone' there" in told and "mask_order" not in told
+    options = shlex.split(told.partition("or with ")[2].removesuffix("."))
+    assert options[::2] == ["--set"] * 4
+    assert options[1::2] == ["adapter_layers=[0,2]", "gate_on=branch", "num_trained_frames=4", "output_gate_scale=3.5"]
+    assert difference("--base", str(files / "clip")) > 1e-3
+    assert difference("--base", str(files / "clip"), *options) == 0
+    capsys.readouterr()
+    assert difference("--base", str(run)) == 0
+    said = "with the settings of the base: gate_on='branch', num_trained_frames=4, output_gate_scale=3.5."
+    assert said in capsys.readouterr().out
+
+    caplog.clear()
+    assert main(["convert", str(files / "epoch_1.pth"), str(tmp_path / "out"), "--base", str(files / "clip")]) == 0
+    assert main(["convert", str(tmp_path / "out"), str(tmp_path / "same.pth"), "--to", "original"]) == 0
+    assert "no settings" not in caplog.text  # what the released code computes anyway
 
 
 def test_to_adapter(files, tmp_path, capsys):

@@ -52,7 +52,8 @@ def register(subparsers) -> None:
         "--base",
         type=path,
         metavar="ID_OR_PATH",
-        help="the image model that it was trained on; gives what the file does not hold",
+        help="the image model that it was trained on; gives what the file does not hold, also the settings of "
+        "the branch where it is a dual encoder or tower of this package",
     )
     parser.add_argument("--revision", help="branch, tag or commit of the base, or of SOURCE with --to original")
     parser.add_argument(

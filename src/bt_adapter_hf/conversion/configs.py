@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from transformers import Blip2VisionConfig, CLIPTextConfig, CLIPVisionConfig, PreTrainedConfig
 
+from ..adapters.fingerprint import TRAINING_FIELDS
 from ..adapters.fitting import first_layers
-from ..models.configuration_bt_adapter import BTAdapterConfig, BTAdapterVisionConfig
+from ..models.configuration_bt_adapter import TOWER_FIELDS, BTAdapterConfig, BTAdapterVisionConfig
 from .base import backbone_config
 from .names import BACKBONE, BRANCH, COMPLETE, LAYERS, LLAVA_PREFIX, RenamedCheckpoint
 from .reading import CheckpointError
@@ -21,6 +22,39 @@ _HEAD_WIDTH = {"clip": 64, "eva": 88}
 # The image towers of BLIP-2, InstructBLIP and MiniGPT-4 leave out the last of EVA-CLIP-g's layers.
 _EVA_DEPTH, _LAVIS_DEPTH = 40, 39
 RELEASED_TEMPERATURE = 0.01
+
+
+def fields_of_base(base_config: PreTrainedConfig | None, found: RenamedCheckpoint, notes: list[str]) -> dict[str, Any]:
+    """The settings of the branch that a dual encoder or tower of ours, given as the base, has and a file has not."""
+    if isinstance(base_config, BTAdapterConfig):
+        base_config = base_config.vision_config
+    if not isinstance(base_config, BTAdapterVisionConfig):
+        return {}
+    shapes = {"max_frames"} if found.layout.family == "eva" else {"max_frames", "fusion", "output_fusion"}
+    fields = {name: getattr(base_config, name) for name in TOWER_FIELDS - shapes}
+    if len(base_config.adapter_layers) != count_layers(found.state, BRANCH + "layers."):
+        del fields["adapter_layers"]
+    fields["num_trained_frames"] = fields["num_trained_frames"] or None  # not recorded: read as released
+    # what the user would not get from a base that has no branch
+    released = BTAdapterVisionConfig(backbone=base_config.backbone, num_trained_frames=None).to_dict()
+    told = sorted(
+        f"{name}={value!r}"
+        for name, value in fields.items()
+        if name not in TRAINING_FIELDS | {"adapter_layers"} and value != released[name]
+    )
+    if told:
+        notes.append(f"The branch is read with the settings of the base: {', '.join(told)}.")
+    return fields
+
+
+def settings_not_in_the_file(config: BTAdapterVisionConfig, found: RenamedCheckpoint) -> dict[str, tuple[Any, Any]]:
+    """The settings of a branch that decide its features and that no released file holds, where they are not what the
+    released code has: by name, the model's value and the released one."""
+    layers = place_layers("", found, dict(found.state), config.backbone, None, [])
+    released = make_tower_config("", found, dict(found.state), config.backbone, layers, {}, [])
+    names = sorted(TOWER_FIELDS - TRAINING_FIELDS)
+    values = {name: (getattr(config, name), getattr(released, name)) for name in names}
+    return {name: (own, theirs) for name, (own, theirs) in values.items() if own != theirs}
 
 
 def place_layers(
@@ -141,9 +175,9 @@ def _gate_fields(
     if K == 1 and has["fusion"]:
         del state[_FUSION_GATE]
         notes.append(f"{found.origin[_FUSION_GATE]} is left out: a branch of one layer never uses it.")
-    fields = {**{name: "gate" if there else "sum" for name, there in has.items()}, **fields}
-    if has["fusion"] != has["output_fusion"]:
-        fields = {**fields, "fusion": "gate", "output_fusion": "gate"}  # one of two is a defect: report the other
+    # one of two is a defect, unless a field says so: report the other
+    gated = any(has.values())
+    fields = {**dict.fromkeys(has, "gate" if gated else "sum"), **fields}
     for name, key in (("fusion", _FUSION_GATE), ("output_fusion", _OUTPUT_GATE)):
         if fields[name] == "sum" and key in state:
             del state[key]

@@ -1,7 +1,9 @@
 """Released checkpoints -> models, strictly, and models -> state dicts with the released names."""
 
 import inspect
+import json
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,14 @@ from ..models.modeling_bt_adapter import BTAdapterModel
 from ..models.modeling_bt_adapter_vision import BTAdapterPreTrainedModel, BTAdapterVisionModel
 from .base import is_partial, lend, read_base
 from .checks import check_tensors, no_branch, unknown_tensors, without_place
-from .configs import RELEASED_TEMPERATURE, make_dual_config, make_tower_config, place_layers
+from .configs import (
+    RELEASED_TEMPERATURE,
+    fields_of_base,
+    make_dual_config,
+    make_tower_config,
+    place_layers,
+    settings_not_in_the_file,
+)
 from .names import BACKBONE, BRANCH, COMPLETE, Layout, released_name, rename_from_released, rename_to_released
 from .reading import CheckpointError, read_checkpoint
 
@@ -55,8 +64,8 @@ def convert_original_checkpoint(*args: Any, **kwargs: Any) -> BTAdapterPreTraine
             with `weights_only=True`.
         base: Hub id, folder, model in memory, or config. Gives what the file does not hold: the backbone where the
             file has the branch only (LLaVA's `btadapter_weight.bin`), the text tower where it has the video tower
-            only, and in any case the number of attention heads and the activation. The file's own tensors take
-            precedence.
+            only, and in any case the number of attention heads and the activation; a dual encoder or tower of ours
+            also the settings of the branch, such as `gate_on`. The file's own tensors take precedence.
         model_class: [`BTAdapterModel`], [`BTAdapterVisionModel`] or [`BTAdapterForPreTraining`], which keeps the
             alignment head. By default `BTAdapterModel` if there is a text tower, else `BTAdapterVisionModel`.
         adapter_layers: the backbone layers that feed the branch of the file, counted from 0. By default the last ones
@@ -107,8 +116,10 @@ def plan_conversion(
     )
     notes = []
     state = dict(found.state)
+    inherited = fields_of_base(base_config, found, notes)
+    adapter_layers = adapter_layers or inherited.pop("adapter_layers", None)
     adapter_layers = place_layers(source, found, state, base_config, adapter_layers, notes)
-    tower_fields = {k: config_fields.pop(k) for k in TOWER_FIELDS & config_fields.keys()}
+    tower_fields = {**inherited, **{k: config_fields.pop(k) for k in TOWER_FIELDS & config_fields.keys()}}
     tower_config = make_tower_config(source, found, state, base_config, adapter_layers, tower_fields, notes)
     if isinstance(base, (str, Path)):
         tower_config.backbone._name_or_path = str(base)
@@ -185,6 +196,8 @@ def convert_to_original(
 ) -> dict[str, torch.Tensor]:
     """The tensors of a model under the released names, byte for byte; the inverse of [`convert_original_checkpoint`].
 
+    Settings with which the released code computes something else are not among them: a warning names each.
+
     Args:
         model: with a CLIP or EVA backbone.
         tower_prefix: `"backbone."` (the default for a dual encoder), `"model.vision_tower."` or `""` (the default for
@@ -208,7 +221,20 @@ def convert_to_original(
     prefix = tower_prefix if tower_prefix is not None else ("backbone." if dual else "")
     layout = Layout(family, prefix, "text_backbone." if dual else "", position_ids=dual and family == "clip")
     state = {key if dual else f"vision_model.{key}": tensor for key, tensor in model.state_dict().items()}
-    return rename_to_released(state, layout)
+    released = rename_to_released(state, layout)
+    lost = settings_not_in_the_file(tower.config, rename_from_released(released))
+    if lost:
+        logger.warning(
+            "A file of the released code holds no settings, and that code computes otherwise than this model: %s. To "
+            "get the same back from the file, convert it with this model as the base (--base), or with %s.",
+            "; ".join(f"{name}={own!r} here, {theirs!r} there" for name, (own, theirs) in lost.items()),
+            " ".join(f"--set {shlex.quote(f'{name}={_as_option(own)}')}" for name, (own, _) in lost.items()),
+        )
+    return released
+
+
+def _as_option(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 
 def _widest(state: Mapping[str, torch.Tensor]) -> torch.dtype:
