@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image, ImageSequence
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from bt_adapter_hf import (
@@ -15,7 +16,10 @@ from bt_adapter_hf import (
     load_bt_adapter,
     lora_config,
 )
+from bt_adapter_hf.adapters import verbs
+from bt_adapter_hf.adapters.files import AdapterError
 from bt_adapter_hf.cli.main import main
+from tests import tiny_pairs
 from tests.chat import tiny_gif_qa
 
 
@@ -182,6 +186,61 @@ def test_a_branch_and_lora_come_back(tmp_path):
     seen = {"input_ids": ids, "pixel_values_videos": torch.randn(1, 4, 3, 32, 32)}
     with torch.no_grad():
         torch.testing.assert_close(again(**seen).logits, wrapped.eval()(**seen).logits)
+
+
+@pytest.fixture(scope="module")
+def gated(tmp_path_factory):
+    """`base` on the tower of a pretraining run, with the gate of its pooled feature, and a table."""
+    folder = tmp_path_factory.mktemp("gated")
+    parts = {**tiny_gif_qa.save_components(folder), "tower": folder / "run"}
+    run = tiny_pairs.model()
+    assert run.config.vision_config.output_fusion == "gate"
+    run.save_pretrained(folder / "run")
+    tiny_pairs.processor(num_frames=4).save_pretrained(folder / "run")
+    model = BTAdapterGifQAForConditionalGeneration.from_components(**parts, connector="mlp")
+    assert model.config.vision_config.output_fusion == "gate"
+    model.save_pretrained(folder / "base")
+    BTAdapterGifQAProcessor.from_components(model.config, **parts).save_pretrained(folder / "base")
+    tiny_gif_qa.write_gif(folder / "0.gif")
+    said = [{"role": "user", "content": [{"type": "video", "path": "0.gif"}, {"type": "text", "text": "what ?"}]}]
+    said.append({"role": "assistant", "content": "left"})
+    (folder / "train.jsonl").write_text((json.dumps({"messages": said}) + "\n") * 2)
+    return folder
+
+
+def test_lora_on_a_pretrained_tower_keeps_its_gate(gated, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = AutoModelForImageTextToText.from_pretrained(gated / "base")
+    wrapped = peft.get_peft_model(model, lora_config(model, r=2))
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    wrapped.save_pretrained(tmp_path)
+    again = load_bt_adapter(AutoModelForImageTextToText.from_pretrained(gated / "base"), tmp_path)
+    assert again.config.vision_config.output_fusion == "gate"
+    learned = dict(wrapped.named_parameters())
+    assert all(parameter.equal(learned[name]) for name, parameter in again.named_parameters())
+
+
+def test_an_error_leaves_the_model_as_it_was(gated, tmp_path, monkeypatch):
+    peft = pytest.importorskip("peft")
+    model = AutoModelForImageTextToText.from_pretrained(gated / "base")
+    peft.get_peft_model(model, lora_config(model, r=2)).save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    save_file(
+        {key: value for key, value in stored.items() if "lora_A" not in key}, tmp_path / "adapter_model.safetensors"
+    )
+    extra = load_file(tmp_path / "bt_adapter.safetensors")
+    save_file({key: value + 1 for key, value in extra.items()}, tmp_path / "bt_adapter.safetensors")
+    model = AutoModelForImageTextToText.from_pretrained(gated / "base")
+    before, config = {key: value.clone() for key, value in model.state_dict().items()}, model.config.to_dict()
+    lines = []
+    monkeypatch.setattr(verbs.logger, "warning", lines.append)
+    with pytest.raises(AdapterError, match="tensors differ"):
+        load_bt_adapter(model, tmp_path)
+    assert not any("is replaced" in line for line in lines) and model.config.to_dict() == config
+    assert all(value.equal(before[key]) for key, value in model.state_dict().items())
 
 
 def test_4_bits_without_bitsandbytes(saved, tmp_path, monkeypatch, capsys):

@@ -19,8 +19,16 @@ from .whole_models import is_whole_model, read_branch_of_model
 logger = logging.get_logger(__name__)
 
 
-def tower_config(config: PreTrainedConfig, adapter: AdapterConfig, overrides: dict[str, Any]) -> BTAdapterVisionConfig:
-    """The tower that this host and this adapter make: the adapter's first layers, as far as the host reads."""
+def tower_config(
+    config: PreTrainedConfig, adapter: AdapterConfig, overrides: dict[str, Any], keep: bool = False
+) -> BTAdapterVisionConfig:
+    """The tower that this host and this adapter make: the adapter's first layers, as far as the host reads.
+
+    Args:
+        config: of the host.
+        overrides: fields of the tower that are not to be the adapter's.
+        keep: the host has a branch, and has a use for what that has: such parts of the adapter's are not left out.
+    """
     backbone, own = config.vision_config.backbone, adapter.adapter_layers
     asked = overrides.pop("adapter_layers", None)
     top = config.last_state(backbone.num_hidden_layers)
@@ -32,7 +40,10 @@ def tower_config(config: PreTrainedConfig, adapter: AdapterConfig, overrides: di
                 f"{top - 1} of {backbone.num_hidden_layers}, so none of it can be attached."
             )
     layers = fit_layers(adapter, backbone, asked)
-    fields = config.fit_branch({**branch_fields(adapter, len(layers)), **overrides})
+    saved = {**branch_fields(adapter, len(layers)), **overrides}
+    fields = config.fit_branch(saved)
+    if keep:
+        fields |= {name: value for name, value in saved.items() if getattr(config.vision_config, name) == value}
     return BTAdapterVisionConfig(backbone=backbone, adapter_layers=layers, **fields)
 
 

@@ -1,20 +1,17 @@
 """LoRA and QLoRA on the language model, by peft, together with the branch and the projector."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..import_utils import require_package
 from ..models.modeling_bt_adapter_chat import BTAdapterChatMixin
-from .attachment import empty_model
 from .description import adapter_state, branch_of, describe_adapter
-from .files import PEFT_WEIGHTS_NAME, AdapterConfig, AdapterError, write_adapter
+from .files import PEFT_WEIGHTS_NAME, AdapterConfig, AdapterError, tensors, write_adapter
 from .host_modules import find_tower, has_branch, projector_path
 
 
@@ -100,13 +97,32 @@ def lora_config(
     return config
 
 
-def load_lora(model: PreTrainedModel, folder: Path, description: AdapterConfig | None) -> PeftModel:
-    """A peft model around a model with a branch, with all that peft saved in a folder; it learns on.
+def check_lora(folder: Path, empty: PreTrainedModel) -> None:
+    """Compares what peft saved in a folder with a model, before anything of it is put into one.
 
-    Of a model without a branch there is no description.
+    Args:
+        empty: the model as it will be then, without weights: peft leaves traces in one that it wraps.
 
     Raises:
         AdapterError: if the model lacks a part that the folder has weights for, or the other way round.
+    """
+    saved = {key: tuple(tensor.shape) for key, tensor in tensors(folder / PEFT_WEIGHTS_NAME)}
+    config = LoraConfig(**{**LoraConfig.from_pretrained(folder).to_dict(), "init_lora_weights": False})
+    expected = {
+        key: tuple(tensor.shape) for key, tensor in get_peft_model_state_dict(PeftModel(empty, config)).items()
+    }
+    wrong = sorted(key for key in saved.keys() | expected.keys() if saved.get(key) != expected.get(key))
+    if wrong:
+        raise AdapterError(
+            f"{folder / PEFT_WEIGHTS_NAME} was saved from another model than a {type(empty).__name__} of this size: "
+            f"{len(wrong)} tensors differ, among them {', '.join(wrong[:3])}."
+        )
+
+
+def load_lora(model: PreTrainedModel, folder: Path, description: AdapterConfig | None) -> PeftModel:
+    """A peft model around a model with a branch, with all that peft saved in a folder; it learns on.
+
+    Of a model without a branch there is no description. `check_lora` comes first.
     """
     config = BTAdapterLoraConfig(**LoraConfig.from_pretrained(folder).to_dict())
     config.remember(model)
@@ -114,17 +130,6 @@ def load_lora(model: PreTrainedModel, folder: Path, description: AdapterConfig |
         config.branch_description.base_model_name_or_path = description.base_model_name_or_path
         config.branch_description.revision = description.revision
     config.inference_mode = False  # peft saves it as True
-    with safe_open(folder / PEFT_WEIGHTS_NAME, framework="pt") as file:
-        saved = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    # On a model without weights, for peft leaves traces in one that it wraps.
-    rehearsal = PeftModel(empty_model(type(model), model.config), replace(config, init_lora_weights=False))
-    expected = {key: tuple(tensor.shape) for key, tensor in get_peft_model_state_dict(rehearsal).items()}
-    wrong = sorted(key for key in saved.keys() | expected.keys() if saved.get(key) != expected.get(key))
-    if wrong:
-        raise AdapterError(
-            f"{folder / PEFT_WEIGHTS_NAME} was saved from another model than a {type(model).__name__} of this size: "
-            f"{len(wrong)} tensors differ, among them {', '.join(wrong[:3])}."
-        )
     wrapped = PeftModel(model, config)
     wrapped.load_adapter(str(folder), "default", is_trainable=True)
     return wrapped.train(model.training)

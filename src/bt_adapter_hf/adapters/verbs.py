@@ -14,7 +14,7 @@ from transformers.utils import logging
 from ..models.configuration_bt_adapter import BTAdapterVisionConfig
 from ..models.modeling_bt_adapter_chat import BTAdapterChatMixin
 from ..models.modeling_bt_adapter_vision import BTAdapterVisionModel
-from .attachment import CHAT_HOSTS, OURS, Attachment, attach, chat_config, check_host, native_of
+from .attachment import CHAT_HOSTS, OURS, Attachment, attach, chat_config, check_host, empty_model, native_of
 from .description import adapter_state, describe_adapter
 from .files import (
     BRANCH_FIELDS,
@@ -100,25 +100,17 @@ def attach_adapter(
             "adapters (model.unload()), or use peft's model.load_adapter if the model has a branch."
         )
     if plain_lora:
-        from .lora import load_lora
+        from .lora import check_lora, load_lora
 
+        check_lora(folder, empty_model(type(model), model.config))
         return load_lora(model, folder, None)
     inner = _InsidePeft(model)
-    tower = find_tower(inner.model)
-    former = (tower.bt_adapter, tower.config) if isinstance(tower, BTAdapterVisionModel) else None
     inner.model = _with_adapter(inner.model, folder, adapter_config, adapter_layers, allow_backbone_mismatch)
     if not is_peft_folder(folder):
         return inner.result
     from .lora import load_lora
 
-    try:
-        return load_lora(inner.model, folder, adapter_config)
-    except AdapterError:
-        if former is None:
-            unload_bt_adapter(inner.model)
-        else:
-            _set_branch(inner.model, tower, *former)
-        raise
+    return load_lora(inner.model, folder, adapter_config)
 
 
 def _with_adapter(
@@ -138,10 +130,11 @@ def _with_adapter(
             "The model's branch is wrapped by peft (modules_to_save). Load the adapter before get_peft_model, or take "
             "the wrapper away (model.unload())."
         )
+    host = None
     if isinstance(model, BTAdapterChatMixin) or (type(model) in CHAT_HOSTS and not has_branch):
         host = copy.copy(model.config) if has_branch else chat_config(model.config, backbone.config)
         overrides = {} if adapter_layers is None else {"adapter_layers": list(adapter_layers)}
-        host.vision_config = config = tower_config(host, adapter_config, overrides)
+        host.vision_config = config = tower_config(host, adapter_config, overrides, keep=has_branch)
         try:
             host.validate_architecture()
         except ValueError as error:
@@ -163,6 +156,12 @@ def _with_adapter(
         new = BTAdapterVisionModel(config)
     state, extra = read_branch(folder, adapter_config, new.bt_adapter)
     trained = check_extra(folder, adapter_config, extra, model)
+    if is_peft_folder(folder):
+        if host is None:
+            raise AdapterError(f"{folder} brings LoRA for a chat model, and this is a {type(model).__name__}.")
+        from .lora import check_lora
+
+        check_lora(folder, empty_model(CHAT_HOSTS.get(type(model), type(model)), host))
 
     device = execution_device(backbone)
     state = {key: tensor.to(device=device, dtype=backbone.dtype) for key, tensor in state.items()}
