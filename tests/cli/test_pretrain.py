@@ -11,6 +11,8 @@ import pytest
 import torch
 from huggingface_hub import HfApi
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
 from bt_adapter_hf import BTAdapterModel
@@ -313,6 +315,30 @@ def test_resume_with_another_table_is_refused(clip, clips, tmp_path, capsys):
     assert pretrain(clip, clips, out, *arguments) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "checkpoint-2" in error and "other" in error
+
+
+def test_resume_with_other_settings_is_refused(clip, clips, tmp_path, capsys):
+    """The branch would have been learned under one formula and be saved as of another."""
+    out = tmp_path / "out"
+    options = ["--save-steps", "1", "--workers", "0"]
+    assert pretrain(clip, clips, out, *options, "--max-steps", "1", "--gate-on", "branch") == 0
+    capsys.readouterr()
+    others = ["--gate-on", "backbone", "--mask-ratio", "0.2", "--num-frames", "3"]
+    assert pretrain(clip, clips, out, *options, "--max-steps", "2", "--resume", *others) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "checkpoint-1 is of a run with other settings" in error
+    assert "--gate-on 'branch', now 'backbone'" in error and "--mask-ratio 0.7, now 0.2" in error
+    assert "--num-frames 4, now 3" in error
+    assert not (out / "checkpoint-2").exists()
+    assert json.loads((out / "config.json").read_text())["vision_config"]["gate_on"] == "branch"
+
+    # a checkpoint of an earlier version does not say: it is gone on from
+    weights = out / "checkpoint-1" / "trained.safetensors"
+    with safe_open(weights, "pt") as file:
+        metadata = {name: value for name, value in file.metadata().items() if name != "configuration"}
+    tensors = {name: tensor.clone() for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights, metadata=metadata)
+    assert pretrain(clip, clips, out, *options, "--max-steps", "2", "--resume", "--gate-on", "branch") == 0
 
 
 @pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])

@@ -272,6 +272,17 @@ def test_resumes_with_the_same_losses(llava, table, tmp_path, lora):
         assert torch.equal(a, b), name
 
 
+def test_other_settings_are_refused_at_resume(llava, table, tmp_path):
+    """Of LoRA those, too, that no shape tells apart."""
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    make_trainer(llava, table, tmp_path, lora={"r": 2, "lora_alpha": 4}, **options).train()
+    with pytest.raises(ValueError, match="lora_alpha=4, now 8"):
+        make_trainer(llava, table, tmp_path, lora={"r": 2, "lora_alpha": 8}, **{**options, "max_steps": 2}).train(True)
+    trainer = make_trainer(llava, table, tmp_path, lora={"r": 2, "lora_alpha": 4}, **{**options, "max_steps": 2})
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 2
+
+
 def test_another_table_is_refused_at_resume(llava, table, tmp_path):
     make_trainer(llava, table, tmp_path / "out", max_steps=2, save_strategy="steps", save_steps=2).train()
     other = table.with_name("other.jsonl")

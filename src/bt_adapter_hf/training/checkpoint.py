@@ -1,7 +1,7 @@
 """Checkpoints that hold only what is trained, and the place in the data.
 
 The frozen part is the base model's; a checkpoint records a digest of it and refuses to be laid over another one. It
-records the table and the seeds too, and refuses to go on in another order.
+records the table, the seeds and the configuration too, and refuses to go on in another order or as another model.
 """
 
 import json
@@ -24,6 +24,7 @@ from .sharding import sharded_like, whole
 
 TRAINED_WEIGHTS_NAME = "trained.safetensors"
 DATA_STATE_NAME = "data_state.json"
+CONFIGURATION_KEY = "configuration"  # of the metadata of the weights
 
 
 def frozen_digest(model: nn.Module) -> str:
@@ -35,8 +36,10 @@ def frozen_digest(model: nn.Module) -> str:
     return weights_digest((name, whole(parameter.detach())) for name, parameter in frozen)
 
 
-def save_trained(model: nn.Module, folder: str | os.PathLike, write: bool = True) -> None:
-    """Write the trainable parameters of `model` to `folder/trained.safetensors`.
+def save_trained(
+    model: nn.Module, folder: str | os.PathLike, write: bool = True, configuration: dict[str, Any] | None = None
+) -> None:
+    """Write the trainable parameters of `model` to `folder/trained.safetensors`, and what the run is configured as.
 
     Of a sharded model all processes have to come here; the one that is to `write` does.
     """
@@ -50,7 +53,8 @@ def save_trained(model: nn.Module, folder: str | os.PathLike, write: bool = True
     if write:
         folder.mkdir(parents=True, exist_ok=True)
         with written_whole(folder / TRAINED_WEIGHTS_NAME) as path:
-            save_file(trained, path, metadata={"format": "pt", "frozen_digest": digest})
+            metadata = {"format": "pt", "frozen_digest": digest, CONFIGURATION_KEY: json.dumps(configuration or {})}
+            save_file(trained, path, metadata=metadata)
 
 
 def load_trained(model: nn.Module, folder: str | os.PathLike) -> None:

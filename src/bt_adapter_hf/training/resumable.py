@@ -36,6 +36,7 @@ from .checkpoint import (
     save_trained,
 )
 from .compat import TRAINER_STATE_NAME
+from .configuration import check_configuration, configuration_of
 from .hub_push import HubPushMixin
 from .observability import ObservabilityMixin
 from .sharding import check_optimizer_state, check_sharding, save_sharded_optimizer, whole, whole_state
@@ -113,7 +114,8 @@ class ResumableTrainer(ObservabilityMixin, HubPushMixin, Trainer):
     **Resume.** A checkpoint holds only what is trained, and the position in that order. A resumed run goes on at that
     position with the same losses as an uninterrupted one, and reads nothing before it. The number of processes and the
     batch size may change: the order stays, and the number of steps to come is computed anew, over which the schedule
-    goes on from the step it was at. `save_model()` writes the full model and the processor.
+    goes on from the step it was at. What the model, LoRA and the preparation of videos are configured as may not.
+    `save_model()` writes the full model and the processor.
 
     **Chance** in a step (dropout, stochastic depth) is a function of `args.seed` and of the position of the batch in
     that order: it differs between processes, and a resumed run draws what an uninterrupted one does.
@@ -165,6 +167,7 @@ class ResumableTrainer(ObservabilityMixin, HubPushMixin, Trainer):
         self._batches = (-1, 0)  # the step that is being taken, and how many of its accumulated batches have begun
         self._broken_logs: dict[str, BrokenItemsLog] = {}
         self._adapter_config: AdapterConfig | None = None
+        self._configuration: dict[str, Any] | None = None  # once training begins
         # First of all callbacks, so that the others see the epoch.
         self.callback_handler.callbacks.insert(0, _Progress(self))
 
@@ -188,18 +191,21 @@ class ResumableTrainer(ObservabilityMixin, HubPushMixin, Trainer):
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"{self.args.output_dir} holds no complete checkpoint to resume from.")
+        num_frames = self.train_dataset.num_frames
+        self._configuration = configuration_of(self.model, self.processing_class, num_frames)
         if resume_from_checkpoint:
             self._start = load_data_state(resume_from_checkpoint, self._data())
             if not is_complete(resume_from_checkpoint):
                 raise ValueError(f"{resume_from_checkpoint} was not written to its end: use an earlier checkpoint.")
             check_optimizer_state(self.accelerator, resume_from_checkpoint)
+            check_configuration(resume_from_checkpoint, self._configuration)
         else:
             self._start = DataState(consumed=0, steps=0, processes=self.args.world_size, data={})
             self._broken_list.unlink(missing_ok=True)  # of another run in this folder
         # Trainer.train writes the special tokens of its processing_class over those of the text config. A CLIP text
         # tower pools by `eos_token_id`, where 2 stands for its original rule: the saved model would pool otherwise.
         processing_class, self.processing_class = self.processing_class, None
-        record_trained_frames(self.model, self.train_dataset.num_frames)
+        record_trained_frames(self.model, num_frames)
         if self._adapter_modules() is not None:
             self._adapter_config = describe_adapter(self.model)  # while all weights are here, whole
         start = self._start.consumed
@@ -393,7 +399,7 @@ class ResumableTrainer(ObservabilityMixin, HubPushMixin, Trainer):
         output_dir = output_dir or self.args.output_dir
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if is_checkpoint:
-            save_trained(model, output_dir, write=self.args.should_save)
+            save_trained(model, output_dir, self.args.should_save, self._configuration)
             # without the optimizer's state nothing goes on from here
             if self.args.should_save and not self.args.save_only_model:
                 state = DataState(self.consumed, self.state.global_step, self.args.world_size, self._data())
