@@ -196,6 +196,27 @@ def test_base_is_named_by_itself(adapter, tmp_path):
     assert content["base_model_name_or_path"] == str(tmp_path / "clip")
 
 
+@pytest.mark.parametrize("part", ["model", "tower"])
+def test_a_base_that_was_typed_as_a_relative_path_is_found_from_everywhere(tmp_path, monkeypatch, part):
+    (tmp_path / "elsewhere").mkdir()
+    clip().save_pretrained(tmp_path / "small" / "clip")
+    monkeypatch.chdir(tmp_path)
+    ours = BTAdapterModel.from_pretrained("small/clip", adapter_layers=[1, 2])
+    model = get_bt_adapter_model(CLIPModel.from_pretrained("small/clip"), 2)
+    if part == "tower":
+        model = get_bt_adapter_model(CLIPVisionModel.from_pretrained("small/clip"), 2)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for attached in (model, ours) if part == "model" else (model,):
+        save_bt_adapter(attached, tmp_path / "adapter")
+        content = json.loads((tmp_path / "adapter" / CONFIG_NAME).read_text())
+        assert content["base_model_name_or_path"] == str(tmp_path / "small" / "clip") and content["revision"] is None
+        BTAdapterModel.from_pretrained(tmp_path / "adapter")
+    monkeypatch.chdir(tmp_path)  # named by hand
+    save_bt_adapter(model, "adapter", base_model_name_or_path="small/clip")
+    content = json.loads((tmp_path / "adapter" / CONFIG_NAME).read_text())
+    assert content["base_model_name_or_path"] == str(tmp_path / "small" / "clip")
+
+
 def test_config_fields_travel(tmp_path):
     model = trained(vision(), 2, fusion="sum", output_fusion="sum", max_frames=7, cls_position="last")
     save_bt_adapter(model, tmp_path)

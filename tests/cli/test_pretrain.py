@@ -19,6 +19,7 @@ from bt_adapter_hf import BTAdapterModel
 from bt_adapter_hf.cli._training import find_checkpoint, only_run
 from bt_adapter_hf.cli._training_options import size_in_bytes
 from bt_adapter_hf.cli.main import main
+from bt_adapter_hf.hub.dual_encoder import load_dual_encoder
 from tests import tiny_pairs
 from tests.hub.conftest import hf_home, hub  # noqa: F401 (fixtures)
 
@@ -50,6 +51,15 @@ def pretrain(clip, clips, output_dir, *options) -> int:
     argv = ["pretrain", "--model", clip, "--train", clips, "--output-dir", str(output_dir), "--batch-size", "4"]
     argv += ["--num-frames", "4", "--num-adapter-layers", "2", "--set", "use_cpu=true", *options]
     return main(argv)
+
+
+def test_a_model_that_was_typed_as_a_relative_path(clip, clips, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(clip).parent)
+    assert pretrain(Path(clip).name, clips, tmp_path / "out", "--max-steps", "1") == 0
+    monkeypatch.chdir(tmp_path)
+    assert json.loads((tmp_path / "out" / "run_summary.json").read_text())["model"] == clip
+    model, _, _ = load_dual_encoder("out/adapter")
+    assert isinstance(model, BTAdapterModel)
 
 
 def test_from_a_clip_to_a_model_that_loads(clip, clips, tmp_path, capsys, caplog):

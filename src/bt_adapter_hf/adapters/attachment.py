@@ -22,6 +22,8 @@ from ..models.modeling_bt_adapter_instructblip import BTAdapterInstructBlipForCo
 from ..models.modeling_bt_adapter_llava import BTAdapterLlavaForConditionalGeneration
 from ..models.modeling_bt_adapter_minigpt4 import BTAdapterMiniGPT4ForConditionalGeneration
 from ..models.modeling_bt_adapter_vision import BTAdapterVisionModel
+from .description import loaded_from
+from .files import lasting_name
 from .host_modules import fill_parameter, find_tower, learning_copy, parameter_value, path_of
 from .quantization import keep_out
 from .video_token import video_token_id
@@ -133,6 +135,7 @@ def attach(model: PreTrainedModel, tower: BTAdapterVisionModel, attachment: Atta
     """The model of ours around a tower and the other parts of a native model; the tower itself for a vision model."""
     if model is tower.vision_model:
         tower._bt_adapter_attachment = attachment
+        tower._loaded_from = loaded_from(tower)  # now, for a folder's name may mean another one later
         return tower
     path = path_of(model, tower.vision_model)
     tower.config.dtype = tower.vision_model.config.dtype
@@ -148,6 +151,7 @@ def attach(model: PreTrainedModel, tower: BTAdapterVisionModel, attachment: Atta
     if hasattr(ours.config, "quantization_config"):
         keep_out(ours.config.quantization_config, path_of(ours, tower.bt_adapter))
     ours._bt_adapter_attachment = attachment
+    ours._loaded_from = loaded_from(ours)
     ours.training = model.training
     for module, training in attachment.modes:
         if module is not tower.vision_model:
@@ -211,7 +215,7 @@ def _composite(config_class: type[PreTrainedConfig], source: PreTrainedConfig, f
         else:  # a native vision config, in that of a tower
             getattr(config, name).backbone = fields[name]
     config._attn_implementation_internal = source._attn_implementation_internal
-    config._name_or_path = source._name_or_path
+    config._name_or_path = lasting_name(source._name_or_path)
     for name in vars(source).keys() - source.__class__.__dataclass_fields__.keys():  # the quantization, for one
         value = getattr(source, name)
         if not name.startswith("_") and not hasattr(config, name):

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ..models.compat_bt_adapter import resolve_revision
 from ..models.configuration_bt_adapter import BTAdapterVisionConfig
 from ..models.modeling_bt_adapter_vision import BTAdapterVisionModel
-from .files import BRANCH_FIELDS, SIZES, AdapterConfig
+from .files import BRANCH_FIELDS, SIZES, AdapterConfig, lasting_name
 from .fingerprint import backbone_fingerprint
 from .host_modules import find_tower, is_quantized, learning_copy, parameter_value
 
@@ -29,6 +29,7 @@ def describe_adapter(
             "the same again. Save the model, or the tower alone, with save_pretrained."
         )
     name, commit = loaded_from(model)
+    base_model_name_or_path = lasting_name(base_model_name_or_path)
     return AdapterConfig(
         base_model_name_or_path=base_model_name_or_path or name,
         revision=revision or (commit if base_model_name_or_path in (None, name) else None),
@@ -84,12 +85,15 @@ def adapter_state(
 
 
 def loaded_from(model: PreTrainedModel) -> tuple[str | None, str | None]:
-    """Name of the checkpoint that a model, or the backbone in it, came from, and its commit if it is on the Hub."""
+    """Name of the checkpoint that a model, or the backbone in it, came from, and its commit if it is on the Hub.
+
+    Of a folder it is the absolute path.
+    """
     known = getattr(model, "_loaded_from", None)
     if known is not None:
         return known
-    for config in (find_tower(model).config, model.config):
+    for config in (model.config, find_tower(model).config):
         for part in (getattr(config, "backbone", config), config):
             if name := getattr(part, "_name_or_path", ""):
-                return name, getattr(resolve_revision(name, local_files_only=True), "resolved", None)
+                return lasting_name(name), getattr(resolve_revision(name, local_files_only=True), "resolved", None)
     return None, None

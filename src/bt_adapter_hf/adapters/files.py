@@ -6,6 +6,7 @@ under keys that name no host. Where LoRA was trained with the branch, peft's two
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -51,7 +52,8 @@ class AdapterConfig:
         adapter_layers: backbone layers whose outputs feed the branch.
         branch: the other fields of [`BTAdapterVisionConfig`].
         fingerprint: see [`backbone_fingerprint`].
-        base_model_name_or_path, revision: where the base model came from.
+        base_model_name_or_path, revision: where the base model came from: an id of the Hub and its commit, or the
+            absolute path of a folder.
         extra_modules: other trained modules of the model in the file, by their path in it.
         model_type: of the model of ours that it was saved from.
     """
@@ -109,6 +111,13 @@ class AdapterConfig:
     def to_json(self) -> str:
         """Content of the file."""
         return json.dumps(asdict(self), indent=2) + "\n"
+
+
+def lasting_name(name: str | os.PathLike | None) -> str | None:
+    """The name of a model as files keep it: a folder's absolute path, which holds elsewhere; an id as it is."""
+    if name is None:
+        return None
+    return os.path.abspath(name) if os.path.isdir(name) else os.fspath(name)
 
 
 def is_peft_folder(folder: Path) -> bool:

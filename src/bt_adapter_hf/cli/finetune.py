@@ -163,6 +163,7 @@ def train(args: argparse.Namespace) -> int:
     packages = ("accelerate", "matplotlib", *(["peft"] if args.lora else []))
     training_args = begin(args, InstructionArguments, packages, OPTIONS)
 
+    from ..adapters.files import lasting_name
     from ..data.augmentation import ClipAugmentation
     from ..data.instructions import InstructionCollator, InstructionDataset, load_instructions, longest_conversation
     from ..training.instruction_tuning import InstructionTrainer, prepare_for_tuning
@@ -205,9 +206,9 @@ def train(args: argparse.Namespace) -> int:
         checkpoint,
         started,
         kind="instruction tuning",
-        model=args.model,
+        model=lasting_name(args.model),
         revision=getattr(args.revision, "resolved", args.revision),
-        config={"bt_adapter": args.bt_adapter, "lora": lora, "load_in_4bit": args.load_in_4bit},
+        config={"bt_adapter": lasting_name(args.bt_adapter), "lora": lora, "load_in_4bit": args.load_in_4bit},
         data={
             "num_frames": rules.num_frames,
             "sampling": rules.sampling,

@@ -172,6 +172,7 @@ def train(args: argparse.Namespace) -> int:
     if args.eval_controls == []:
         training_args.eval_controls = []
 
+    from ..adapters.files import lasting_name
     from ..data.pairs import PairCollator, PairDataset, load_opposites
     from ..models.compat_bt_adapter import resolve_revision
     from ..training.report import describe_table
@@ -225,7 +226,7 @@ def train(args: argparse.Namespace) -> int:
         checkpoint,
         started,
         kind="pretraining",
-        model=args.model,
+        model=lasting_name(args.model),
         revision=getattr(args.revision, "resolved", args.revision),
         config={
             "adapter_layers": tower.adapter_layers,

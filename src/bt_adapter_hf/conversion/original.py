@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from ..adapters.files import lasting_name
 from ..models.configuration_bt_adapter import TOWER_FIELDS, BTAdapterConfig
 from ..models.modeling_bt_adapter import BTAdapterModel
 from ..models.modeling_bt_adapter_vision import BTAdapterPreTrainedModel, BTAdapterVisionModel
@@ -122,7 +123,7 @@ def plan_conversion(
     tower_fields = {**inherited, **{k: config_fields.pop(k) for k in TOWER_FIELDS & config_fields.keys()}}
     tower_config = make_tower_config(source, found, state, base_config, adapter_layers, tower_fields, notes)
     if isinstance(base, (str, Path)):
-        tower_config.backbone._name_or_path = str(base)
+        tower_config.backbone._name_or_path = lasting_name(base)
 
     own = {part for part in (*_LENT, COMPLETE) if any(key.startswith(part) for key in found.state)}
     if COMPLETE not in own and not base_state:

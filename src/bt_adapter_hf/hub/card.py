@@ -8,6 +8,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from . import card_text as text
+from .base_names import is_of_hub
 from .card_example import example, example_without_package
 from .contents import CHAT_CLASSES, SUMMARY_NAME, Contents, read_json
 from .result_files import NamedResult, card_results, card_section
@@ -57,6 +58,10 @@ def model_card(
         base = contents.config["base_model_name_or_path"], contents.config.get("revision")
     elif summary.get("model"):
         base = summary["model"], summary.get("revision")
+    if base[0] and base[0] == summary.get("model"):  # a file of peft names it without its commit
+        base = base[0], base[1] or summary.get("revision")
+    is_local = bool(base[0]) and not is_of_hub(*base)
+    base = (None, None) if is_local else base
     data = _metadata(contents, repo_id, base, summary, results)
     data |= {key: value for key, value in (metadata or {}).items() if value is not None}
     if own is not None:
@@ -75,7 +80,7 @@ def model_card(
         name=repo_id.rpartition("/")[2],
         what=text.what(contents),
         sizes=text.sizes(folder, contents),
-        base=text.base_model(base),
+        base=text.base_model(base, is_local, contents.kind),
         example=example(contents, repo_id, base, (folder / "processor_config.json").is_file()),
         example_without_package=example_without_package(contents, repo_id) if with_code else None,
         data=text.data_section(summary),
@@ -114,7 +119,8 @@ def _metadata(
         data["pipeline_tag"] = "image-text-to-text"  # of transformers' pipelines the one that loads one of ours
     if text.is_hub_id(base[0]) and base[0] != repo_id:
         data |= {"base_model": base[0], "base_model_relation": "adapter" if adapter else "finetune"}
-    sources = [part["source"] for part in text.parts(summary).values() if text.is_hub_id(part.get("source"))]
+    parts = [part for part in text.parts(summary).values() if part.get("source")]
+    sources = [part["source"] for part in parts if text.is_hub_source(part["source"], part.get("revision"))]
     if sources:
         data["datasets"] = sorted({text.hub_name(source) for source in sources})
     results = _eval_results(summary, chat) + card_results(evaluated)
@@ -125,8 +131,8 @@ def _metadata(
 
 def _eval_results(summary: dict[str, Any], chat: bool) -> list[EvalResult]:
     validation = text.parts(summary).get("validation", {})
-    source = validation.get("source")
-    name = text.public(source) if source else "validation part"
+    source, revision = validation.get("source"), validation.get("revision")
+    name = text.public(source, revision) if source else "validation part"
     if validation.get("rows"):
         name += f" ({validation['rows']} rows)"
     task = ("video-text-to-text", "Video question answering") if chat else ("text-to-video-retrieval", "Retrieval")
@@ -135,12 +141,12 @@ def _eval_results(summary: dict[str, Any], chat: bool) -> list[EvalResult]:
             task_type=task[0],
             task_name=task[1],
             dataset_name=name,
-            dataset_type=text.hub_name(source) if text.is_hub_id(source) else "private",
-            dataset_revision=validation.get("revision"),
+            dataset_type=text.hub_name(source) if text.is_hub_source(source, revision) else "private",
+            dataset_revision=revision,
             metric_type=text.metric_type(key),
             metric_name=text.metric_name(key),
             metric_value=value,
         )
         for key, value in text.measured(summary).items()
-        if not key.startswith(text.CONTROLS)
+        if not key.startswith(text.CONTROLS) and not key.endswith("loss")  # which is of one batch size only
     ]

@@ -16,9 +16,14 @@ _UNMEASURED = ("runtime", "samples_per_second", "steps_per_second", "epoch", "mo
 
 
 def is_hub_id(name: Any) -> bool:
-    """Whether a name is that of a repository on the Hub, and not a path here."""
+    """Whether a name has the form of one on the Hub. That it came from there its commit tells."""
     name = hub_name(name)
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)) and not Path(name).exists() and not _is_file(name)
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)) and not _is_file(name)
+
+
+def is_hub_source(source: Any, revision: str | None) -> bool:
+    """Whether a table is one of the Hub's: these are read at a commit, and a path here has none."""
+    return is_hub_id(source) and (bool(revision) or str(source).startswith("hf://"))
 
 
 def hub_name(source: Any) -> str:
@@ -161,13 +166,23 @@ def _num_frames(folder: Path) -> int | None:
     return read_json(path).get("video_processor", {}).get("num_frames") if path.is_file() else None
 
 
-def base_model(base: tuple[str | None, str | None]) -> str:
-    """The base model, with its revision."""
+def base_model(base: tuple[str | None, str | None], is_local: bool, kind: str) -> str:
+    """The base model, with its revision; of an adapter without one, that its user names it.
+
+    Args:
+        is_local: the files name one that is not known to be on the Hub.
+    """
     name, revision = base
-    if not name:
+    if not name and kind in ("adapter", "LoRA adapter"):
+        said = "One that is not known to be on the Hub." if is_local else "The files do not name one."
+        return (
+            f"{said} Load the model yourself, and put this into it with `load_bt_adapter`, which refuses an image "
+            "tower with other weights than those of the training."
+        )
+    if not name and not is_local:
         return "The files do not name one."
     if not is_hub_id(name):
-        return "A checkpoint that is not on the Hub."
+        return "A checkpoint that is not known to be on the Hub."
     at = f", at revision `{revision}`" if revision else "; its revision was not recorded"
     return f"[{name}](https://huggingface.co/{name}){at}."
 
@@ -178,16 +193,16 @@ def parts(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: data[name] for name in ("train", "validation") if isinstance(data.get(name), dict)}
 
 
-def public(source: Any) -> str:
+def public(source: Any, revision: str | None = None) -> str:
     """A name for a source: of a path here its last part, for the rest is nobody's business."""
     source = str(source)
-    return source if is_hub_id(source) or "://" in source else Path(source).name
+    return source if is_hub_source(source, revision) or "://" in source else Path(source).name
 
 
 def _describe_part(part: dict[str, Any]) -> str:
     source = part.get("source")
     name = f"[{hub_name(source)}](https://huggingface.co/datasets/{hub_name(source)})"
-    text = name if is_hub_id(source) else f"`{public(source)}` (not on the Hub)"
+    text = name if is_hub_source(source, part.get("revision")) else f"`{public(source)}` (not on the Hub)"
     if part.get("revision"):
         text += f" at revision `{part['revision']}`"
     if part.get("rows") is not None:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..adapters.files import AdapterConfig, AdapterError, is_peft_folder
+from ..adapters.files import AdapterConfig, AdapterError, is_peft_folder, lasting_name
 from ..adapters.fitting import branch_fields, fill_branch, tower_config
 from ..adapters.host_modules import find_tower, offloaded_value, path_of
 from ..adapters.quantization import check_kept_out, language_model_only
@@ -82,10 +82,12 @@ def load_model(
     load: Loading, name: str | os.PathLike, *model_args: Any, output_loading_info: bool = False, **kwargs: Any
 ) -> PreTrainedModel | tuple[PreTrainedModel, dict]:
     """`from_pretrained` of a tower or dual encoder, around that of transformers (`load`)."""
+    name = lasting_name(name)
     kwargs["revision"] = pinned(name, kwargs)  # one commit for all that is read
     try:
         model, info = from_hub(lambda: load(name, *model_args, **{**kwargs, **REPORT}), name, kwargs["revision"])
-        model._loaded_from = (str(name), getattr(kwargs["revision"], "resolved", None))
+        if name is not None:
+            model._loaded_from = (name, getattr(kwargs["revision"], "resolved", None))
     except OSError:
         found = _load_with_base(load, name, kwargs)
         if found is None:
@@ -109,6 +111,7 @@ def load_chat_model(
     **kwargs: Any,
 ) -> PreTrainedModel | tuple[PreTrainedModel, dict]:
     """`from_pretrained` of a chat model, around that of transformers (`load`)."""
+    name = lasting_name(name)
     kwargs["revision"] = pinned(name, kwargs)  # one commit for all that is read
     hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
     source, source_type = {}, None
@@ -165,7 +168,8 @@ def load_chat_model(
         info["missing_keys"] = {key for key in info["missing_keys"] if key not in branch}
     check_loading(model, info, name, is_ours)
     model.freeze_backbone()  # loading replaces parameters, and new ones learn
-    model._loaded_from = (str(name), getattr(kwargs["revision"], "resolved", None))
+    if name is not None:
+        model._loaded_from = (name, getattr(kwargs["revision"], "resolved", None))
     return (model, info) if output_loading_info else model
 
 

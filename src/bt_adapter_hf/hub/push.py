@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from ..adapters.description import loaded_from
 from .access import check_token, explain, http_cause, is_transient, retried
+from .base_names import what_is_missing, without_local_names
 from .card import is_generated, model_card
 from .compat import git_hash
 from .contents import Contents, collect_files
@@ -84,8 +85,9 @@ def push_to_hub(
     """Publishes a model, an adapter or a processor with a model card, in one commit: all of it or nothing.
 
     Of a folder goes what has the name of something that a saved model, adapter, processor or run is made of, and
-    nothing else unless `include` names it. Weights of the repository that would be loaded in place of the new ones are
-    deleted in the same commit.
+    nothing else unless `include` names it. A base model that was a folder of this machine is named in none of them:
+    who loads such an adapter names the model that it goes into. Weights of the repository that would be loaded in
+    place of the new ones are deleted in the same commit.
 
     Args:
         source: a folder with a model, an adapter (also with LoRA) or a processor; or one of these in memory, a peft
@@ -199,6 +201,10 @@ def publish(
     Args:
         make_card: gives the README, from the one in `files` or else in the repository, and the repository's full name.
     """
+    nameless, bases = without_local_names(files)
+    files = {**files, **nameless}
+    if bases:
+        logger.warning(what_is_missing(bases, repo_id))
     if dry_run:
         readme = _read_readme(files["README.md"]) if "README.md" in files else None
         contents = {**files, "README.md": make_card(readme, repo_id).encode()}

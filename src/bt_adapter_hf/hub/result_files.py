@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from .card_text import hub_name, is_hub_id, metric_name, metric_type, public
+from .card_text import hub_name, is_hub_source, metric_name, metric_type, public
 
 
 RESULT_NAME = "result.json"
@@ -200,14 +200,14 @@ def card_results(results: Sequence[NamedResult]) -> list[EvalResult]:
     for result in results:
         protocol = result.content["protocol"]
         task = TASKS.get(result.content["task"], ("video-text-to-text", result.content["task"]))
-        source = protocol.get("data")
+        source, revision = protocol.get("data"), protocol.get("data_revision")
         found += [
             EvalResult(
                 task_type=task[0],
                 task_name=task[1],
-                dataset_name=public(source),
-                dataset_type=hub_name(source) if is_hub_id(source) else "private",
-                dataset_revision=protocol.get("data_revision"),
+                dataset_name=public(source, revision),
+                dataset_type=hub_name(source) if is_hub_source(source, revision) else "private",
+                dataset_revision=revision,
                 metric_type=metric_type(name),
                 metric_name=metric_name(name),
                 metric_value=round(result.content["scores"][name]["value"], 4),
@@ -223,5 +223,5 @@ def _judge(name: Any) -> str:
 
 
 def _data(protocol: dict[str, Any]) -> str:
-    name = f"`{public(protocol.get('data'))}`"
+    name = f"`{public(protocol.get('data'), protocol.get('data_revision'))}`"
     return name + (f" at revision `{protocol['data_revision']}`" if protocol.get("data_revision") else "")
