@@ -12,6 +12,7 @@ from bt_adapter_hf import BTAdapterModel, BTAdapterVisionModel, load_bt_adapter
 from bt_adapter_hf.adapters.files import CONFIG_NAME, WEIGHTS_NAME
 from bt_adapter_hf.cli.main import main
 from tests import tiny_pairs
+from tests.hub.conftest import hf_home, hub  # noqa: F401 (fixtures)
 from tests.parity.golden import Golden
 
 
@@ -164,6 +165,24 @@ def test_what_index_needs_is_beside_the_model(files, tmp_path, capsys):
     assert main(["convert", checkpoint, str(tmp_path / "bare"), "--base", str(files / "clip")]) == 0
     assert "no processor beside the model" in capsys.readouterr().out
     assert not (tmp_path / "bare" / "processor_config.json").exists()
+
+
+def test_a_model_on_the_hub_becomes_an_adapter(files, hub, tmp_path, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr("bt_adapter_hf.hub.access.RETRY_WAITS", [0.01])
+    hub.put_files("tester/clip", files / "clip")
+    checkpoint, run, out = str(files / "epoch_1.pth"), tmp_path / "run", tmp_path / "adapter"
+    assert main(["convert", checkpoint, str(out), "--base", "tester/clip", "--to", "adapter"]) == 0
+    content = json.loads((out / CONFIG_NAME).read_text())
+    assert (content["base_model_name_or_path"], content["revision"]) == ("tester/clip", hub.head("tester/clip"))
+    assert main(["convert", checkpoint, str(run), "--base", str(files / "clip")]) == 0
+    hub.put_files("tester/run", run)
+    assert main(["convert", "tester/run", str(out), "--to", "adapter", "--overwrite"]) == 0
+    content = json.loads((out / CONFIG_NAME).read_text())
+    assert (content["base_model_name_or_path"], content["revision"]) == ("tester/run", hub.head("tester/run"))
+    load_bt_adapter(CLIPModel.from_pretrained("tester/clip"), out)
+    capsys.readouterr()
+    assert main(["convert", "tester/nothing", str(tmp_path / "no"), "--to", "adapter"]) == 1
+    assert "tester/nothing is neither a folder nor an adapter that could be fetched" in capsys.readouterr().err
 
 
 def test_a_whole_model_becomes_an_adapter(files, tmp_path, capsys):

@@ -9,6 +9,7 @@ from ..adapters.writing import written_whole
 from ._options import path, quiet_transformers
 
 
+_CHECKPOINTS = (".pth", ".pt", ".bin", ".safetensors")
 _EXAMPLES = """examples:
   bt-adapter convert btadapter_clip_l14.pth out --base openai/clip-vit-large-patch14
   bt-adapter convert btadapter_clip_l14.pth out --base openai/clip-vit-large-patch14 --to adapter --dtype float16
@@ -32,7 +33,7 @@ def register(subparsers) -> None:
         "source",
         type=path,
         metavar="SOURCE",
-        help="checkpoint file; with --to original a model (folder or Hub id), with --to adapter also its folder",
+        help="checkpoint file; with --to original a model (folder or Hub id), with --to adapter also one",
     )
     parser.add_argument(
         "output",
@@ -55,7 +56,7 @@ def register(subparsers) -> None:
         help="the image model that it was trained on; gives what the file does not hold, also the settings of "
         "the branch where it is a dual encoder or tower of this package",
     )
-    parser.add_argument("--revision", help="branch, tag or commit of the base, or of SOURCE with --to original")
+    parser.add_argument("--revision", help="branch, tag or commit of the base, or of SOURCE where that is an id")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the result (default: as in the file)"
     )
@@ -85,7 +86,13 @@ def run(args: argparse.Namespace) -> int:
     if args.to == "original":
         return _to_original(args, output)
     if Path(args.source).is_dir():
-        return _to_adapter(args, output)
+        return _to_adapter(args, output, Path(args.source))
+    from ..hub.card_text import is_hub_id
+
+    if args.to == "adapter" and is_hub_id(args.source) and Path(args.source).suffix not in _CHECKPOINTS:
+        from ..hub.source import resolve_adapter
+
+        return _to_adapter(args, output, resolve_adapter(args.source, None if args.base else args.revision))
     import torch
 
     from .. import BTAdapterForPreTraining, BTAdapterVisionModel
@@ -109,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
         if args.to == "adapter":
             from ..adapters.verbs import save_bt_adapter
 
-            save_bt_adapter(model, folder, base_model_name_or_path=args.base, revision=args.revision)
+            save_bt_adapter(model, folder, base_model_name_or_path=args.base, revision=_commit(args))
         else:
             model.save_pretrained(folder)
             if hasattr(model, "text_model"):
@@ -135,27 +142,37 @@ def _write_processor(args: argparse.Namespace, folder: Path) -> str:
     return f"The processor has the sizes and the tokenizer of {args.base}, and takes {frames} frames of a video."
 
 
-def _to_adapter(args: argparse.Namespace, output: Path | None) -> int:
-    """The branch of a folder that holds a tower, a dual encoder or a pretraining run."""
+def _to_adapter(args: argparse.Namespace, output: Path | None, source: Path) -> int:
+    """The branch of a folder that holds a tower, a dual encoder or a pretraining run; one on the Hub was fetched."""
     from ..adapters.verbs import save_bt_adapter
     from ..adapters.whole_models import base_of_run, is_whole_model, load_tower
 
-    if args.to != "adapter" or not is_whole_model(Path(args.source)):
+    if args.to != "adapter" or not is_whole_model(source):
+        found = "a folder" if source == Path(args.source) else "no model with a branch"
         raise ValueError(
-            f"'{args.source}' is a folder. With --to adapter or --to original it may be that of a tower, a dual "
+            f"'{args.source}' is {found}. With --to adapter or --to original it may be that of a tower, a dual "
             f"encoder or a pretraining run; else SOURCE is a checkpoint file of the released code."
         )
     if args.fields:
         raise ValueError("--set is for checkpoint files: the model in a folder has its fields in config.json.")
-    model = load_tower(Path(args.source), args.dtype or "auto")
+    model = load_tower(source, args.dtype or "auto")
     state = model.bt_adapter.state_dict()
     if args.dry_run:
         return _print_state(args, state)
-    base, revision = (args.base, args.revision) if args.base else base_of_run(Path(args.source))
+    base, revision = (args.base, _commit(args)) if args.base else base_of_run(source)
+    if base is None and source != Path(args.source):
+        base, revision = args.source, source.name  # the Hub's cache has a folder for each commit
     with written_whole(output) as folder:
         save_bt_adapter(model, folder, base_model_name_or_path=base, revision=revision)
     note = f"Its base model is {base or args.source}" + ("." if base else ": name another with --base.")
     return _report(args, output, "adapter", len(state), [note])
+
+
+def _commit(args: argparse.Namespace) -> str | None:
+    """Of a base on the Hub; None of a folder."""
+    from ..models.compat_bt_adapter import resolve_revision
+
+    return args.base and getattr(resolve_revision(args.base, args.revision), "resolved", None)
 
 
 def _report(args: argparse.Namespace, output: Path, model: str, tensors: int, notes: list[str]) -> int:
