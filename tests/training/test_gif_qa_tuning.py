@@ -8,13 +8,15 @@ import pytest
 import torch
 from PIL import Image, ImageSequence
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from bt_adapter_hf import (
     BTAdapterGifQAForConditionalGeneration,
     BTAdapterGifQAProcessor,
+    BTAdapterModel,
     load_bt_adapter,
     lora_config,
+    save_bt_adapter,
 )
 from bt_adapter_hf.adapters import verbs
 from bt_adapter_hf.adapters.files import AdapterError
@@ -241,6 +243,51 @@ def test_an_error_leaves_the_model_as_it_was(gated, tmp_path, monkeypatch):
         load_bt_adapter(model, tmp_path)
     assert not any("is replaced" in line for line in lines) and model.config.to_dict() == config
     assert all(value.equal(before[key]) for key, value in model.state_dict().items())
+
+
+def test_an_adapter_of_a_model_with_a_branch_takes_its_place(gated, tmp_path, capsys):
+    """The forms that `finetune --adapter-only` suggests, and another training from there."""
+    out, more = tmp_path / "out", ("--adapter-only", "--num-frames", "3")
+    assert finetune(gated, out, *more) == 0
+    assert f"--model {gated / 'base'} --bt-adapter {out}" in capsys.readouterr().out
+    trained = load_file(out / "bt_adapter.safetensors")
+    model = BTAdapterGifQAForConditionalGeneration.from_pretrained(gated / "base", bt_adapter=out)
+    state = model.state_dict()
+    where = {key: f"vision_model.bt_adapter.{key}" for key in trained}
+    where |= {key: key.removeprefix("extra_modules.") for key in trained if key.startswith("extra_modules.")}
+    assert any("language_projection" in key for key in where.values())
+    assert all(state[where[key]].equal(trained[key]) for key in trained)
+    assert not model.vision_model.vision_model.embeddings.patch_embedding.weight.requires_grad
+    chat = ["chat", gated / "0.gif", "-q", "what ?", "--max-new-tokens", "3", "--json", "--item-timeout", "0"]
+    answers = []
+    for names in (["--model", gated / "base", "--bt-adapter", out], ["--model", out]):
+        assert main([*map(str, [*chat, *names]), "--device", "cpu"]) == 0
+        answers.append(json.loads(capsys.readouterr().out))
+    assert answers[0] == answers[1] and len(answers[0]["files"][0]["frames"]) == 3
+    assert finetune(gated, tmp_path / "again", *more, "--bt-adapter", str(out)) == 0
+    save_bt_adapter(BTAdapterModel.from_pretrained(gated / "run"), tmp_path / "pretrained")
+    assert main([*map(str, [*chat, "--model", gated / "base", "--bt-adapter", tmp_path / "pretrained"])]) == 1
+    assert "has an adapter in: leave out --bt-adapter" in capsys.readouterr().err
+
+
+def test_lora_is_merged_with_its_processor_before_training_goes_on(gated, tmp_path, monkeypatch, capsys):
+    """By the lines of the error, as they stand there."""
+    monkeypatch.chdir(tmp_path)
+    assert finetune(gated, tmp_path / "lora", "--lora", "--num-frames", "3") == 0
+    capsys.readouterr()
+    assert finetune(gated, tmp_path / "again", "--bt-adapter", str(tmp_path / "lora")) == 1
+    said = capsys.readouterr().err
+    merge = said.partition("in Python, ")[2].partition(", with its processor, ")[0]
+    processor = said.partition("with its processor, ")[2].partition("; then")[0]
+    names = {"load_bt_adapter": load_bt_adapter, "AutoModelForImageTextToText": AutoModelForImageTextToText}
+    eval(merge, names)
+    chat = ["chat", str(gated / "0.gif"), "-q", "what ?", "--max-new-tokens", "3", "--model", "merged", "--json"]
+    chat += ["--item-timeout", "0", "--device", "cpu"]
+    assert main(chat) == 1
+    assert "'merged' holds a model without its processor" in capsys.readouterr().err
+    eval(processor, {"AutoProcessor": AutoProcessor})
+    assert main(chat) == 0
+    assert len(json.loads(capsys.readouterr().out)["files"][0]["frames"]) == 3
 
 
 def test_4_bits_without_bitsandbytes(saved, tmp_path, monkeypatch, capsys):

@@ -118,8 +118,8 @@ def find_model(args: argparse.Namespace):
         raise ValueError(f"'{name}' answers about GIFs only: name one or several FILEs.")
     folder = None if adapter is None else resolve_adapter(adapter)
     is_lora = folder is not None and is_peft_folder(folder)
-    if folder is not None and model_type.startswith("bt_adapter_") and not is_lora:
-        raise ValueError(f"'{name}' has an adapter in: leave out --bt-adapter, or name the native model with --model.")
+    if folder is not None and not is_lora:
+        check_place(name, model_type, folder)
     is_native = not model_type.startswith("bt_adapter_")
     if is_native and adapter is None and not all(map(_is_image, args.files)):
         raise ValueError(f"'{name}' has no adapter, and there are videos: name one with --bt-adapter.")
@@ -147,6 +147,18 @@ def find_model(args: argparse.Namespace):
         return model.to(device).eval()
 
     return processor, load
+
+
+def check_place(name: str, model_type: str, adapter: Path) -> None:
+    """An adapter goes into a native model, or takes the place of the branch in one of the kind that it was tuned in.
+
+    Raises:
+        ValueError: it does neither.
+    """
+    from ..hub.loading import was_tuned_in
+
+    if model_type.startswith("bt_adapter_") and not was_tuned_in(adapter, model_type):
+        raise ValueError(f"'{name}' has an adapter in: leave out --bt-adapter, or name the native model with --model.")
 
 
 def _named_model(args: argparse.Namespace) -> tuple[str, str | None, str | Path | None, str]:

@@ -16,6 +16,7 @@ from ._training_options import (
     add_run_options,
     add_training_options,
 )
+from .chat import check_place
 
 
 EPILOG = """\
@@ -152,10 +153,7 @@ def run(args: argparse.Namespace) -> int:
 def train(args: argparse.Namespace) -> int:
     started = time.time()
     checkpoint = find_checkpoint(args)
-    if chat_type(args).startswith("bt_adapter_") and args.bt_adapter is not None:
-        raise ValueError(
-            f"'{args.model}' has an adapter in: leave out --bt-adapter, or name the native model with --model."
-        )
+    check_adapter(args)
     from ..training.arguments import InstructionArguments
 
     if args.load_in_4bit:
@@ -218,6 +216,30 @@ def train(args: argparse.Namespace) -> int:
         },
     )
     return end(trainer, summary, lambda: print_result(args, summary), args.json)
+
+
+def check_adapter(args: argparse.Namespace) -> None:
+    """Whether training can start from the model and the adapter that the options name.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    from ..adapters.files import is_peft_folder
+    from ..hub.source import resolve_adapter
+
+    model_type = chat_type(args)
+    if args.bt_adapter is None:
+        return
+    folder = resolve_adapter(args.bt_adapter)
+    if is_peft_folder(folder):
+        raise ValueError(
+            f"--bt-adapter {args.bt_adapter} brings LoRA, and training does not go on from that. Merge it into its "
+            "model in Python, load_bt_adapter(AutoModelForImageTextToText.from_pretrained("
+            f"'{args.model}'), '{args.bt_adapter}').merge_and_unload().save_pretrained('merged'), with its processor, "
+            f"AutoProcessor.from_pretrained('{args.bt_adapter}').save_pretrained('merged'); then --model merged "
+            "without --bt-adapter. (A run that was stopped goes on with --resume.)"
+        )
+    check_place(args.model, model_type, folder)
 
 
 def load_model(args: argparse.Namespace, training_args, resumed: bool = False):

@@ -40,17 +40,12 @@ def load_chat_processor(
     trained = None if adapter is None else trained_frames(adapter)
     if trained:
         fields = {"num_frames": trained, **fields}
-    try:
-        return from_hub(lambda: cls.from_pretrained(name, revision=revision, **fields), name, revision)
-    except OSError as error:
-        missing = not any(Path(name, config).is_file() for config in _CONFIGS) if os.path.isdir(name) else None
-        if missing or (missing is None and str(error).startswith("Can't load")):
-            raise ValueError(
-                f"'{name}' holds a model without its processor. Save that beside it: {cls.__name__}.from_pretrained(X)"
-                f".save_pretrained('{name}'), where X is the model that it was made from, or of a merged LoRA the "
-                "folder of that."
-            ) from error
-        raise
+    if os.path.isdir(name) and not any(Path(name, config).is_file() for config in _CONFIGS):
+        raise ValueError(
+            f"'{name}' holds a model without its processor. Save that beside it: {cls.__name__}.from_pretrained(X)"
+            f".save_pretrained('{name}'), where X is the model that it was made from, or of a merged LoRA its folder."
+        )
+    return from_hub(lambda: cls.from_pretrained(name, revision=revision, **fields), name, revision)
 
 
 def brings_processor(adapter: Path, cls: type) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..adapters.files import AdapterConfig, AdapterError, is_peft_folder, lasting_name
+from ..adapters.files import CONFIG_NAME, AdapterConfig, AdapterError, is_peft_folder, lasting_name
 from ..adapters.fitting import branch_fields, fill_branch, tower_config
 from ..adapters.host_modules import find_tower, offloaded_value, path_of
 from ..adapters.quantization import check_kept_out, language_model_only
@@ -57,7 +57,7 @@ def load_bt_adapter(
     Args:
         model: as in [`get_bt_adapter_model`]; or a model of ours, whose branch, on the same backbone layers, is
             replaced in place, as a warning says. (`from_pretrained(..., bt_adapter=...)` and `--bt-adapter` name a
-            checkpoint to start from, and refuse one with a branch.)
+            checkpoint to start from, and put into one with a branch only what was tuned in such a model.)
         adapter: folder, or id on the Hub; also one that peft saved from a model with a branch (see
             [`lora_config`]), or of a whole tower, dual encoder or pretraining run, whose branch is taken.
         adapter_layers: attach the first branch layers only, those fed by these backbone layers.
@@ -127,10 +127,17 @@ def load_chat_model(
         source_type = source.get("model_type")
     is_ours = source_type == cls.config_class.model_type
     if bt_adapter is not None and is_ours:
-        raise ValueError(
-            f"{name} has a branch of its own: load it without the adapter, or name the native checkpoint that "
-            f"{bt_adapter} is to be put into."
-        )
+        folder = _resolve_branch(bt_adapter, hub, bt_adapter_revision)
+        if not was_tuned_in(folder, source_type):
+            raise ValueError(
+                f"{name} has a branch of its own: load it without the adapter, or name the native checkpoint that "
+                f"{bt_adapter} is to be put into."
+            )
+        options = {"allow_backbone_mismatch": allow_backbone_mismatch, "config": config, **kwargs}
+        model, info = cls.from_pretrained(name, *model_args, output_loading_info=True, **options)
+        model = attach_adapter(model, folder, allow_backbone_mismatch=allow_backbone_mismatch)
+        model.freeze_backbone()
+        return (model, info) if output_loading_info else model
     if not isinstance(config, PreTrainedConfig):
         fields = cls.config_class.__dataclass_fields__.keys() | TOWER_FIELDS
         fields = {key: kwargs.pop(key) for key in fields & kwargs.keys() - _MODEL_ARGUMENTS}
@@ -185,6 +192,19 @@ def fit_config(
     Returns:
         The adapter's folder and config, for [`fill_branch`].
     """
+    folder = _resolve_branch(bt_adapter, hub, revision)
+    adapter = read_config(folder)
+    config.vision_config = tower_config(config, adapter, dict(tower_fields or {}))
+    config.validate()
+    return folder, adapter
+
+
+def was_tuned_in(folder: Path, model_type: str) -> bool:
+    """Whether the adapter in a folder, saved from a chat model of ours of this type, takes the place of a branch."""
+    return (folder / CONFIG_NAME).is_file() and AdapterConfig.read(folder).model_type == model_type
+
+
+def _resolve_branch(bt_adapter: str | os.PathLike, hub: Mapping[str, Any], revision: str | None) -> Path:
     options = {name: hub.get(name) for name in ("token", "cache_dir")}
     folder = resolve_adapter(bt_adapter, revision, local_files_only=hub.get("local_files_only", False), **options)
     if is_peft_folder(folder):
@@ -192,10 +212,7 @@ def fit_config(
             f"{folder} was saved by peft and holds more than a branch. Load the model without it, and call "
             "load_bt_adapter(model, folder), which restores the branch, LoRA and what else was trained."
         )
-    adapter = read_config(folder)
-    config.vision_config = tower_config(config, adapter, dict(tower_fields or {}))
-    config.validate()
-    return folder, adapter
+    return folder
 
 
 def _load_with_base(
