@@ -207,8 +207,9 @@ def test_what_finetune_publishes(hub, tmp_path, monkeypatch, capsys, options):
         card.data.pipeline_tag == ("image-text-to-text" if whole else None) and hub.head("tester/llava") in card.text
     )
     summary = json.loads((tmp_path / "tuned" / "run_summary.json").read_text())
-    # a loss compares with others of its batch size only: it stands in the card, and is no metric of the metadata
-    assert card.data.eval_results is None and f"| loss | {round(summary['metrics']['eval_loss'], 4)} |" in text
+    (result,) = card.data.eval_results
+    assert (result.task_type, result.metric_type) == ("video-text-to-text", "loss")
+    assert result.metric_value == pytest.approx(summary["metrics"]["eval_loss"], abs=1e-4)
     assert ("The code in this repository" in text) == ("trust_remote_code" in text) == whole
 
     tiny_pairs.write_clip(tmp_path / "video.mp4", (220, 40, 40), step=2)

@@ -2,12 +2,12 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..adapters.files import CONFIG_NAME, PEFT_CONFIG_NAME, SUMMARY_NAME
-from ..models.compat_bt_adapter import resolve_revision
+from .card_text import is_hub_id
 
 
 # file -> its field with the name of a base model
@@ -19,15 +19,16 @@ _FIELDS = {
 }
 
 
-def is_of_hub(name: str | None, revision: str | None) -> bool:
-    """Whether a base model came from the Hub, by its commit, or because the cache of this machine has it from there.
+def is_of_hub(name: str | None, revision: str | None, files: Iterable[Path] = ()) -> bool:
+    """Whether a base model is one of the Hub: folders are recorded by their absolute paths.
 
-    A name alone does not tell: folders were once recorded by the path that was typed, and "llava/native" may be the
-    repository of somebody else.
+    They were once recorded by the path that was typed, and "llava/native" may be the repository of somebody else. So a
+    name without a commit is none of the Hub where such a folder lies here, or in a folder that one of `files` lies in.
     """
     if not name or os.path.isabs(name):
         return False
-    return bool(revision or getattr(resolve_revision(name, local_files_only=True), "resolved", None))
+    places = {Path.cwd(), *(place for file in files for place in file.resolve().parents)}
+    return bool(revision) or (is_hub_id(name) and not any(Path(place, name).is_dir() for place in places))
 
 
 def without_local_names(files: Mapping[str, Path | bytes]) -> tuple[dict[str, bytes], list[str]]:
@@ -42,11 +43,12 @@ def without_local_names(files: Mapping[str, Path | bytes]) -> tuple[dict[str, by
         if (base := content.get(_FIELDS[PurePosixPath(name).name])) and content.get("revision"):
             commits[base] = content["revision"]
     changed, bases = {}, []
+    paths = [content for content in files.values() if isinstance(content, Path)]
     for name, content in found.items():
         field = _FIELDS[PurePosixPath(name).name]
         base = content.get(field)
         after = _named(content) if field is None else dict(content)
-        if base and not is_of_hub(base, commits.get(base)):
+        if base and not is_of_hub(base, commits.get(base), paths):
             bases.append(base)
             after |= {field: None, "revision": None}
         if field == "model":
@@ -63,8 +65,9 @@ def what_is_missing(bases: list[str], repo_id: str) -> str:
         said += f"{', '.join(bases)} is a folder of this machine."
     else:
         said += (
-            f"'{', '.join(bases)}' is recorded without a commit of the Hub, so it may be a folder's name. If it is a "
-            f'repository, write its commit as "revision" into {CONFIG_NAME} or {SUMMARY_NAME}, and push again.'
+            f"'{', '.join(bases)}' is recorded without a commit of the Hub and is no id of it, or also the name of a "
+            f'folder here. If it is a repository, write its commit as "revision" into {CONFIG_NAME} or '
+            f"{SUMMARY_NAME}, and push again."
         )
     return f"{said} An adapter is loaded into a model that its user names: load_bt_adapter(model, '{repo_id}')."
 

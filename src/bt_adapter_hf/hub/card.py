@@ -60,7 +60,7 @@ def model_card(
         base = summary["model"], summary.get("revision")
     if base[0] and base[0] == summary.get("model"):  # a file of peft names it without its commit
         base = base[0], base[1] or summary.get("revision")
-    is_local = bool(base[0]) and not is_of_hub(*base)
+    is_local = bool(base[0]) and not is_of_hub(*base, Path(folder).glob("*.json"))
     base = (None, None) if is_local else base
     data = _metadata(contents, repo_id, base, summary, results)
     data |= {key: value for key, value in (metadata or {}).items() if value is not None}
@@ -148,5 +148,5 @@ def _eval_results(summary: dict[str, Any], chat: bool) -> list[EvalResult]:
             metric_value=value,
         )
         for key, value in text.measured(summary).items()
-        if not key.startswith(text.CONTROLS) and not key.endswith("loss")  # which is of one batch size only
+        if not key.startswith(text.CONTROLS)
     ]
