@@ -7,12 +7,12 @@ from typing import Any, TypeVar
 from ..adapters.files import CONFIG_NAME
 from ..adapters.whole_models import is_whole_model
 from .contents import read_json
-from .source import from_hub
+from .source import PROCESSOR_FILES, from_hub
 
 
 Processor = TypeVar("Processor")
 
-_CONFIGS = ("processor_config.json", "preprocessor_config.json")
+_CONFIGS = PROCESSOR_FILES[:2]  # of today, and of older versions of transformers
 
 
 def load_chat_processor(

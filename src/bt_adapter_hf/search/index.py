@@ -220,7 +220,10 @@ def _cells(rows: int) -> int:
 
 def check_model(folder: str | os.PathLike, info: dict[str, Any], encoder: "VideoEncoder") -> None:
     """Raise `IndexMismatchError` unless `encoder` has the weights, and uses them, as what made an index."""
-    if same_model(info, encoder.fingerprints()):
+    # one form is enough, and each reads all weights
+    newest = "features_fingerprint" in info
+    ours = {"features_fingerprint": encoder.fingerprint()} if newest else encoder.fingerprints()
+    if same_model(info, ours):
         return
     made_with = describe_model(info["model"], info["revision"], info["dtype"])
     raise IndexMismatchError(
